@@ -1,0 +1,1 @@
+"""The controller: monitor, predictor, planner, decision, guardrails, switch; the control service."""

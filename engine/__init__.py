@@ -1,0 +1,1 @@
+"""The serving engine and the vocabulary of deployments."""

@@ -1,0 +1,37 @@
+"""The named errors of Tidewright. No imports; `engine.wire` maps each to one gRPC status."""
+
+
+class TidewrightError(Exception):
+    """Base of every error a caller may want to catch by name."""
+
+
+class InvalidRequestError(TidewrightError):
+    """The caller's input is wrong; the message says what was given, expected, and to change."""
+
+
+class InfeasibleError(TidewrightError):
+    """A deployment or request does not fit: devices, memory, heads or layers."""
+
+
+class CheckpointError(TidewrightError):
+    """A model or policy checkpoint is incomplete, corrupt, or of another kind than expected."""
+
+
+class StaleEpochError(TidewrightError):
+    """A plan or message refers to a deployment generation that is no longer current."""
+
+
+class SwitchInProgressError(TidewrightError):
+    """A second switch was asked for while one runs."""
+
+
+class OverloadedError(TidewrightError):
+    """The bounded request queue is full; retry later."""
+
+
+class UnavailableError(TidewrightError):
+    """The engine, a replica or a worker is gone or does not answer in time."""
+
+
+class NotFoundError(TidewrightError):
+    """A ticket, request, policy or file with that name does not exist."""

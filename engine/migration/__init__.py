@@ -1,0 +1,1 @@
+"""Live switching: plan, transfer, switch."""

@@ -1,0 +1,90 @@
+"""A request inside the engine: sampling parameters, the sequence and its states, a step's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 filter nothing."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class SequenceStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One request in a replica. Its leader rank owns it; blocks belong to it while in its table.
+
+    `num_computed_tokens` counts tokens (prompt and output) whose keys and values are in the cache.
+    The last token of a decoding sequence is never in the cache: it is the next step's input.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float
+    output_token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    def token_slice(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop) of prompt followed by output."""
+        split = len(self.prompt_token_ids)
+        if stop <= split:
+            return self.prompt_token_ids[start:stop]
+        if start >= split:
+            return self.output_token_ids[start - split : stop - split]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - split]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to draw one token. `position` (output tokens before it) and seed key the generator, so
+    no generator state exists that a switch would have to move."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One forward step of a replica, sent by the leader to every rank. B sequences, T tokens.
+
+    token_ids[T] are the tokens of all sequences, one after another; sequence b contributes
+    lengths[b] of them, at context positions starts[b] .. starts[b] + lengths[b]. samples[b] is
+    None where the step ends inside the prompt and no token is drawn.
+    """
+
+    step_id: int
+    token_ids: list[int]
+    starts: list[int]
+    lengths: list[int]
+    block_tables: list[list[int]]
+    samples: list[SampleSpec | None]

@@ -1,0 +1,57 @@
+"""Replica choice from routing weights and present load. Pure, and blind to output lengths."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.cluster import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What the router sees of a replica."""
+
+    replica_id: int
+    num_devices: int
+    num_outstanding: int  # requests sent there and not ended
+    capacity_tokens: int  # longest sequence its KV cache can hold
+
+
+def shares(routing: Routing, replicas: Sequence[ReplicaLoad], prompt_tokens: int) -> list[float]:
+    """Wanted share of each replica for a prompt of this length, in the order of `replicas`.
+
+    Without routing rows, or for a deployment the routing does not know: the device counts.
+    """
+    known = {replica_id: i for i, replica_id in enumerate(routing.replica_ids)}
+    if not routing.weights or any(r.replica_id not in known for r in replicas):
+        return [float(r.num_devices) for r in replicas]
+    bucket = bisect_left(routing.prompt_edges, prompt_tokens)
+    posterior = routing.posterior[bucket]
+    return [
+        sum(p * row[known[r.replica_id]] for p, row in zip(posterior, routing.weights, strict=True))
+        for r in replicas
+    ]
+
+
+def pick(
+    routing: Routing, replicas: Sequence[ReplicaLoad], prompt_tokens: int, needed_tokens: int
+) -> int | None:
+    """Replica id for a request, or None when none can hold `needed_tokens`.
+
+    The replica with the least (outstanding + 1) / share wins, the first on a tie: in balance the
+    outstanding requests stand in proportion to the shares. Replicas of no share are used only
+    when every one that fits has none.
+    """
+    fitting = [r for r in replicas if r.capacity_tokens >= needed_tokens]
+    if not fitting:
+        return None
+    wanted = shares(routing, fitting, prompt_tokens)
+    if not any(wanted):
+        wanted = [float(r.num_devices) for r in fitting]
+    scores = [
+        (load.num_outstanding + 1) / share if share > 0 else float("inf")
+        for load, share in zip(fitting, wanted, strict=True)
+    ]
+    return fitting[scores.index(min(scores))].replica_id

@@ -1,0 +1,93 @@
+"""What each rank of a replica holds: intervals of checkpoint tensors. Pure; one place decides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Interval [start, stop) of `tensor` along `dim`; dim None is the whole tensor."""
+
+    tensor: str
+    dim: int | None
+    start: int
+    stop: int
+    nbytes: int
+
+
+def _shard(tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, tp_rank: int) -> Shard:
+    total = prod(tensor.shape) * model.dtype_bytes
+    if tensor.tp_dim is None:
+        return Shard(tensor.name, None, 0, tensor.shape[0], total)
+    size = tensor.shape[tensor.tp_dim]
+    start, stop = parallel.shard_range(tp_rank, size)
+    return Shard(tensor.name, tensor.tp_dim, start, stop, total // size * (stop - start))
+
+
+def rank_needs(
+    tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, rank: int
+) -> bool:
+    """Whether a rank holds (its interval of) a tensor, from the tensor's role and its stage."""
+    stage, tp_rank = parallel.stage_of(rank), parallel.tp_rank_of(rank)
+    match tensor.role:
+        case "embed":
+            return stage == 0
+        case "norm":
+            return stage == parallel.pp - 1
+        case "head":  # one rank samples: the last stage's tp rank 0
+            return stage == parallel.pp - 1 and tp_rank == 0
+        case "embed+head":  # tied embeddings
+            return stage == 0 or (stage == parallel.pp - 1 and tp_rank == 0)
+    assert tensor.layer is not None, tensor
+    first, last = parallel.layer_range(stage, model.num_layers)
+    return first <= tensor.layer < last
+
+
+def rank_shards(model: ModelSpec, parallel: ParallelConfig, rank: int) -> tuple[Shard, ...]:
+    """All shards that rank `rank` of a replica with this configuration holds."""
+    tp_rank = parallel.tp_rank_of(rank)
+    return tuple(
+        _shard(t, model, parallel, tp_rank)
+        for t in model.tensors
+        if rank_needs(t, model, parallel, rank)
+    )
+
+
+def rank_weight_bytes(model: ModelSpec, parallel: ParallelConfig, rank: int) -> int:
+    return sum(s.nbytes for s in rank_shards(model, parallel, rank))
+
+
+def kv_bytes_per_block(
+    model: ModelSpec, parallel: ParallelConfig, rank: int, block_size: int
+) -> int:
+    """Bytes of one KV block on that rank: its stage's layers, its share of the KV heads."""
+    first, last = parallel.layer_range(parallel.stage_of(rank), model.num_layers)
+    heads = model.num_kv_heads // parallel.tp
+    return block_size * model.kv_bytes_per_token(last - first, heads)
+
+
+def num_kv_blocks(spec: ClusterSpec, parallel: ParallelConfig) -> int:
+    """KV blocks a replica can hold: the least over its ranks of what the weights leave free.
+
+    Zero or negative means that the weights alone do not fit a device.
+    """
+    model = spec.model
+    blocks = [
+        (spec.device_memory_bytes - rank_weight_bytes(model, parallel, rank))
+        // kv_bytes_per_block(model, parallel, rank, spec.block_size)
+        for rank in range(parallel.num_devices)
+    ]
+    return min(blocks)
+
+
+def fits(spec: ClusterSpec, parallel: ParallelConfig) -> bool:
+    """Whether a replica can hold the weights and at least one sequence of the longest length."""
+    if spec.model.num_heads % parallel.tp or spec.model.num_kv_heads % parallel.tp:
+        return False
+    if parallel.pp > spec.model.num_layers:
+        return False
+    return num_kv_blocks(spec, parallel) * spec.block_size >= spec.model.max_model_len

@@ -1,0 +1,1 @@
+"""Gymnasium environments over any drivable cluster, traces and workload generators."""

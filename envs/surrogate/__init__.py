@@ -1,0 +1,1 @@
+"""The surrogate: an iteration-level simulator of the engine."""

@@ -1,0 +1,1 @@
+"""What decides: PPO, baselines; evaluation and trained artefacts."""

@@ -1,0 +1,1 @@
+"""gRPC definitions and their generated stubs."""
