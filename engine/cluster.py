@@ -190,6 +190,9 @@ class ModelSpec:
     dtype_bytes: int
     tensors: tuple[TensorSpec, ...] = ()
 
+    def __hash__(self) -> int:  # equal specs hash alike; `tensors` is long and left to equality
+        return hash((self.name, self.num_layers, self.hidden_size, self.dtype_bytes))
+
     def kv_bytes_per_token(self, num_layers: int, num_kv_heads: int) -> int:
         return 2 * num_layers * num_kv_heads * self.head_dim * self.dtype_bytes
 
@@ -198,8 +201,8 @@ class ModelSpec:
         for what, count in (("attention", self.num_heads), ("key/value", self.num_kv_heads)):
             if count % parallel.tp:
                 raise InfeasibleError(
-                    f"{self.name} has {count} {what} heads, which tp={parallel.tp} does not divide; "
-                    f"choose a tp that divides {count}."
+                    f"{self.name} has {count} {what} heads, which tp={parallel.tp} does not "
+                    f"divide; choose a tp that divides {count}."
                 )
         if parallel.pp > self.num_layers:
             raise InfeasibleError(

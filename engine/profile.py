@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.cluster import ClusterSpec, ParallelConfig
+from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
 from engine.errors import InvalidRequestError
 
 PROFILE_SCHEMA = 1
@@ -89,3 +89,20 @@ class ProfiledCluster:
 
     spec: ClusterSpec
     profile: ServingProfile
+
+    def to_json(self) -> dict[str, Any]:
+        return {"spec": asdict(self.spec), "profile": self.profile.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ProfiledCluster:
+        """Raises InvalidRequestError when it is not what `to_json` writes."""
+        try:
+            fields = dict(data["spec"])
+            model = dict(fields.pop("model"))
+            tensors = [TensorSpec(**(t | {"shape": tuple(t["shape"])})) for t in model["tensors"]]
+            spec = ClusterSpec(model=ModelSpec(**(model | {"tensors": tuple(tensors)})), **fields)
+            return cls(spec, ServingProfile.from_json(data["profile"]))
+        except (KeyError, TypeError) as error:
+            raise InvalidRequestError(
+                f"this is no profile of a cluster ({error!r}); measure one with the profiler."
+            ) from error

@@ -1,4 +1,4 @@
-"""What each rank of a replica holds: intervals of checkpoint tensors. Pure; one place decides it."""
+"""What each rank of a replica holds: intervals of checkpoint tensors. Decided here, purely."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def _shard(tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, tp_ra
     return Shard(tensor.name, tensor.tp_dim, start, stop, total // size * (stop - start))
 
 
-def rank_needs(
-    tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, rank: int
-) -> bool:
+def rank_needs(tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, rank: int) -> bool:
     """Whether a rank holds (its interval of) a tensor, from the tensor's role and its stage."""
     stage, tp_rank = parallel.stage_of(rank), parallel.tp_rank_of(rank)
     match tensor.role:

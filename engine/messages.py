@@ -1,0 +1,239 @@
+"""What engine process, leaders and followers say to one another: typed msgpack, never pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engine.cluster import ParallelConfig, Transfer
+from engine.request import SamplingParams, StepInput
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, frozen=True):
+    """Base of all messages; the tag is the class name."""
+
+
+class SequenceState(msgspec.Struct, array_like=True, frozen=True):
+    """A sequence on its way: everything a leader needs to go on with it, token for token."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    block_table: list[int] = []
+
+
+class RankSpec(msgspec.Struct, array_like=True, frozen=True):
+    """One rank of one replica, as the worker that is to run it must know it."""
+
+    replica_id: int
+    parallel: ParallelConfig
+    rank: int
+    num_blocks: int
+    nonce: str  # makes group and socket names unique, also when a replica id is used again
+
+
+class KvMove(msgspec.Struct, array_like=True, frozen=True):
+    """Copy of KV blocks between two ranks. Layers and heads are local to either rank."""
+
+    src: int
+    dst: int
+    src_replica: int
+    dst_replica: int
+    src_blocks: list[int]
+    dst_blocks: list[int]
+    src_layers: tuple[int, int]
+    dst_layers: tuple[int, int]
+    src_heads: tuple[int, int]
+    dst_heads: tuple[int, int]
+
+
+class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
+    """The index-th output token of a request; `finish_reason` is "", "stop" or "length"."""
+
+    request_id: str
+    index: int
+    token_id: int
+    finish_reason: str = ""
+
+
+# Engine -> worker: calls, each answered by one Reply with the same call_id.
+
+
+class BuildRank(Message, frozen=True):
+    """Build a rank beside whatever runs: groups, modules, weight storage."""
+
+    call_id: int
+    spec: RankSpec
+    from_disk: bool
+
+
+class OpenTransfer(Message, frozen=True):
+    """Join the transfer group of a switch. `devices` are its members in rank order."""
+
+    call_id: int
+    nonce: str
+    devices: list[int]
+
+
+class MoveWeights(Message, frozen=True):
+    """Execute this device's part of the weight transfers, in the order given."""
+
+    call_id: int
+    transfers: list[Transfer]
+    dst_replicas: list[int]  # replica that receives, per transfer
+
+
+class BindRank(Message, frozen=True):
+    """All weights are there: bind them to the modules."""
+
+    call_id: int
+    replica_id: int
+
+
+class MoveKv(Message, frozen=True):
+    """Execute this device's part of the KV copies, in the order given."""
+
+    call_id: int
+    moves: list[KvMove]
+
+
+class Activate(Message, frozen=True):
+    """From now on this rank serves. Followers are activated before their leader."""
+
+    call_id: int
+    replica_id: int
+
+
+class Quiesce(Message, frozen=True):
+    """Leader: stop at a step boundary with nothing in flight; the reply carries all sequences."""
+
+    call_id: int
+    replica_id: int
+
+
+class Resume(Message, frozen=True):
+    """Leader: a switch was rolled back; serve on, and forget sequences imported for it."""
+
+    call_id: int
+    replica_id: int
+
+
+class ImportSequences(Message, frozen=True):
+    """Leader: reserve blocks for sequences about to arrive. The reply has a table for each, empty
+    where no room was left."""
+
+    call_id: int
+    replica_id: int
+    sequences: list[SequenceState]
+
+
+class AdoptSequences(Message, frozen=True):
+    """Leader: commit. Imported sequences run; `recompute` ones start over from their tokens."""
+
+    call_id: int
+    replica_id: int
+    recompute: list[SequenceState]
+
+
+class ReleaseRank(Message, frozen=True):
+    """Drop a rank: its groups, KV and the weights no other rank here shares."""
+
+    call_id: int
+    replica_id: int
+
+
+class CloseTransfer(Message, frozen=True):
+    call_id: int
+
+
+# Engine -> worker: one-way.
+
+
+class Submit(Message, frozen=True):
+    replica_id: int
+    sequence: SequenceState
+
+
+class Abort(Message, frozen=True):
+    replica_id: int
+    request_id: str
+
+
+class Shutdown(Message, frozen=True):
+    pass
+
+
+# Worker -> engine.
+
+
+class Hello(Message, frozen=True):
+    device: int
+    pid: int
+
+
+class Reply(Message, frozen=True):
+    """Outcome of a call: `error` is empty on success."""
+
+    call_id: int
+    error: str = ""
+    sequences: list[SequenceState] = []
+    block_tables: list[list[int]] = []
+    checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
+
+
+class LeaderStats(msgspec.Struct, array_like=True, frozen=True):
+    """Load of a leader's replica, sent with tokens and with every heartbeat."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_prompt_tokens: int = 0
+    running_context_tokens: int = 0
+    kv_blocks_used: int = 0
+    num_preemptions_total: int = 0
+
+
+class Tokens(Message, frozen=True):
+    """Tokens of one step of a replica (none in a heartbeat)."""
+
+    replica_id: int
+    updates: list[TokenUpdate]
+    stats: LeaderStats
+
+
+class RankFailed(Message, frozen=True):
+    """A rank broke (a peer of its groups died, or a step raised); it is dropped."""
+
+    device: int
+    replica_id: int
+    error: str
+
+
+Call = (
+    BuildRank
+    | OpenTransfer
+    | MoveWeights
+    | BindRank
+    | MoveKv
+    | Activate
+    | Quiesce
+    | Resume
+    | ImportSequences
+    | AdoptSequences
+    | ReleaseRank
+    | CloseTransfer
+)
+ToWorker = Call | Submit | Abort | Shutdown
+ToEngine = Hello | Reply | Tokens | RankFailed
+MIGRATION_CALLS = (BuildRank, OpenTransfer, MoveWeights, BindRank, MoveKv, CloseTransfer)
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_to_worker: Any = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_engine: Any = msgspec.msgpack.Decoder(ToEngine).decode
+decode_step: Any = msgspec.msgpack.Decoder(StepInput).decode
+decode_sampled: Any = msgspec.msgpack.Decoder(tuple[int, list[int | None]]).decode

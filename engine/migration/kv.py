@@ -1,0 +1,67 @@
+"""Which KV blocks go from which rank to which: pure intersections of layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from engine.cluster import ModelSpec, Replica
+from engine.messages import KvMove
+
+Interval = tuple[int, int]
+
+
+def _holding(model: ModelSpec, replica: Replica, rank: int) -> tuple[Interval, Interval]:
+    """(layers, KV heads) that a rank's cache covers, in whole-model numbers."""
+    parallel = replica.parallel
+    layers = parallel.layer_range(parallel.stage_of(rank), model.num_layers)
+    return layers, parallel.shard_range(parallel.tp_rank_of(rank), model.num_kv_heads)
+
+
+def _intersection(a: Interval, b: Interval) -> Interval | None:
+    start, stop = max(a[0], b[0]), min(a[1], b[1])
+    return (start, stop) if start < stop else None
+
+
+def _local(interval: Interval, origin: Interval) -> Interval:
+    return interval[0] - origin[0], interval[1] - origin[0]
+
+
+def kv_moves(
+    model: ModelSpec,
+    src: Replica,
+    dst: Replica,
+    src_blocks: Sequence[int],
+    dst_blocks: Sequence[int],
+) -> Iterator[KvMove]:
+    """Copies that fill `dst_blocks` of every rank of `dst` from `src_blocks` of `src`, block by
+    block. Every (layer, head) of every block is written exactly once."""
+    assert len(src_blocks) == len(dst_blocks), (len(src_blocks), len(dst_blocks))
+    for dst_rank, dst_device in enumerate(dst.placement.devices):
+        dst_layers, dst_heads = _holding(model, dst, dst_rank)
+        for src_rank, src_device in enumerate(src.placement.devices):
+            src_layers, src_heads = _holding(model, src, src_rank)
+            layers = _intersection(src_layers, dst_layers)
+            heads = _intersection(src_heads, dst_heads)
+            if layers is None or heads is None:
+                continue
+            yield KvMove(
+                src=src_device,
+                dst=dst_device,
+                src_replica=src.replica_id,
+                dst_replica=dst.replica_id,
+                src_blocks=list(src_blocks),
+                dst_blocks=list(dst_blocks),
+                src_layers=_local(layers, src_layers),
+                dst_layers=_local(layers, dst_layers),
+                src_heads=_local(heads, src_heads),
+                dst_heads=_local(heads, dst_heads),
+            )
+
+
+def kv_move_bytes(model: ModelSpec, move: KvMove, block_size: int) -> int:
+    """Bytes of one copy; zero when it stays on its device."""
+    if move.src == move.dst:
+        return 0
+    layers = move.src_layers[1] - move.src_layers[0]
+    heads = move.src_heads[1] - move.src_heads[0]
+    return len(move.src_blocks) * block_size * model.kv_bytes_per_token(layers, heads)

@@ -1,0 +1,159 @@
+"""Any supported transformers decoder as one rank of a replica: its stage's layers, its tp slices.
+
+The modules are transformers' own, built on the meta device; linear layers are replaced by this
+rank's slice, the loop over layers is ours, and parameters are bound from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from engine.attention import ATTENTION_NAME, ForwardContext, paged_attention
+from engine.cluster import ParallelConfig
+from engine.weights import TP_DIM
+
+AllReduce = Callable[[Tensor], None]  # sums a tensor over the stage's tp ranks, in place
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+class RowwiseLinear(nn.Module):
+    """A linear layer whose input columns are split over the tp ranks: the partial products are
+    summed over them, and only then the bias is added."""
+
+    def __init__(self, columns: int, rows: int, bias: bool, all_reduce: AllReduce) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self._all_reduce = all_reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight)
+        self._all_reduce(out)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class ShardedModel:
+    """The part of a decoder that rank `rank` holds. Owns modules, not weights: `bind` gives those.
+
+    `tp_all_reduce` must be given for tp > 1; each layer calls it twice.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        parallel: ParallelConfig,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tp_all_reduce: AllReduce | None = None,
+    ) -> None:
+        assert parallel.tp == 1 or tp_all_reduce is not None, parallel
+        self.stage = parallel.stage_of(rank)
+        self.is_first = self.stage == 0
+        self.is_last = self.stage == parallel.pp - 1
+        self.samples = self.is_last and parallel.tp_rank_of(rank) == 0
+        built = _build_on_meta(model_dir, dtype)
+        decoder, head = built.model, built.lm_head
+        self.first_layer, stop = parallel.layer_range(self.stage, len(decoder.layers))
+        self._layers: list[nn.Module] = list(decoder.layers[self.first_layer : stop])
+        self._rotary: Any = _build_rotary(decoder, device)
+        self._embed: nn.Module | None = decoder.embed_tokens if self.is_first else None
+        self._norm: nn.Module | None = decoder.norm if self.is_last else None
+        self._head: nn.Linear | None = head if self.samples else None
+        if tp_all_reduce is not None and parallel.tp > 1:
+            for layer in self._layers:
+                _slice_linears(layer, parallel.tp, dtype, tp_all_reduce)
+
+    def _owners(self, tied: bool) -> dict[str, nn.Module]:
+        """Checkpoint prefix -> module. A tied head answers to the embedding's name."""
+        owners = {f"model.layers.{self.first_layer + i}": m for i, m in enumerate(self._layers)}
+        named = {"model.embed_tokens": self._embed, "model.norm": self._norm}
+        if not tied:
+            named["lm_head"] = self._head
+        return owners | {name: module for name, module in named.items() if module is not None}
+
+    def bind(self, weights: Mapping[str, Tensor]) -> None:
+        """Use these tensors as parameters, without copying: their storage stays the caller's.
+
+        `weights` are this rank's shards under their checkpoint names; none may be missing.
+        """
+        tied = self._head is not None and "lm_head.weight" not in weights
+        for prefix, owner in self._owners(tied).items():
+            for name, parameter in list(owner.named_parameters()):
+                _bind_parameter(owner, name, weights[f"{prefix}.{name}"], parameter)
+        if tied:
+            assert self._head is not None
+            embed = weights["model.embed_tokens.weight"]
+            _bind_parameter(self._head, "weight", embed, self._head.weight)
+
+    def forward(self, inputs: Tensor, context: ForwardContext) -> Tensor:
+        """Hidden states [T, hidden] after this stage's layers, before the final norm.
+
+        `inputs` are token ids [T] on the first stage, else the previous stage's hidden states.
+        """
+        hidden = self._embed(inputs) if self._embed is not None else inputs
+        hidden = hidden.unsqueeze(0)
+        positions = context.positions.unsqueeze(0)
+        embeddings = self._rotary(hidden, position_ids=positions)
+        for layer in self._layers:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=embeddings,
+                use_cache=False,
+                forward_context=context,
+            )
+        return hidden.squeeze(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocab] in float32 of hidden states [n, hidden]; on the rank that samples."""
+        assert self._norm is not None, "only the last stage has the final norm"
+        assert self._head is not None, "only the last stage's tp rank 0 has the head"
+        logits: Tensor = self._head(self._norm(hidden))
+        return logits.float()
+
+
+def _build_on_meta(model_dir: Path, dtype: torch.dtype) -> Any:
+    config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
+    with torch.device("meta"):
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    return model.eval().requires_grad_(False)
+
+
+def _build_rotary(decoder: Any, device: torch.device | str) -> Any:
+    """Its buffers are computed, not stored in checkpoints: what the meta device left is rebuilt."""
+    with torch.device(device):
+        return type(decoder.rotary_emb)(config=decoder.config)
+
+
+def _slice_linears(layer: nn.Module, tp: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
+    """Replace a layer's projections by meta-device ones of this rank's shape."""
+    for name, module in list(layer.named_modules()):
+        path, _, leaf = name.rpartition(".")
+        if not isinstance(module, nn.Linear) or leaf not in TP_DIM:
+            continue
+        has_bias, rows, columns = module.bias is not None, module.out_features, module.in_features
+        with torch.device("meta"):
+            narrow = (
+                nn.Linear(columns, rows // tp, has_bias)
+                if TP_DIM[leaf] == 0
+                else RowwiseLinear(columns // tp, rows, has_bias, all_reduce)
+            )
+        setattr(layer.get_submodule(path), leaf, narrow.to(dtype).requires_grad_(False))
+
+
+def _bind_parameter(owner: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
+    assert tensor.shape == old.shape, (name, tuple(tensor.shape), tuple(old.shape))
+    assert tensor.dtype == old.dtype, (name, tensor.dtype, old.dtype)
+    path, _, leaf = name.rpartition(".")
+    setattr(owner.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))

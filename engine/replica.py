@@ -1,0 +1,261 @@
+"""One rank of a replica while it serves: `Follower` runs its stage, `Replica` (the leader) leads.
+
+The loop is synchronous: the leader dispatches at most pp batches and collects the oldest. Step
+inputs go from leader to followers, sampled tokens from the last stage to the leader, by ZeroMQ;
+hidden states by torch.distributed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from engine.cluster import ParallelConfig
+from engine.messages import (
+    LeaderStats,
+    RankSpec,
+    SequenceState,
+    TokenUpdate,
+    decode_sampled,
+    decode_step,
+    encode,
+)
+from engine.parallel import ParallelState
+from engine.request import Sequence, SequenceStatus, StepInput
+from engine.runner import ModelRunner
+from engine.scheduler import BatchScheduler, ScheduledBatch, SequenceUpdate
+
+DRAIN_TIMEOUT_MS = 10_000
+
+
+def sequence_of(state: SequenceState) -> Sequence:
+    """A waiting sequence with the tokens of `state` and no blocks."""
+    return Sequence(
+        request_id=state.request_id,
+        prompt_token_ids=list(state.prompt_token_ids),
+        params=state.params,
+        arrival_s=state.arrival_s,
+        output_token_ids=list(state.output_token_ids),
+        num_preemptions=state.num_preemptions,
+    )
+
+
+def state_of(seq: Sequence) -> SequenceState:
+    return SequenceState(
+        request_id=seq.request_id,
+        prompt_token_ids=seq.prompt_token_ids,
+        output_token_ids=seq.output_token_ids,
+        params=seq.params,
+        arrival_s=seq.arrival_s,
+        num_computed_tokens=seq.num_computed_tokens,
+        num_preemptions=seq.num_preemptions,
+        block_table=seq.block_table,
+    )
+
+
+@dataclass(slots=True)
+class RankState:
+    """What a worker holds for one rank of one replica, serving or about to."""
+
+    spec: RankSpec
+    runner: ModelRunner
+    groups: ParallelState
+    weights: dict[str, torch.Tensor]  # this rank's shards; storage may be shared with another rank
+
+    @property
+    def is_leader(self) -> bool:
+        return self.spec.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The rank that samples: tp rank 0 of the last stage."""
+        parallel = self.spec.parallel
+        return (parallel.pp - 1) * parallel.tp
+
+    def input_address(self, run_dir: Path, rank: int) -> str:
+        return f"ipc://{run_dir}/in-{self.spec.nonce}-{self.spec.replica_id}-{rank}"
+
+    def run_stage(self, step: StepInput) -> tuple[Any, Any]:
+        """Run one step through this rank. Returns (result, pending send or None)."""
+        parallel, hidden = self.spec.parallel, None
+        if parallel.stage_of(self.spec.rank) > 0:
+            size = self.runner.spec.hidden_size
+            hidden = self.groups.recv_previous(len(step.token_ids), size, self.runner.dtype)
+        result = self.runner.execute(step, hidden)
+        if isinstance(result, torch.Tensor):
+            hidden = result.contiguous()
+            return hidden, (self.groups.send_next(hidden), hidden)
+        return result, None
+
+
+class Follower:
+    """A rank that runs what its leader sends. Owns one input and perhaps one output socket."""
+
+    def __init__(self, state: RankState, context: zmq.Context[Any], run_dir: Path) -> None:
+        self.state = state
+        self.inputs = context.socket(zmq.PULL)
+        self.inputs.bind(state.input_address(run_dir, state.spec.rank))
+        self._outputs = None
+        if state.spec.rank == state.last_stage_rank:
+            self._outputs = context.socket(zmq.PUSH)
+            self._outputs.connect(state.input_address(run_dir, 0))
+        self._sending: deque[Any] = deque()
+
+    def step(self) -> bool:
+        """Run one queued step, if any."""
+        try:
+            step = decode_step(self.inputs.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return False
+        result, pending = self.state.run_stage(step)
+        if pending is not None:
+            self._sending.append(pending)
+        if self._outputs is not None:
+            self._outputs.send(encode((step.step_id, result)))
+        while len(self._sending) > self.state.spec.parallel.pp:
+            self._sending.popleft()[0].wait()
+        return True
+
+    def close(self) -> None:
+        self.inputs.close(0)
+        if self._outputs is not None:
+            self._outputs.close(0)
+
+
+class Replica:
+    """A model copy as its leader rank drives it: batch scheduler and a pipeline of ranks."""
+
+    def __init__(
+        self,
+        state: RankState,
+        scheduler: BatchScheduler,
+        context: zmq.Context[Any],
+        run_dir: Path,
+    ) -> None:
+        self.state, self.scheduler = state, scheduler
+        self.active = self.paused = False
+        parallel: ParallelConfig = state.spec.parallel
+        self._depth = parallel.pp
+        self._followers = []
+        for rank in range(1, parallel.num_devices):
+            socket = context.socket(zmq.PUSH)
+            socket.connect(state.input_address(run_dir, rank))
+            self._followers.append(socket)
+        self.inputs = context.socket(zmq.PULL)
+        self.inputs.bind(state.input_address(run_dir, 0))
+        self._in_flight: deque[tuple[ScheduledBatch, Any]] = deque()
+        self._imported: list[Sequence] = []  # own blocks here, not scheduled before adoption
+
+    # ---------------------------------------------------------------- steps
+
+    @property
+    def wants_to_step(self) -> bool:
+        return self.active and (
+            bool(self._in_flight) or (not self.paused and self.scheduler.has_work)
+        )
+
+    def step(self, wait_ms: int) -> list[TokenUpdate] | None:
+        """Dispatch while the pipeline has room, then collect one batch; None if none ended."""
+        if not self.paused:
+            while len(self._in_flight) < self._depth and self._dispatch():
+                pass
+        return self._collect(wait_ms) if self._in_flight else None
+
+    def _dispatch(self) -> bool:
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        step = batch.to_step_input()
+        if self._followers:
+            data = encode(step)
+            for socket in self._followers:
+                socket.send(data)
+        result, pending = self.state.run_stage(step)
+        self._in_flight.append((batch, pending if pending is not None else result))
+        return True
+
+    def _collect(self, wait_ms: int) -> list[TokenUpdate] | None:
+        batch, result = self._in_flight[0]
+        if self._depth > 1:
+            if not self.inputs.poll(wait_ms):
+                return None
+            step_id, sampled = decode_sampled(self.inputs.recv())
+            assert step_id == batch.step_id, (step_id, batch.step_id)
+            result[0].wait()  # the hidden states have left
+        else:
+            sampled = result
+        self._in_flight.popleft()
+        return [_token_update(u) for u in self.scheduler.update(batch, sampled)]
+
+    # ---------------------------------------------------------------- requests and switches
+
+    def submit(self, state: SequenceState) -> None:
+        self.scheduler.add(sequence_of(state))
+
+    def quiesce(self) -> tuple[list[SequenceState], list[TokenUpdate]]:
+        """Finish what is in flight and stand still. Sequences and blocks stay, for a rollback."""
+        self.paused = True
+        updates: list[TokenUpdate] = []
+        while self._in_flight:
+            collected = self._collect(wait_ms=DRAIN_TIMEOUT_MS)
+            if collected is None:
+                raise RuntimeError(f"a step did not end within {DRAIN_TIMEOUT_MS} ms")
+            updates += collected
+        return [state_of(s) for s in self.scheduler.sequences()], updates
+
+    def resume(self) -> None:
+        """After a rollback: serve on; imported sequences give their blocks back."""
+        for seq in self._imported:
+            self.scheduler.block_manager.free(seq.block_table)
+        self._imported = []
+        self.paused = False
+
+    def import_sequences(self, states: list[SequenceState]) -> list[list[int]]:
+        """Reserve blocks; the table of each state, empty where no room is left."""
+        blocks = self.scheduler.block_manager
+        tables: list[list[int]] = []
+        for state in states:
+            needed = blocks.blocks_needed(state.num_computed_tokens)
+            if not blocks.can_allocate(needed):
+                tables.append([])
+                continue
+            seq = sequence_of(state)
+            seq.block_table = blocks.allocate(needed)
+            seq.num_computed_tokens = state.num_computed_tokens
+            seq.status = SequenceStatus.RUNNING
+            self._imported.append(seq)
+            tables.append(list(seq.block_table))
+        return tables
+
+    def adopt(self, recompute: list[SequenceState]) -> None:
+        """Commit: imported sequences run from where they were, the others start over."""
+        for seq in self._imported:
+            self.scheduler.adopt(seq)
+        self._imported = []
+        for state in recompute:
+            self.scheduler.add(sequence_of(state))
+
+    def stats(self) -> LeaderStats:
+        scheduler = self.scheduler
+        return LeaderStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            waiting_prompt_tokens=scheduler.waiting_prompt_tokens,
+            running_context_tokens=scheduler.running_context_tokens,
+            kv_blocks_used=scheduler.block_manager.num_used,
+            num_preemptions_total=sum(s.num_preemptions for s in scheduler.sequences()),
+        )
+
+    def close(self) -> None:
+        for socket in [*self._followers, self.inputs]:
+            socket.close(0)
+
+
+def _token_update(update: SequenceUpdate) -> TokenUpdate:
+    reason = update.finish_reason or ""
+    return TokenUpdate(update.request_id, update.index, update.token_id, reason)

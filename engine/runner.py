@@ -1,0 +1,114 @@
+"""One rank of one replica generation: its part of the model, its KV cache, one step at a time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.attention import build_forward_context
+from engine.cluster import ParallelConfig
+from engine.kv_cache import KvCache
+from engine.model import AllReduce, ShardedModel
+from engine.request import StepInput
+from engine.sampler import sample
+from engine.shards import Shard, rank_shards
+from engine.weights import CheckpointReader, read_model_spec
+
+
+class ModelRunner:
+    """Owns a KV cache and the modules; the weights' storage belongs to whoever calls `bind`, so
+    that two generations can share what did not change.
+
+    `dtype` is a torch name such as "float32". `tp_all_reduce` sums a tensor over the tp ranks of
+    this rank's stage, in place; None for tp = 1.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        parallel: ParallelConfig,
+        rank: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: str,
+        device: str,
+        tp_all_reduce: AllReduce | None = None,
+    ) -> None:
+        self.spec = read_model_spec(model_dir, dtype)
+        self.spec.check(parallel)
+        self.parallel, self.rank, self.device = parallel, rank, torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.model = ShardedModel(model_dir, parallel, rank, self.dtype, self.device, tp_all_reduce)
+        first, stop = parallel.layer_range(parallel.stage_of(rank), self.spec.num_layers)
+        self.kv = KvCache(
+            num_layers=stop - first,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=self.spec.num_kv_heads // parallel.tp,
+            head_dim=self.spec.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """What `bind` needs, under `Shard.tensor`."""
+        return rank_shards(self.spec, self.parallel, self.rank)
+
+    def bind(self, weights: Mapping[str, Tensor]) -> None:
+        """Use these tensors (this rank's shards) as parameters, without copying them."""
+        self.model.bind(weights)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput, hidden: Tensor | None) -> Tensor | list[int | None] | None:
+        """Run one step through this stage.
+
+        `hidden` [T, hidden_size] comes from the previous stage; None on the first. Returns hidden
+        states [T, hidden_size] before the last stage; there, on tp rank 0, a token id per
+        sequence (None where `step.samples` is None), and None on the other tp ranks.
+        """
+        assert (hidden is None) == self.model.is_first, self.rank
+        if hidden is None:
+            hidden = torch.tensor(step.token_ids, device=self.device)
+        context = build_forward_context(step, self.kv, self.model.first_layer)
+        hidden = self.model.forward(hidden, context)
+        if not self.model.is_last:
+            return hidden
+        return self._sample(step, hidden) if self.model.samples else None
+
+    def _sample(self, step: StepInput, hidden: Tensor) -> list[int | None]:
+        tokens: list[int | None] = [None] * len(step.samples)
+        drawn = [(b, spec) for b, spec in enumerate(step.samples) if spec is not None]
+        if drawn:
+            ends = list(accumulate(step.lengths))
+            rows = torch.tensor([ends[b] - 1 for b, _ in drawn], device=hidden.device)
+            ids = sample(self.model.logits(hidden[rows]), [spec for _, spec in drawn])
+            for (b, _), token in zip(drawn, ids, strict=True):
+                tokens[b] = token
+        return tokens
+
+
+def load_weights(model_dir: Path, runner: ModelRunner) -> dict[str, Tensor]:
+    """A runner's shards, read from disk in its dtype, on its device."""
+    name = str(runner.dtype).removeprefix("torch.")
+    with CheckpointReader(model_dir, name) as reader:
+        return {shard.tensor: reader.read(shard).to(runner.device) for shard in runner.shards}
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep what a step frees for the next one. For a rank process, once.
+
+    By default each step's gather of keys and values is handed back to the system and faulted in
+    again: 16,000 page faults a step of 32 sequences at context 250, most of its time. Elsewhere
+    than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 25)  # the largest that every glibc takes
+        mallopt(m_trim_threshold, 1 << 30)

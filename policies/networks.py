@@ -1,0 +1,138 @@
+"""The network: one shared scorer over candidate rows, so K is a fact of the data, not of weights.
+
+Shapes: B observations, K candidate rows, S state features, C candidate features, H hidden units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from policies.base import ObservationSpec
+from policies.normalizer import FlatLayout
+
+KEEP_FEATURE = "is_keep"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Size and start of the network. Stored in the checkpoint."""
+
+    hidden_size: int = 64  # H of every layer
+    keep_weight: float = 1.0  # initial weight of the (normalised) keep marker in the logit: the
+    # untrained policy then mostly keeps, instead of switching at random
+
+
+def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """Orthogonal weights, zero bias (as SB3 and Engstrom et al. 2020 start PPO)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class RowEncoder(nn.Module):
+    """State [B, S] and rows [B, K, C] -> state embedding [B, H] and row embeddings [B, K, H]."""
+
+    def __init__(self, layout: FlatLayout, hidden: int) -> None:
+        super().__init__()
+        gain = float(np.sqrt(2))
+        self.state = nn.Sequential(_linear(layout.num_state, hidden, gain), nn.Tanh())
+        self.rows = nn.Sequential(
+            _linear(layout.num_features + hidden, hidden, gain),
+            nn.Tanh(),
+            _linear(hidden, hidden, gain),
+            nn.Tanh(),
+        )
+
+    def forward(self, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.state(state)
+        context = embedding.unsqueeze(1).expand(-1, rows.shape[1], -1)
+        return embedding, self.rows(torch.cat([rows, context], dim=-1))
+
+
+def pool(rows: Tensor, valid: Tensor) -> Tensor:
+    """Mean and max over valid rows: [B, K, H], [B, K] -> [B, 2H]. Blind to the order of rows."""
+    weight = valid.unsqueeze(-1)
+    mean = (rows * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+    top = rows.masked_fill(weight < 0.5, -1.0).amax(dim=1)  # tanh rows are never below -1
+    return torch.cat([mean, top], dim=-1)
+
+
+class CandidateNetwork(nn.Module):
+    """Flat observation [B, flat_size] -> logits [B, K] and value [B, 1].
+
+    Actor and critic have encoders of their own; every weight is independent of K.
+    """
+
+    def __init__(self, spec: ObservationSpec, config: NetworkConfig) -> None:
+        super().__init__()
+        self.layout, hidden = FlatLayout.of(spec), config.hidden_size
+        self.actor = RowEncoder(self.layout, hidden)
+        self.critic = RowEncoder(self.layout, hidden)
+        self.logit = _linear(hidden, 1, gain=0.01)
+        self.direct = nn.Linear(self.layout.num_features, 1, bias=False)
+        self.value = nn.Sequential(
+            _linear(3 * hidden, hidden, float(np.sqrt(2))), nn.Tanh(), _linear(hidden, 1, gain=1.0)
+        )
+        nn.init.zeros_(self.direct.weight)
+        if KEEP_FEATURE in spec.candidate_features:
+            column = spec.candidate_features.index(KEEP_FEATURE)
+            nn.init.constant_(self.direct.weight[:, column], config.keep_weight)
+        self.latent_dim_pi, self.latent_dim_vf = self.layout.num_rows, 1  # what SB3 asks for
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at = self.layout
+        rows = flat[:, at.num_state : at.rows_end].reshape(-1, at.num_rows, at.num_features)
+        return flat[:, : at.num_state], rows, flat[:, at.rows_end :]
+
+    def forward(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward_actor(flat), self.forward_critic(flat)
+
+    def forward_actor(self, flat: Tensor) -> Tensor:
+        """Logits [B, K]; the caller masks them."""
+        state, rows, _ = self._split(flat)
+        _, embedded = self.actor(state, rows)
+        logits: Tensor = (self.logit(embedded) + self.direct(rows)).squeeze(-1)
+        return logits
+
+    def forward_critic(self, flat: Tensor) -> Tensor:
+        """Value [B, 1]."""
+        state, rows, valid = self._split(flat)
+        embedding, embedded = self.critic(state, rows)
+        value: Tensor = self.value(torch.cat([embedding, pool(embedded, valid)], dim=-1))
+        return value
+
+
+class CandidatePolicy(MaskableActorCriticPolicy):
+    """`CandidateNetwork` as sb3-contrib wants it: action and value nets are identities."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        spec: ObservationSpec,
+        network: NetworkConfig,
+        **kwargs: Any,
+    ) -> None:
+        self.spec, self.network_config = spec, network
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    @property
+    def network(self) -> CandidateNetwork:
+        assert isinstance(self.mlp_extractor, CandidateNetwork)
+        return self.mlp_extractor
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.mlp_extractor = CandidateNetwork(self.spec, self.network_config)  # type: ignore[assignment]
+        self.action_net, self.value_net = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)

@@ -1,0 +1,299 @@
+"""The batch scheduler by hand, and against an imitation of the paged KV cache: every token that a
+step would attend to must be found in the cache, at the place the block table says."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.block_manager import BlockManager
+from engine.errors import InfeasibleError
+from engine.request import SamplingParams, Sequence, SequenceStatus, StepInput
+from engine.scheduler import BatchScheduler, ScheduledBatch
+
+EOS = 99
+
+
+def make_sequence(
+    name: str, num_prompt: int, max_tokens: int = 4, arrival_s: float = 0.0, **params: object
+) -> Sequence:
+    prompt = [(7 * i + sum(map(ord, name))) % 50 for i in range(num_prompt)]
+    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens, **params), arrival_s)  # type: ignore[arg-type]
+
+
+def make_scheduler(num_blocks: int = 16, **changes: int) -> BatchScheduler:
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64} | changes
+    return BatchScheduler(BlockManager(num_blocks, 4), eos_token_id=EOS, **limits)
+
+
+def shape(batch: ScheduledBatch | None) -> list[tuple[str, int, int, bool]]:
+    assert batch is not None
+    return [(i.seq.request_id, i.start, i.num_tokens, i.samples) for i in batch.items]
+
+
+def next_token(tokens: list[int]) -> int:
+    """A model whose next token depends on every token and its place; never EOS."""
+    return sum((i + 1) * t for i, t in enumerate(tokens)) % 97
+
+
+class ImitatedCache:
+    """Runs steps on a dictionary slot -> token in place of tensors."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[int, int] = {}
+
+    def execute(self, step: StepInput) -> list[int | None]:
+        sampled: list[int | None] = []
+        row = 0
+        for table, start, length, spec in zip(
+            step.block_tables, step.starts, step.lengths, step.samples, strict=True
+        ):
+            for position in range(start, start + length):
+                self.slots[self._slot(table, position)] = step.token_ids[row]
+                row += 1
+            context = [self.slots[self._slot(table, p)] for p in range(start + length)]
+            sampled.append(None if spec is None else next_token(context))
+        assert row == len(step.token_ids)
+        return sampled
+
+    def _slot(self, table: list[int], position: int) -> int:
+        return table[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def reference(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def run_all(scheduler: BatchScheduler, cache: ImitatedCache, pp: int = 1) -> None:
+    in_flight: deque[tuple[ScheduledBatch, list[int | None]]] = deque()
+    while scheduler.has_work:
+        while len(in_flight) < pp and (batch := scheduler.schedule()) is not None:
+            in_flight.append((batch, cache.execute(batch.to_step_input())))
+            scheduler.check_integrity()
+        assert in_flight, "work is left and nothing can be scheduled"
+        scheduler.update(*in_flight.popleft())
+        scheduler.check_integrity()
+
+
+def test_prefill_is_chunked_and_decodes_go_first() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", 5))
+    scheduler.add(make_sequence("b", 20))
+    batch = scheduler.schedule()
+    assert shape(batch) == [("a", 0, 5, True), ("b", 0, 11, False)]
+    assert batch is not None
+    updates = scheduler.update(batch, [3, None])
+    assert [(u.request_id, u.token_id, u.index, u.finish_reason) for u in updates] == [
+        ("a", 3, 0, None)
+    ]
+    assert shape(scheduler.schedule()) == [("a", 5, 1, True), ("b", 11, 9, True)]
+
+
+def test_step_input_concatenates_prompt_and_output() -> None:
+    scheduler = make_scheduler()
+    seq = make_sequence("a", 3, temperature=0.5, seed=11)
+    scheduler.add(seq)
+    batch = scheduler.schedule()
+    assert batch is not None
+    step = batch.to_step_input()
+    assert (step.token_ids, step.starts, step.lengths) == (seq.prompt_token_ids, [0], [3])
+    assert step.block_tables == [[0]]
+    scheduler.update(batch, [42])
+    second = scheduler.schedule()
+    assert second is not None
+    step = second.to_step_input()
+    assert (step.token_ids, step.starts, step.lengths) == ([42], [3], [1])
+    spec = step.samples[0]
+    assert spec is not None
+    assert (spec.temperature, spec.seed, spec.position) == (0.5, 11, 1)
+
+
+def test_a_sequence_in_flight_is_skipped() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    scheduler.add(make_sequence("a", 8))
+    scheduler.add(make_sequence("b", 8))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert shape(first) == [("a", 0, 8, True)]
+    assert shape(second) == [("b", 0, 8, True)]
+    assert scheduler.schedule() is None
+    assert scheduler.num_in_flight == 2
+
+
+def test_the_latest_arrival_is_preempted_and_comes_back_in_front() -> None:
+    scheduler = make_scheduler(num_blocks=4)  # 16 tokens
+    for name, arrival in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
+        scheduler.add(make_sequence(name, 7, max_tokens=8, arrival_s=arrival))
+    batch = scheduler.schedule()
+    assert shape(batch) == [("a", 0, 7, True), ("b", 0, 7, True)]  # c would need a fifth block
+    assert batch is not None
+    scheduler.update(batch, [1, 2])
+    batch = scheduler.schedule()
+    assert shape(batch) == [("a", 7, 1, True), ("b", 7, 1, True)]
+    assert batch is not None
+    scheduler.update(batch, [3, 4])
+    batch = scheduler.schedule()  # both need a third block; b, the later one, gives way
+    assert shape(batch) == [("a", 8, 1, True)]
+    b = scheduler.sequences()[1]
+    assert (b.request_id, b.status, b.num_computed_tokens) == ("b", SequenceStatus.WAITING, 0)
+    assert (b.num_preemptions, b.output_token_ids, b.block_table) == (1, [2, 4], [])
+    assert (scheduler.num_waiting, scheduler.waiting_prompt_tokens) == (2, 14)
+    assert batch is not None
+    scheduler.update(batch, [EOS])
+    assert shape(scheduler.schedule())[0] == ("b", 0, 9, True)  # before c; outputs re-prefilled
+
+
+def test_sequences_in_flight_are_never_preempted() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=8)
+    scheduler.add(make_sequence("a", 8, max_tokens=8))
+    scheduler.add(make_sequence("b", 8, max_tokens=8, arrival_s=1.0))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    scheduler.update(first, [1])
+    assert scheduler.schedule() is None  # a needs a block, b is in flight: a waits
+    scheduler.update(second, [2])
+    assert shape(scheduler.schedule()) == [("a", 8, 1, True)]
+    assert [s.num_preemptions for s in scheduler.sequences()] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "reason"),
+    [
+        ({}, EOS, "stop"),
+        ({"ignore_eos": True}, EOS, None),
+        ({"stop_token_ids": (5,), "ignore_eos": True}, 5, "stop"),
+        ({}, 5, None),
+        ({"max_tokens": 1}, 5, "length"),
+    ],
+)
+def test_finishing(params: dict[str, object], token: int, reason: str | None) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", 3, **params))  # type: ignore[arg-type]
+    batch = scheduler.schedule()
+    assert batch is not None
+    (update,) = scheduler.update(batch, [token])
+    assert update.finish_reason == reason
+    assert scheduler.has_work == (reason is None)
+    assert scheduler.block_manager.num_used == (1 if reason is None else 0)
+
+
+def test_the_context_ends_at_max_model_len() -> None:
+    scheduler = make_scheduler(max_model_len=10)
+    seq = make_sequence("a", 7, max_tokens=50)
+    scheduler.add(seq)
+    run_all(scheduler, ImitatedCache(4))
+    assert seq.output_token_ids == reference(seq.prompt_token_ids, 3)
+
+
+@pytest.mark.parametrize(("num_prompt", "word"), [(64, "context ends"), (15, "KV cache")])
+def test_what_can_never_fit_is_refused(num_prompt: int, word: str) -> None:
+    with pytest.raises(InfeasibleError, match=word):
+        make_scheduler(num_blocks=4).add(make_sequence("a", num_prompt))
+
+
+def test_abort_waiting_running_and_in_flight() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    for name in "abc":
+        scheduler.add(make_sequence(name, 4))
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert scheduler.abort("c")  # waiting: at once
+    assert scheduler.abort("a")  # in flight: at its update
+    assert not scheduler.abort("a")
+    assert not scheduler.abort("nobody")
+    assert [s.request_id for s in scheduler.sequences()] == ["a", "b"]
+    updates = scheduler.update(batch, [1, 2])
+    assert [u.request_id for u in updates] == ["b"]
+    assert scheduler.abort("b")
+    assert not scheduler.has_work
+    scheduler.check_integrity()
+    assert scheduler.block_manager.num_used == 0
+
+
+def test_drain_and_adopt_carry_sequences_to_another_scheduler() -> None:
+    old, new = make_scheduler(), make_scheduler(max_num_batched_tokens=6)
+    old_cache, new_cache = ImitatedCache(4), ImitatedCache(4)
+    seqs = [make_sequence(n, 9, max_tokens=6, arrival_s=float(i)) for i, n in enumerate("abc")]
+    for seq in seqs:
+        old.add(seq)
+    batch = old.schedule()
+    assert batch is not None
+    old.update(batch, old_cache.execute(batch.to_step_input()))  # b is half prefilled, c waits
+    new.block_manager.allocate(2)  # so that the tables must differ
+    drained = old.drain_all()
+    assert [s.request_id for s in drained] == ["a", "b", "c"]
+    assert not old.has_work
+    old.block_manager.check_integrity(s.block_table for s in drained)
+    for seq in reversed(drained):
+        if seq.status is SequenceStatus.WAITING:
+            new.add(seq)
+            continue
+        source, seq.block_table = seq.block_table, new.block_manager.allocate(len(seq.block_table))
+        for old_block, new_block in zip(source, seq.block_table, strict=True):
+            for offset in range(4):
+                if (slot := old_block * 4 + offset) in old_cache.slots:
+                    new_cache.slots[new_block * 4 + offset] = old_cache.slots[slot]
+        new.adopt(seq)
+    new.block_manager.free([0, 1])
+    assert [s.request_id for s in new.sequences()] == ["a", "b", "c"]
+    run_all(new, new_cache)
+    assert [s.output_token_ids for s in seqs] == [reference(s.prompt_token_ids, 6) for s in seqs]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=7),
+    num_blocks=st.integers(8, 14),
+    budget=st.integers(1, 24),
+    max_num_seqs=st.integers(1, 5),
+    pp=st.integers(1, 4),
+)
+def test_every_sequence_ends_with_its_own_tokens(
+    lengths: list[tuple[int, int]], num_blocks: int, budget: int, max_num_seqs: int, pp: int
+) -> None:
+    scheduler = make_scheduler(num_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    seqs = [make_sequence(f"r{i}", n, m, float(i)) for i, (n, m) in enumerate(lengths)]
+    for seq in seqs:
+        scheduler.add(seq)
+    run_all(scheduler, ImitatedCache(4), pp)
+    for seq, (_, max_tokens) in zip(seqs, lengths, strict=True):
+        assert seq.output_token_ids == reference(seq.prompt_token_ids, max_tokens)
+        assert seq.status is SequenceStatus.FINISHED
+    assert scheduler.block_manager.num_used == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=2, max_size=7),
+    aborts=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 6)), max_size=4),
+    pp=st.integers(1, 3),
+)
+def test_aborts_at_any_time_leave_the_others_alone(
+    lengths: list[tuple[int, int]], aborts: list[tuple[int, int]], pp: int
+) -> None:
+    scheduler, cache = make_scheduler(num_blocks=9), ImitatedCache(4)
+    seqs = [make_sequence(f"r{i}", n, m, float(i)) for i, (n, m) in enumerate(lengths)]
+    for seq in seqs:
+        scheduler.add(seq)
+    in_flight: deque[tuple[ScheduledBatch, list[int | None]]] = deque()
+    gone: set[str] = set()
+    step = 0
+    while scheduler.has_work:
+        while len(in_flight) < pp and (batch := scheduler.schedule()) is not None:
+            in_flight.append((batch, cache.execute(batch.to_step_input())))
+        names = [f"r{index}" for at, index in aborts if at == step]
+        gone |= {name for name in names if scheduler.abort(name)}
+        if in_flight:
+            updates = scheduler.update(*in_flight.popleft())
+            assert not gone & {u.request_id for u in updates}
+        scheduler.check_integrity()
+        step += 1
+    for seq, (_, max_tokens) in zip(seqs, lengths, strict=True):
+        if seq.request_id not in gone:
+            assert seq.output_token_ids == reference(seq.prompt_token_ids, max_tokens)
+    assert scheduler.block_manager.num_used == 0
