@@ -114,29 +114,29 @@ def paged_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     context.kv.write(layer, context.slot_mapping, k, v)
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    blocks = context.kv.data[:, layer]  # [2, N, block_size, H, d]
     if context.decode is not None:
-        rows = context.decode.rows
-        output[rows] = _decode(q[rows], blocks, context.decode, scaling, sliding_window)
+        rows, tables = context.decode.rows, context.decode.block_tables
+        k, v = context.kv.gather(layer, tables.flatten())
+        output[rows] = _decode(q[rows], k, v, context.decode, scaling, sliding_window)
     for chunk in context.prefill:
         part = slice(chunk.start, chunk.stop)
-        output[part] = _prefill(q[part], blocks, chunk, scaling, sliding_window)
+        k, v = context.kv.gather(layer, chunk.block_table)
+        output[part] = _prefill(q[part], k, v, chunk.context, scaling, sliding_window)
     return output.unsqueeze(0), None
 
 
 def _decode(
-    q: Tensor, blocks: Tensor, group: DecodeGroup, scaling: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, group: DecodeGroup, scaling: float, window: int | None
 ) -> Tensor:
-    """q [D, Hq, d] against each sequence's own context. The query heads that share a KV head ride
-    as its query positions, so keys and values are not repeated."""
-    heads = blocks.shape[-2]
-    shape = (q.shape[0], -1, heads, q.shape[2])
-    flat = group.block_tables.flatten()
-    k, v = (blocks[i].index_select(0, flat).view(shape).transpose(1, 2) for i in (0, 1))
-    seen = torch.arange(k.shape[2], device=q.device) <= group.positions[:, None]
+    """q [D, Hq, d] against each sequence's own context, k and v [D * S, Hkv, d]. The query heads
+    that share a KV head ride as its query positions, so keys and values are not repeated."""
+    size, heads, dim = q.shape[0], k.shape[1], q.shape[2]
+    k, v = (x.view(size, -1, heads, dim).transpose(1, 2) for x in (k, v))  # [D, Hkv, S, d]
+    at, last = torch.arange(k.shape[2], device=q.device), group.positions[:, None]
+    seen = at <= last
     if window is not None:
-        seen &= torch.arange(k.shape[2], device=q.device) > group.positions[:, None] - window
-    grouped = q.view(q.shape[0], heads, -1, q.shape[2])  # [D, Hkv, Hq / Hkv, d]
+        seen &= at > last - window
+    grouped = q.view(size, heads, -1, dim)  # [D, Hkv, Hq / Hkv, d]
     out = scaled_dot_product_attention(
         grouped, k, v, attn_mask=seen[:, None, None, :], scale=scaling
     )
@@ -144,19 +144,15 @@ def _decode(
 
 
 def _prefill(
-    q: Tensor, blocks: Tensor, chunk: PrefillChunk, scaling: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, start: int, scaling: float, window: int | None
 ) -> Tensor:
-    """q [t, Hq, d] at positions context .. context + t against positions 0 .. context + t."""
-    stop = chunk.context + q.shape[0]
-    k, v = (
-        blocks[i].index_select(0, chunk.block_table).flatten(0, 1)[:stop].transpose(0, 1)
-        for i in (0, 1)
-    )
-    mask = _causal_mask(chunk.context, stop, window, q.device)
+    """q [t, Hq, d] at positions start .. start + t, against k and v from position 0."""
+    stop = start + q.shape[0]
+    mask = _causal_mask(start, stop, window, q.device)
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
-        k[None],
-        v[None],
+        k[:stop].transpose(0, 1)[None],
+        v[:stop].transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,

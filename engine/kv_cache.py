@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,7 @@ class KvCache:
     ) -> None:
         shape = (2, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self._gathered = torch.empty(0, dtype=dtype, device=device)  # grows; one per cache
 
     @property
     def num_layers(self) -> int:
@@ -60,6 +62,21 @@ class KvCache:
         """Store keys and values [T, heads, head_dim] of one layer in slots [T]."""
         self.keys(layer).index_copy_(0, slots, keys)
         self.values(layer).index_copy_(0, slots, values)
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [n * block_size, heads, head_dim] of blocks [n], in their order.
+
+        Both lie in one buffer that is reused: they hold until the next gather. A fresh allocation
+        of megabytes per layer would cost more in page faults than the copy itself.
+        """
+        shape = (2, len(blocks), *self.data.shape[3:])
+        size = math.prod(shape)
+        if self._gathered.numel() < size:
+            self._gathered = self.data.new_empty(size)
+        both = self._gathered[:size].view(shape)
+        for which in (0, 1):
+            torch.index_select(self.data[which, layer], 0, blocks, out=both[which])
+        return both[0].flatten(0, 1), both[1].flatten(0, 1)
 
     def read_blocks(
         self, blocks: Sequence[int], layers: tuple[int, int], heads: tuple[int, int]

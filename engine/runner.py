@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -98,17 +97,3 @@ def load_weights(model_dir: Path, runner: ModelRunner) -> dict[str, Tensor]:
     name = str(runner.dtype).removeprefix("torch.")
     with CheckpointReader(model_dir, name) as reader:
         return {shard.tensor: reader.read(shard).to(runner.device) for shard in runner.shards}
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what a step frees for the next one. For a rank process, once.
-
-    By default each step's gather of keys and values is handed back to the system and faulted in
-    again: 16,000 page faults a step of 32 sequences at context 250, most of its time. Elsewhere
-    than on glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_mmap_threshold, 1 << 25)  # the largest that every glibc takes
-        mallopt(m_trim_threshold, 1 << 30)

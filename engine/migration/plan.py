@@ -148,7 +148,7 @@ def place(
     """
     spec.check(target)
     for parallel in set(target):
-        _check_memory(spec, parallel)
+        check_memory(spec, parallel)
     devices = [d for d in range(spec.num_devices) if d not in set(dead_devices)]
     needed = sum(c.num_devices for c in target)
     if needed > len(devices):
@@ -170,7 +170,8 @@ def place(
     return Deployment(tuple(replicas))
 
 
-def _check_memory(spec: ClusterSpec, parallel: ParallelConfig) -> None:
+def check_memory(spec: ClusterSpec, parallel: ParallelConfig) -> None:
+    """Raise InfeasibleError unless one sequence of max_model_len fits beside the weights."""
     tokens = num_kv_blocks(spec, parallel) * spec.block_size
     if tokens < spec.model.max_model_len:
         raise InfeasibleError(

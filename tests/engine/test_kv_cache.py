@@ -48,3 +48,13 @@ def test_a_copy_is_read_not_a_view() -> None:
     part = cache.read_blocks([0], (0, 3), (0, 2))
     cache.data.fill_(1.0)
     assert not part.any()
+
+
+def test_gather_reuses_one_buffer_that_grows() -> None:
+    cache = make_cache()
+    cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    for blocks in ([3], [4, 0, 4, 1], [2, 3]):
+        keys, values = cache.gather(2, torch.tensor(blocks))
+        slots = [b * 4 + i for b in blocks for i in range(4)]
+        assert torch.equal(keys, cache.keys(2)[slots])
+        assert torch.equal(values, cache.values(2)[slots])

@@ -1,0 +1,99 @@
+"""Wires an `EngineRuntime` from an `EngineConfig`: the one place where its parts are chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.cluster import ClusterSpec, dense_deployment, parse_deployment_key
+from engine.config import EngineConfig
+from engine.errors import InvalidRequestError
+from engine.executor import LocalExecutor, WorkerConfig
+from engine.migration.plan import check_memory
+from engine.runtime import EngineRuntime, make_run_dir
+from engine.tiny_model import cached_tiny_model
+from engine.weights import read_config, read_model_spec
+
+DEFAULT_CACHE_DIR = Path(".cache/models")
+
+
+def resolve_model(model: str, seed: int = 0) -> Path:
+    """Folder of the checkpoint; "tiny" is the embedded random-weight model, made when missing."""
+    return cached_tiny_model(DEFAULT_CACHE_DIR, seed) if model == "tiny" else Path(model)
+
+
+def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
+    """The static facts. Raises CheckpointError for a broken checkpoint."""
+    model = read_model_spec(model_dir, config.dtype)
+    if config.max_model_len is not None:
+        if config.max_model_len > model.max_model_len:
+            raise InvalidRequestError(
+                f"max_model_len is {config.max_model_len}, {model.name} ends at "
+                f"{model.max_model_len}; lower it."
+            )
+        model = replace(model, max_model_len=config.max_model_len)
+    return ClusterSpec(
+        num_devices=config.num_workers,
+        devices_per_node=config.num_workers,
+        device_memory_bytes=round(config.device_memory_mb * 1e6),
+        link_bytes_per_s=config.link_gb_per_s * 1e9,
+        block_size=config.block_size,
+        model=model,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+
+
+def _eos_token_ids(model_dir: Path) -> tuple[int, ...]:
+    eos = read_config(model_dir).get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _profile(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"profile {path} cannot be read: {error}.") from error
+    return data
+
+
+def build_runtime(config: EngineConfig) -> EngineRuntime:
+    """A runtime that is not started yet. Raises what makes the configuration impossible."""
+    model_dir = resolve_model(config.model, config.seed)
+    spec = build_cluster_spec(config, model_dir)
+    configs = parse_deployment_key(config.deployment)
+    spec.check(configs)
+    for parallel in set(configs):
+        check_memory(spec, parallel)
+    profile = _profile(config.profile)
+    run_dir = make_run_dir()
+    workers = [
+        WorkerConfig(
+            device=device,
+            run_dir=str(run_dir),
+            model_dir=str(model_dir),
+            dtype=config.dtype,
+            torch_device=config.device,
+            block_size=config.block_size,
+            max_model_len=spec.model.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eos_token_ids=_eos_token_ids(model_dir),
+        )
+        for device in range(config.num_workers)
+    ]
+    return EngineRuntime(
+        spec,
+        dense_deployment(configs),
+        LocalExecutor(),
+        workers,
+        run_dir,
+        config.max_queue,
+        profile,
+    )
