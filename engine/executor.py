@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
-from multiprocessing.context import ForkServerProcess
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from typing import Protocol
 
 STOP_TIMEOUT_S = 5.0

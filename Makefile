@@ -1,0 +1,69 @@
+# Everything starts from here: `make demo` and `make test` work in a fresh clone.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+SOURCES := protos engine policies controller envs tests benchmarks $(wildcard *.py)
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I.
+TRACE ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench protos check-protos format model train-quick clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv and install the project with its pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Tidewright needs Python 3.11 or newer, found '$(PYTHON)'; install it or run" \
+	       "'make setup PYTHON=/path/to/python3.11'." >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; install the venv module of that Python" \
+	       "(on Debian and Ubuntu: python3.11-venv)." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## engine, controller and a replayed trace, live; TRACE=FILE for your own
+	$(BIN)/python demo.py $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+
+test: $(STAMP) ## the whole default test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) check-protos ## format, lint, types, import rules, stubs up to date
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## every script in benchmarks/, table at the end; ARGS=--quick for a short run
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+protos: $(STAMP) ## regenerate the gRPC stubs from protos/*.proto
+	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
+
+check-protos: $(STAMP)
+	@rm -rf build/stubs && mkdir -p build/stubs
+	@$(PROTOC) --python_out=build/stubs --pyi_out=build/stubs --grpc_python_out=build/stubs \
+	  protos/*.proto
+	@for stub in build/stubs/protos/*; do cmp -s $$stub protos/$${stub##*/} || { \
+	  echo "protos/$${stub##*/} is not what its .proto generates; run 'make protos'." >&2; \
+	  exit 1; }; done
+
+format: $(STAMP) ## format and fix what ruff can fix
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+model: $(STAMP) ## write the embedded tiny model to build/tiny-model
+	$(BIN)/python -m engine.tiny_model build/tiny-model
+
+train-quick: $(STAMP) ## train a small policy on the surrogate, under five minutes
+	$(BIN)/python train.py --config configs/quick.yaml $(ARGS)
+
+clean: ## remove build outputs and caches; .venv stays
+	rm -rf build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

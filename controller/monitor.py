@@ -1,0 +1,197 @@
+"""The controller's view of the traffic: arrival rates per type, latencies, lengths, freshness.
+
+Fed by the cluster's events and snapshots; time comes from them. An arrival counts with its
+P(type | prompt length), since its output length is unknown until it has finished.
+Unknown is not zero: measurements that are missing, NaN or old are reported as stale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.workload import PromptPosterior, assign, centres
+from engine.cluster import (
+    Arrival,
+    ClusterEvent,
+    ClusterSnapshot,
+    ReplicaStats,
+    RequestOutcome,
+    RequestStatus,
+    WorkloadTyping,
+)
+
+Floats = NDArray[np.float64]
+SCALES = (0.25, 1.0, 4.0)  # of window_s: fast, medium and slow rates
+CENTRE_WEIGHT = 20.0  # finished requests that a type's fitted centre counts as
+LENGTH_MEMORY = 2000.0  # finished requests per type that its observed lengths remember
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorState:
+    """What is known at `at_s`. Tuples are per type; rates in requests per second."""
+
+    at_s: float
+    observed_s: float  # since the monitor was reset
+    rates: tuple[tuple[float, ...], ...]  # [scale][type], fastest scale first
+    num_outstanding: int  # arrived and not ended
+    num_waiting: int
+    waiting_prompt_tokens: int
+    running_context_tokens: int
+    kv_usage_mean: float  # over live replicas, 0..1
+    kv_usage_max: float
+    num_finished_recent: float  # finished requests that the latency figures stand on
+    latency_s: float  # exponentially weighted means over window_s; 0 when nothing finished
+    ttft_s: float
+    tpot_s: float
+    prompt_tokens: tuple[float, ...]  # observed means; the type's centre before any finished
+    output_tokens: tuple[float, ...]
+    stats_age_s: float  # oldest replica measurement; inf when one is missing
+    is_stale: bool
+
+
+def _is_finite(stats: ReplicaStats) -> bool:
+    return math.isfinite(stats.measured_at_s + stats.num_running + stats.kv_blocks_used)
+
+
+class Monitor:
+    """Owns the counters. `observe` every event once, in order; `state` when a decision is due."""
+
+    def __init__(self, typing: WorkloadTyping, window_s: float, stale_after_s: float) -> None:
+        assert window_s > 0 and stale_after_s > 0, (window_s, stale_after_s)
+        self._typing, self._stale_after_s = typing, stale_after_s
+        self._taus = window_s * np.array(SCALES)
+        self._window_s = window_s
+        self.posterior = PromptPosterior(typing)
+        self.reset(0.0)
+
+    def reset(self, now_s: float) -> None:
+        num_types = len(self._typing.types)
+        self._start_s = self._last_s = self._interval_start_s = now_s
+        self._arrived = np.zeros((len(SCALES), num_types))  # decayed counts
+        self._interval = np.zeros(num_types)  # expected arrivals since the last interval ended
+        self._ended = np.zeros(6)  # decayed: count, latency, count with ttft, ttft, tpot's count,..
+        self._num_open = 0
+        self._length_weight = np.full(num_types, CENTRE_WEIGHT)
+        self._length_sum = centres(self._typing) * CENTRE_WEIGHT
+        self.posterior.reset()
+
+    def observe(self, events: Iterable[ClusterEvent]) -> None:
+        """Count arrivals and ends; other kinds of events are none of the monitor's business."""
+        arrivals: list[Arrival] = []
+        outcomes: list[RequestOutcome] = []
+        for event in events:
+            if event.arrival is not None:
+                arrivals.append(event.arrival)
+            elif event.outcome is not None:
+                outcomes.append(event.outcome)
+        self._num_open = max(0, self._num_open + len(arrivals) - len(outcomes))
+        if arrivals:
+            self._count_arrivals(arrivals)
+        finished = [o for o in outcomes if o.status is RequestStatus.FINISHED]
+        if finished:
+            self._count_finished(finished)
+
+    def _decay_to(self, now_s: float) -> None:
+        elapsed_s = now_s - self._last_s
+        if elapsed_s > 0:
+            self._arrived *= np.exp(-elapsed_s / self._taus)[:, None]
+            self._ended *= math.exp(-elapsed_s / self._window_s)
+            self._last_s = now_s
+
+    def _count_arrivals(self, arrivals: list[Arrival]) -> None:
+        rows = self.posterior.rows([a.prompt_tokens for a in arrivals])
+        times = np.array([a.arrival_s for a in arrivals])
+        self._decay_to(float(times.max()))
+        weight = np.exp(np.minimum(times - self._last_s, 0.0)[None] / self._taus[:, None])
+        self._arrived += weight @ rows
+        self._interval += rows.sum(axis=0)
+
+    def _count_finished(self, finished: list[RequestOutcome]) -> None:
+        lengths = np.array([(o.prompt_tokens, o.output_tokens) for o in finished], np.float64)
+        types = assign(self._typing, lengths[:, 0], lengths[:, 1])
+        self.posterior.observe([o.prompt_tokens for o in finished], types)
+        keep = 1.0 - 1.0 / LENGTH_MEMORY
+        counts = np.bincount(types, minlength=len(self._typing.types))
+        faded = keep**counts
+        self._length_weight = self._length_weight * faded + counts
+        self._length_sum *= faded[:, None]
+        np.add.at(self._length_sum, types, lengths)
+        self._decay_to(max(o.finish_s for o in finished))
+        for outcome in finished:
+            self._count_latency(outcome)
+
+    def _count_latency(self, outcome: RequestOutcome) -> None:
+        weight = math.exp(min(outcome.finish_s - self._last_s, 0.0) / self._window_s)
+        ttft_s, tpot_s = outcome.ttft_s, outcome.tpot_s
+        self._ended += weight * np.array(
+            (
+                1.0,
+                outcome.finish_s - outcome.arrival_s,
+                0.0 if ttft_s is None else 1.0,
+                ttft_s or 0.0,
+                0.0 if tpot_s is None else 1.0,
+                tpot_s or 0.0,
+            )
+        )
+
+    def take_interval(self, now_s: float) -> Floats:
+        """[J] mean arrival rates since the last call (or reset), in requests per second."""
+        elapsed_s = max(now_s - self._interval_start_s, 1e-9)
+        rates = self._interval / elapsed_s
+        self._interval, self._interval_start_s = np.zeros_like(self._interval), now_s
+        return np.asarray(rates)
+
+    def interval_s(self, now_s: float) -> float:
+        """Seconds since the last interval was taken."""
+        return now_s - self._interval_start_s
+
+    def _rates(self, now_s: float) -> tuple[tuple[float, ...], ...]:
+        """Decayed counts over decayed time; the weights since the start sum to one."""
+        observed_s = max(now_s - self._start_s, 1e-3)
+        seen_s = self._taus * -np.expm1(-observed_s / self._taus)
+        return tuple(map(tuple, (self._arrived / seen_s[:, None]).tolist()))
+
+    def _age_s(self, snapshot: ClusterSnapshot) -> float:
+        known = {s.replica_id: s for s in snapshot.replicas}
+        age_s = 0.0
+        for replica in snapshot.deployment.replicas:
+            stats = known.get(replica.replica_id)
+            if stats is None or not _is_finite(stats):
+                return math.inf
+            age_s = max(age_s, snapshot.now_s - stats.measured_at_s)
+        return age_s
+
+    def state(self, snapshot: ClusterSnapshot) -> MonitorState:
+        """The view at the snapshot's time. Call after the events up to it were observed."""
+        self._decay_to(snapshot.now_s)
+        live = [s for s in snapshot.replicas if s.alive and _is_finite(s)]
+        usage = [s.kv_blocks_used / s.kv_blocks_total for s in live if s.kv_blocks_total > 0]
+        age_s = self._age_s(snapshot)
+        is_stale = not age_s <= self._stale_after_s
+        counted = sum(s.num_running + s.num_waiting for s in live) + snapshot.num_queued_unrouted
+        count, latency, ttft_n, ttft, tpot_n, tpot = self._ended.tolist()
+        lengths = (self._length_sum / self._length_weight[:, None]).tolist()
+        return MonitorState(
+            at_s=snapshot.now_s,
+            observed_s=max(snapshot.now_s - self._start_s, 0.0),
+            rates=self._rates(snapshot.now_s),
+            num_outstanding=self._num_open if is_stale else counted,
+            num_waiting=sum(s.num_waiting for s in live) + snapshot.num_queued_unrouted,
+            waiting_prompt_tokens=sum(s.waiting_prompt_tokens for s in live),
+            running_context_tokens=sum(s.running_context_tokens for s in live),
+            kv_usage_mean=sum(usage) / len(usage) if usage else 0.0,
+            kv_usage_max=max(usage, default=0.0),
+            num_finished_recent=count,
+            latency_s=latency / count if count > 0 else 0.0,
+            ttft_s=ttft / ttft_n if ttft_n > 0 else 0.0,
+            tpot_s=tpot / tpot_n if tpot_n > 0 else 0.0,
+            prompt_tokens=tuple(row[0] for row in lengths),
+            output_tokens=tuple(row[1] for row in lengths),
+            stats_age_s=age_s,
+            is_stale=is_stale,
+        )

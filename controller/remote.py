@@ -1,0 +1,111 @@
+"""RemoteCluster: a `Cluster` over gRPC. Every call has a deadline and raises engine.errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from engine.cluster import (
+    ClusterSnapshot,
+    ClusterSpec,
+    EventBatch,
+    Routing,
+    SwitchPlan,
+    SwitchTicket,
+)
+from engine.wire import error_of, from_proto, to_proto
+from protos import engine_pb2, engine_pb2_grpc
+
+
+class RemoteCluster:
+    """Owns one channel to an engine; close it."""
+
+    def __init__(
+        self,
+        target: str,
+        timeout_s: float = 5.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        options = [("grpc.max_receive_message_length", 64 << 20)]
+        self._channel = (
+            grpc.insecure_channel(target, options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options)
+        )
+        self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
+        self._timeout_s = timeout_s
+        self._description: Any = None
+
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+
+    def _describe(self) -> Any:
+        if self._description is None:
+            self._description = self._call(self._stub.Describe, engine_pb2.DescribeRequest())
+        return self._description
+
+    @property
+    def spec(self) -> ClusterSpec:
+        """Static facts; asked for once."""
+        return from_proto(ClusterSpec, self._describe().spec)
+
+    @property
+    def served_model_name(self) -> str:
+        return str(self._describe().served_model_name)
+
+    @property
+    def profile_json(self) -> dict[str, Any] | None:
+        """The engine's measured profile, if it was given one."""
+        described = self._describe()
+        if not described.HasField("profile_json"):
+            return None
+        data: dict[str, Any] = json.loads(described.profile_json)
+        return data
+
+    def snapshot(self) -> ClusterSnapshot:
+        response = self._call(self._stub.Snapshot, engine_pb2.SnapshotRequest())
+        return from_proto(ClusterSnapshot, response.snapshot)
+
+    def apply(self, plan: SwitchPlan) -> SwitchTicket:
+        """Start the switch and return its first state; it goes on without this call."""
+        request = engine_pb2.ApplySwitchRequest()
+        to_proto(plan, request.plan)
+        states = self._stub.ApplySwitch(request, timeout=self._timeout_s)
+        try:
+            return from_proto(SwitchTicket, next(states).ticket)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        finally:
+            states.cancel()
+
+    def ticket(self, ticket_id: str) -> SwitchTicket:
+        request = engine_pb2.GetTicketRequest(ticket_id=ticket_id)
+        return from_proto(SwitchTicket, self._call(self._stub.GetTicket, request).ticket)
+
+    def cancel(self, ticket_id: str) -> SwitchTicket:
+        request = engine_pb2.CancelSwitchRequest(ticket_id=ticket_id)
+        return from_proto(SwitchTicket, self._call(self._stub.CancelSwitch, request).ticket)
+
+    def set_routing(self, routing: Routing) -> None:
+        request = engine_pb2.SetRoutingRequest()
+        to_proto(routing, request.routing)
+        self._call(self._stub.SetRouting, request)
+
+    def events(self, cursor: int) -> EventBatch:
+        request = engine_pb2.ListEventsRequest(cursor=cursor)
+        return from_proto(EventBatch, self._call(self._stub.ListEvents, request).batch)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> RemoteCluster:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,32 @@
+"""`python -m engine`: serve one model. Imports happen in `main`: workers re-import this module."""
+
+from __future__ import annotations
+
+
+def main(argv: list[str]) -> int:
+    import argparse
+    import asyncio
+    import logging
+
+    from engine.config import EngineConfig, add_arguments, parse_config
+    from engine.errors import TidewrightError
+
+    parser = argparse.ArgumentParser("python -m engine", description="Serve one model.")
+    add_arguments(parser, EngineConfig)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        config = parse_config(parser, EngineConfig, argv)
+        from engine.app import serve
+
+        asyncio.run(serve(config))
+    except TidewrightError as error:
+        parser.exit(2, f"error: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

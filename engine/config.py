@@ -1,0 +1,113 @@
+"""EngineConfig: every option of `python -m engine`, with its meaning, unit and default."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import InvalidRequestError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class EngineConfig(BaseModel):
+    """What an engine is started with; nothing is written back after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("tiny", description="checkpoint folder (Hugging Face format), or 'tiny'")
+    served_model_name: str = Field("", description="name in the API; default: the folder's name")
+    num_workers: int = Field(4, ge=1, le=64, description="worker processes, one per device")
+    deployment: str = Field("4xtp1pp1", description="initial replicas, e.g. 1xtp2pp1+2xtp1pp1")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of weights and KV cache"
+    )
+    device: Literal["cpu"] = Field("cpu", description="where ranks compute")
+    device_memory_mb: float = Field(
+        40.0, gt=0, description="megabytes (1e6) per worker for weights and KV cache"
+    )
+    link_gb_per_s: float = Field(
+        1.0, gt=0, description="gigabytes (1e9) per second between two workers, for planning"
+    )
+    block_size: int = Field(16, ge=1, description="tokens per KV block")
+    max_model_len: int | None = Field(
+        512, ge=2, description="tokens of prompt and output together; null: the model's own"
+    )
+    max_num_seqs: int = Field(32, ge=1, description="sequences a replica runs at once")
+    max_num_batched_tokens: int = Field(256, ge=1, description="tokens of one step of a replica")
+    max_queue: int = Field(1000, ge=1, description="requests in the engine before it says 429")
+    host: str = Field("127.0.0.1", description="address of both servers")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")
+    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0: any free one")
+    executor: Literal["local"] = Field("local", description="where workers run")
+    profile: Path | None = Field(None, description="ServingProfile JSON to hand to controllers")
+    seed: int = Field(0, ge=0, description="of the tiny model's random weights")
+    drain_timeout_s: float = Field(
+        10.0, ge=0, description="seconds that running requests get at shutdown"
+    )
+
+
+def load_config(kind: type[Model], path: Path | None, overrides: Mapping[str, Any]) -> Model:
+    """A config from a YAML or JSON file and overriding values; None overrides nothing.
+
+    Raises InvalidRequestError in one sentence that names the key and what to change.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise InvalidRequestError(
+                f"config file {path} cannot be read: {error.strerror}."
+            ) from error
+        except yaml.YAMLError as error:
+            raise InvalidRequestError(f"config file {path} is not YAML or JSON: {error}") from error
+        if not isinstance(loaded, dict):
+            raise InvalidRequestError(f"config file {path} must hold keys and values.")
+        values = loaded
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    return validate(kind, values, str(path) if path is not None else "the command line")
+
+
+def validate(kind: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """Validate, turning pydantic's report into one sentence."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            names = list(kind.model_fields)
+            near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
+            raise InvalidRequestError(f"unknown key {key!r} in {where}; {hint}") from None
+        raise InvalidRequestError(
+            f"{key or 'config'} in {where} is {first.get('input')!r}: {first['msg']}."
+        ) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> None:
+    """One `--flag` per field, with its meaning and default, plus `--config FILE`."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML or JSON with any of these"
+    )
+    for name, field in kind.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            metavar=name.rsplit("_", 1)[-1].upper(),
+            help=f"{field.description} (default: {field.default})".replace("%", "%%"),
+        )
+
+
+def parse_config(parser: argparse.ArgumentParser, kind: type[Model], argv: list[str]) -> Model:
+    """Flags over file over defaults. Raises InvalidRequestError."""
+    values = vars(parser.parse_args(argv))
+    path = values.pop("config")
+    return load_config(kind, path, values)

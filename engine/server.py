@@ -1,0 +1,190 @@
+"""EngineService over gRPC: every handler checks, calls the runtime, converts back; no logic."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engine.cluster import Routing, SwitchPlan
+from engine.errors import InvalidRequestError, TidewrightError, UnavailableError
+from engine.request import SamplingParams
+from engine.runtime import EngineRuntime
+from engine.tokenizer import IncrementalDecoder, Tokenizer
+from engine.wire import ERROR_KEY, from_proto, status_of, to_proto
+from protos import engine_pb2, engine_pb2_grpc
+
+SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+WATCH_POLL_S = 1.0
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns a TidewrightError into its status, with its class name in the trailing metadata."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.unary_unary is None:  # reflection's stream-stream
+            return handler
+        return grpc.unary_unary_rpc_method_handler(
+            _guard_unary(handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+async def _abort(context: Any, error: TidewrightError) -> None:
+    await context.abort(status_of(error), str(error), ((ERROR_KEY, type(error).__name__),))
+
+
+def _guard_unary(method: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except TidewrightError as error:
+            return await _abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(method: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except TidewrightError as error:
+            await _abort(context, error)
+
+    return guarded
+
+
+class EngineService(engine_pb2_grpc.EngineServiceServicer):
+    """The servicer; `tokenizer` serves text prompts, token ids need none."""
+
+    def __init__(self, runtime: EngineRuntime, tokenizer: Tokenizer, model_name: str) -> None:
+        self._runtime, self._tokenizer, self._model_name = runtime, tokenizer, model_name
+
+    async def Describe(self, request: Any, context: Any) -> Any:
+        response = engine_pb2.DescribeResponse(served_model_name=self._model_name)
+        to_proto(self._runtime.spec, response.spec)
+        if self._runtime.profile_json is not None:
+            response.profile_json = json.dumps(self._runtime.profile_json)
+        return response
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        token_ids = self._prompt(request)
+        stream = self._runtime.generate(
+            request.request_id if request.HasField("request_id") else uuid.uuid4().hex,
+            token_ids,
+            sampling_of(request.sampling),
+            request.request_class,
+            request.client_id,
+        )
+        decoder = IncrementalDecoder(self._tokenizer)
+        try:
+            async for chunk in stream:
+                if chunk.finish_reason in ("abort", "error"):
+                    raise UnavailableError(f"the request ended early: {chunk.finish_reason}.")
+                yield engine_pb2.GenerateResponse(
+                    request_id=stream.request_id,
+                    token_ids=chunk.token_ids,
+                    text=decoder.push(chunk.token_ids, last=chunk.finish_reason is not None),
+                    finish_reason=chunk.finish_reason,
+                    prompt_tokens=len(token_ids),
+                )
+        finally:
+            stream.cancel()
+
+    def _prompt(self, request: Any) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                return self._tokenizer.encode(request.text)
+            case "token_ids":
+                return list(request.token_ids.ids)
+        raise InvalidRequestError("the request has no prompt; give text or token_ids.")
+
+    async def Snapshot(self, request: Any, context: Any) -> Any:
+        response = engine_pb2.SnapshotResponse()
+        to_proto(self._runtime.snapshot(), response.snapshot)
+        return response
+
+    async def ListEvents(self, request: Any, context: Any) -> Any:
+        response = engine_pb2.ListEventsResponse()
+        to_proto(self._runtime.events(request.cursor), response.batch)
+        return response
+
+    async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        cursor = request.cursor
+        while True:
+            batch = await self._runtime.wait_for_events(cursor, WATCH_POLL_S)
+            if batch.events or batch.num_lost:
+                yield to_proto_response(engine_pb2.WatchEventsResponse(), "batch", batch)
+            cursor = batch.next_cursor
+
+    async def ApplySwitch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        ticket = self._runtime.apply(from_proto(SwitchPlan, request.plan))
+        async for state in self._runtime.watch_ticket(ticket.ticket_id):
+            yield to_proto_response(engine_pb2.ApplySwitchResponse(), "ticket", state)
+
+    async def GetTicket(self, request: Any, context: Any) -> Any:
+        ticket = self._runtime.ticket(request.ticket_id)
+        return to_proto_response(engine_pb2.GetTicketResponse(), "ticket", ticket)
+
+    async def CancelSwitch(self, request: Any, context: Any) -> Any:
+        ticket = self._runtime.cancel(request.ticket_id)
+        return to_proto_response(engine_pb2.CancelSwitchResponse(), "ticket", ticket)
+
+    async def SetRouting(self, request: Any, context: Any) -> Any:
+        self._runtime.set_routing(from_proto(Routing, request.routing))
+        return engine_pb2.SetRoutingResponse()
+
+
+def to_proto_response(response: Any, field: str, value: Any) -> Any:
+    to_proto(value, getattr(response, field))
+    return response
+
+
+def sampling_of(message: Any) -> SamplingParams:
+    """Unset fields take the defaults of `SamplingParams`."""
+    given = {
+        field.name: value for field, value in message.ListFields() if field.name != "stop_token_ids"
+    }
+    return SamplingParams(**given, stop_token_ids=tuple(message.stop_token_ids))
+
+
+async def start_grpc(
+    runtime: EngineRuntime, tokenizer: Tokenizer, model_name: str, host: str, port: int
+) -> tuple[grpc.aio.Server, int]:
+    """Start the service with health and reflection. Raises UnavailableError: port in use."""
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(
+        EngineService(runtime, tokenizer, model_name), server
+    )
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    await healthy.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection(
+        (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"gRPC port {port} on {host} cannot be bound; it is in use or not allowed. Choose "
+            "another with --grpc-port, or 0 for any."
+        ) from error
+    await server.start()
+    return server, bound
