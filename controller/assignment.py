@@ -11,7 +11,8 @@ exact only if n_cj / n_cj' is the same for every c; the linear programme is exac
 Many small programmes are solved at once by a primal simplex on stacked tableaux: planning scores
 every deployment of a pool in one call. In units f_cj = x_cj / lambda_j and a_cj = lambda_j / n_cj
 the rows are theta - sum_c f_cj <= eps_j and sum_j a_cj f_cj <= capacity_c; all slacks basic is a
-feasible start, and small distinct eps_j keep ties (and cycling) away.
+feasible start, and small distinct eps_j keep ties (and cycling) away. With one or two
+configurations the optimum is known in closed form and no pivot is made.
 """
 
 from __future__ import annotations
@@ -75,15 +76,58 @@ def _pivot(table: Floats, basis: NDArray[np.int64]) -> bool:
 
 
 def solve_batch(loads: Floats, capacity: Floats) -> tuple[Floats, Floats]:
+    """Solve B programmes, the ones with at most two configurations in closed form.
+
+    Arguments and results as of `simplex_batch`, to which it is equal.
+    """
+    batch, configs, types = loads.shape
+    theta, shares = np.zeros(batch), np.zeros((batch, configs, types))
+    used = capacity > 0.0
+    finite = np.isfinite(loads).all(axis=(1, 2))
+    few = finite & used[:, 0] & (used.sum(axis=1) == used[:, :2].sum(axis=1))
+    if few.any():
+        pair = min(configs, 2)
+        theta[few], shares[few, :pair] = _solve_pairs(loads[few, :pair], capacity[few, :pair])
+    if not few.all():
+        theta[~few], shares[~few] = simplex_batch(loads[~few], capacity[~few])
+    return theta, shares
+
+
+def _solve_pairs(loads: Floats, capacity: Floats) -> tuple[Floats, Floats]:
+    """Exact optimum for one or two configurations (the second may have no capacity).
+
+    Types go to the first configuration in order of comparative advantage a_1j / a_2j until both
+    are equally busy; one type is split. An exchange of any two flows out of that order frees
+    capacity, so the order is optimal.
+    """
+    if loads.shape[1] == 1:
+        return capacity[:, 0] / loads[:, 0].sum(axis=1), np.ones_like(loads)
+    order = np.argsort(loads[:, 0] / loads[:, 1], axis=1)
+    first = np.take_along_axis(loads[:, 0], order, axis=1) / capacity[:, :1]
+    single = capacity[:, 1] <= 0.0
+    second = np.take_along_axis(loads[:, 1], order, axis=1)
+    second = second / np.where(single, 1.0, capacity[:, 1])[:, None]
+    ahead = np.cumsum(first, axis=1) - first  # busyness of the first by the types before
+    behind = np.cumsum(second[:, ::-1], axis=1)[:, ::-1]  # of the second by this and later ones
+    split = np.clip((behind - ahead) / (first + second), 0.0, 1.0)
+    split[single] = 1.0
+    peak = np.maximum((split * first).sum(axis=1), ((1.0 - split) * second).sum(axis=1))
+    shares = np.empty_like(loads)
+    np.put_along_axis(shares[:, 0], order, split, axis=1)
+    shares[:, 1] = 1.0 - shares[:, 0]
+    return 1.0 / peak, shares
+
+
+def simplex_batch(loads: Floats, capacity: Floats) -> tuple[Floats, Floats]:
     """Solve B programmes: loads[B, C, J] = lambda_j / n_cj (inf where c cannot serve j), and
     capacity[B, C] in replicas (0 where a row is unused).
 
     Returns theta[B] and the share f[B, C, J] of each type that goes to each configuration
     (columns sum to 1). theta is 0 where some type can be served by nobody.
     """
-    batch, configs, types = loads.shape
+    batch = len(loads)
     able = np.isfinite(loads) & (capacity > 0.0)[:, :, None]
-    possible = able.any(axis=1).all(axis=1)
+    possible = np.all(np.any(able, axis=1), axis=1)
     scale = np.where(able, loads, 0.0).sum(axis=(1, 2)) / np.maximum(able.sum(axis=(1, 2)), 1)
     scale = np.where(scale > 0.0, scale, 1.0)
     scaled = np.where(able, loads / scale[:, None, None], 1.0)

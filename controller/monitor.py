@@ -62,7 +62,7 @@ class Monitor:
     """Owns the counters. `observe` every event once, in order; `state` when a decision is due."""
 
     def __init__(self, typing: WorkloadTyping, window_s: float, stale_after_s: float) -> None:
-        assert window_s > 0 and stale_after_s > 0, (window_s, stale_after_s)
+        assert min(window_s, stale_after_s) > 0, (window_s, stale_after_s)
         self._typing, self._stale_after_s = typing, stale_after_s
         self._taus = window_s * np.array(SCALES)
         self._window_s = window_s

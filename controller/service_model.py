@@ -157,9 +157,7 @@ def mean_latency_s(
     return np.asarray((rate * counts * np.where(used, latency_s, 0.0)).sum(axis=1) / total)
 
 
-def kv_cost_params(
-    cluster: ProfiledCluster, target: Sequence[ParallelConfig]
-) -> KvCostParams:
+def kv_cost_params(cluster: ProfiledCluster, target: Sequence[ParallelConfig]) -> KvCostParams:
     """Costs that bind running requests to migrate or recompute, for the slowest of `target`:
     prefill speed of full steps, and a decode step of one sequence in mid context."""
     spec, context = cluster.spec, cluster.spec.model.max_model_len / 2.0

@@ -27,6 +27,12 @@ class EventLog:
         if self._on_append is not None:
             self._on_append(event)
 
+    def copy(self) -> EventLog:
+        """An independent log with the same events and nobody told of new ones."""
+        other = EventLog()
+        other._events, other._next_seq = self._events.copy(), self._next_seq
+        return other
+
     def since(self, cursor: int) -> EventBatch:
         """Events with seq >= cursor. A cursor beyond the end (of an earlier life) starts over."""
         first = self._next_seq - len(self._events)

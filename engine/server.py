@@ -8,66 +8,18 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from engine.cluster import Routing, SwitchPlan
-from engine.errors import InvalidRequestError, TidewrightError, UnavailableError
+from engine.errors import InvalidRequestError, UnavailableError
+from engine.grpc_server import start_server
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.tokenizer import IncrementalDecoder, Tokenizer
-from engine.wire import ERROR_KEY, from_proto, status_of, to_proto
+from engine.wire import from_proto, to_proto
 from protos import engine_pb2, engine_pb2_grpc
 
 SERVICE_NAME = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 WATCH_POLL_S = 1.0
-
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns a TidewrightError into its status, with its class name in the trailing metadata."""
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_unary is None:  # reflection's stream-stream
-            return handler
-        return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(handler.unary_unary),
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
-
-
-async def _abort(context: Any, error: TidewrightError) -> None:
-    await context.abort(status_of(error), str(error), ((ERROR_KEY, type(error).__name__),))
-
-
-def _guard_unary(method: Any) -> Any:
-    async def guarded(request: Any, context: Any) -> Any:
-        try:
-            return await method(request, context)
-        except TidewrightError as error:
-            return await _abort(context, error)
-
-    return guarded
-
-
-def _guard_stream(method: Any) -> Any:
-    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            async for response in method(request, context):
-                yield response
-        except TidewrightError as error:
-            await _abort(context, error)
-
-    return guarded
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
@@ -167,24 +119,10 @@ def sampling_of(message: Any) -> SamplingParams:
 async def start_grpc(
     runtime: EngineRuntime, tokenizer: Tokenizer, model_name: str, host: str, port: int
 ) -> tuple[grpc.aio.Server, int]:
-    """Start the service with health and reflection. Raises UnavailableError: port in use."""
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
-    engine_pb2_grpc.add_EngineServiceServicer_to_server(
-        EngineService(runtime, tokenizer, model_name), server
-    )
-    healthy = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    await healthy.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection(
-        (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
-    try:
-        bound = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise UnavailableError(
-            f"gRPC port {port} on {host} cannot be bound; it is in use or not allowed. Choose "
-            "another with --grpc-port, or 0 for any."
-        ) from error
-    await server.start()
-    return server, bound
+    """Start the service; returns the server and its port. Raises UnavailableError: port in use."""
+    servicer = EngineService(runtime, tokenizer, model_name)
+
+    def add(server: grpc.aio.Server) -> None:
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server)
+
+    return await start_server(add, SERVICE_NAME, host, port)

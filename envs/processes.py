@@ -96,6 +96,7 @@ def start_server(name: str, arguments: Sequence[str], log_path: Path) -> ServerP
         stderr=log,
         text=True,
         start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 

@@ -35,7 +35,7 @@ def _step_model(tp: int, pp: int) -> StepTimeModel:
     """Compute shrinks with tp, each all-reduce and stage hop adds to the base."""
     return StepTimeModel(
         ParallelConfig(tp, pp),
-        base_s=0.004 + 0.004 / tp + 0.001 * (tp - 1) + 0.002 * (pp - 1),
+        base_s=0.002 + 0.008 / tp + 0.0003 * (tp - 1) + 0.002 * (pp - 1),
         per_token_s=2e-4 / tp**0.8,
         per_seq_s=1e-4 / tp**0.5,
         per_context_token_s=1e-6 / tp,

@@ -1,0 +1,38 @@
+"""ControllerConfig: every option of `python -m controller`, with its meaning, unit and default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from controller.records import Mode
+
+
+class ControllerConfig(BaseModel):
+    """What a controller is started with; nothing is written back after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: str = Field("127.0.0.1:50051", description="host:port of the engine's gRPC service")
+    policy: Path = Field(
+        Path("policies/artifacts/demo"), description="checkpoint folder that train.py wrote"
+    )
+    rule: str = Field(
+        "", description="decide by this rule instead of the policy: keep, myopic or hysteresis"
+    )
+    profile: Path | None = Field(
+        None, description="measured cluster JSON; default: the engine's, else the checkpoint's"
+    )
+    mode: Mode = Field(Mode.ACTIVE, description="active, advisory (log only) or off")
+    deterministic: bool = Field(
+        True, description="take the most probable candidate; false: draw, for off-line evaluation"
+    )
+    policy_deadline_s: float = Field(
+        0.5, gt=0, description="seconds the policy gets before the hysteresis rule decides"
+    )
+    engine_timeout_s: float = Field(5.0, gt=0, description="deadline in seconds of engine calls")
+    log: Path | None = Field(None, description="decision log to append to (JSON lines)")
+    host: str = Field("127.0.0.1", description="address of the control service")
+    grpc_port: int = Field(50052, ge=0, le=65535, description="its port; 0: any free one")
+    seed: int = Field(0, ge=0, description="of the draws when not deterministic")

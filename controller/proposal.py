@@ -1,0 +1,66 @@
+"""A switch asked for by hand: planned and guarded like a candidate of the planner's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from controller.decision import DecisionPipeline, PreparedDecision
+from controller.guardrails import GuardrailConfig, mask_reasons
+from controller.service_model import kv_cost_params
+from engine.cluster import Candidate, Decision, ParallelConfig, deployment_key
+from engine.migration.plan import plan_switch, switch_cost
+
+
+def propose(
+    pipeline: DecisionPipeline, prepared: PreparedDecision, configs: Sequence[ParallelConfig]
+) -> tuple[Decision, tuple[str, ...]]:
+    """The decision that would switch to `configs`, and the vetoes against it.
+
+    Raises InfeasibleError when no plan exists.
+    """
+    snapshot, cluster = prepared.snapshot, pipeline.cluster
+    decision = pipeline.resolve(prepared, 0, policy_name="operator")
+    plan = plan_switch(
+        cluster.spec,
+        snapshot.deployment,
+        snapshot.epoch,
+        configs,
+        kv_cost_params(cluster, tuple(configs)),
+        cluster.profile.switch_overhead_s,
+        decision.decision_id,
+        snapshot.dead_devices,
+    )
+    candidate = _candidate(pipeline, prepared, tuple(configs))
+    reasons = mask_reasons(
+        cluster.spec,
+        snapshot,
+        (prepared.candidates[0], candidate),
+        prepared.monitor_state.is_stale,
+        pipeline.scheduler.reason(snapshot.now_s),
+        GuardrailConfig(min_headroom=pipeline.config.min_headroom),
+    )
+    key = deployment_key(configs)
+    decision = replace(decision, chosen_key=key, executed_key=key, plan=plan, reason="operator")
+    return decision, tuple(r for r in reasons[1:] if r)
+
+
+def _candidate(
+    pipeline: DecisionPipeline, prepared: PreparedDecision, configs: tuple[ParallelConfig, ...]
+) -> Candidate:
+    spec, forecast = pipeline.cluster.spec, prepared.forecast
+    median = pipeline.planner.estimate(configs, forecast.q50)
+    high = pipeline.planner.estimate(configs, forecast.q90)
+    cost = switch_cost(spec, prepared.snapshot.deployment, configs)
+    return Candidate(
+        configs=configs,
+        origin="operator",
+        routing=median.routing,
+        headroom=median.headroom,
+        headroom_q90=high.headroom,
+        latency_s=median.latency_s,
+        kv_capacity_tokens=0,
+        weight_bytes=cost.weight_bytes,
+        switch_s=cost.seconds + pipeline.cluster.profile.switch_overhead_s,
+        num_devices_changed=cost.devices_changed,
+    )

@@ -1,0 +1,88 @@
+"""What every gRPC server here shares: errors by the one table, health, reflection, a port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engine.errors import TidewrightError, UnavailableError
+from engine.wire import ERROR_KEY, status_of
+
+MAX_MESSAGE_BYTES = 64 << 20  # a switch plan lists every tensor slice
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns a TidewrightError into its status, with its class name in the trailing metadata."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.unary_unary is None:  # reflection's stream-stream
+            return handler
+        return grpc.unary_unary_rpc_method_handler(
+            _guard_unary(handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+async def _abort(context: Any, error: TidewrightError) -> None:
+    await context.abort(status_of(error), str(error), ((ERROR_KEY, type(error).__name__),))
+
+
+def _guard_unary(method: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except TidewrightError as error:
+            return await _abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(method: Any) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except TidewrightError as error:
+            await _abort(context, error)
+
+    return guarded
+
+
+async def start_server(
+    add_servicer: Callable[[grpc.aio.Server], None], service_name: str, host: str, port: int
+) -> tuple[grpc.aio.Server, int]:
+    """Start one service with health and reflection; returns the server and its port.
+
+    Raises UnavailableError when the port cannot be bound.
+    """
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+    add_servicer(server)
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    await healthy.set(service_name, health_pb2.HealthCheckResponse.SERVING)
+    names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"gRPC port {port} on {host} cannot be bound; it is in use or not allowed. Choose "
+            "another with --grpc-port, or 0 for any."
+        ) from error
+    await server.start()
+    return server, bound

@@ -1,0 +1,227 @@
+"""The main job, once: engine, controller and a replayed trace, observed from outside.
+
+Everything is learnt through public doors: the OpenAI API, EngineService and ControlService.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from controller.records import TickRecord
+from controller.remote import RemoteCluster
+from controller.remote_control import RemoteControl
+from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
+from engine.errors import InvalidRequestError, UnavailableError
+from envs.processes import ServerProcess, start_server
+from envs.replay import Replay, ReplaySummary, build_replay
+from envs.traces import Trace
+
+ENGINE_READY = r"ready: (?P<url>\S+) grpc (?P<grpc>\S+) model (?P<model>\S+)"
+CONTROLLER_READY = r"ready:.* grpc (?P<grpc>\S+)"
+START_TIMEOUT_S = 60.0
+SAMPLE_INTERVAL_S = 0.5
+NUM_BYTE_TOKENS = 256  # prompts draw from token ids below it: bytes, in the tiny model
+
+
+@dataclass(frozen=True, slots=True)
+class ShowcaseConfig:
+    """What is started and what is sent to it."""
+
+    policy: Path
+    run_dir: Path  # logs of both servers, decision logs
+    engine_args: tuple[str, ...] = ()
+    controller_args: tuple[str, ...] = ()
+    seed: int = 0  # of prompts
+
+
+@dataclass(slots=True)
+class LiveStatus:
+    """What a view shows; its `Observer` is the only writer."""
+
+    title: str
+    num_total: int
+    elapsed_s: float = 0.0
+    num_sent: int = 0
+    num_ended: int = 0
+    tokens: int = 0
+    snapshot: ClusterSnapshot | None = None
+    ticks: deque[TickRecord] = field(default_factory=lambda: deque(maxlen=500))
+    switches: list[SwitchTicket] = field(default_factory=list)  # terminal ones
+
+
+class View(Protocol):
+    """Shows a `LiveStatus` whenever it has changed."""
+
+    def update(self, status: LiveStatus) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """One replay with its switches (terminal tickets) and the controller's decisions."""
+
+    summary: ReplaySummary
+    switches: tuple[SwitchTicket, ...]
+    decision_ids: frozenset[str]
+    reasons: tuple[str, ...]  # why requests were rejected or lost, each once
+
+
+def cut_window(trace: Trace, start_s: float, length_s: float, speed: float) -> Trace:
+    """Requests arriving in [start, start + length), times from 0 and divided by `speed`.
+
+    Raises InvalidRequestError when the window is empty.
+    """
+    inside = (trace.arrival_s >= start_s) & (trace.arrival_s < start_s + length_s)
+    if not inside.any():
+        end_s = float(trace.arrival_s[-1]) if len(trace.arrival_s) else 0.0
+        raise InvalidRequestError(
+            f"no request arrives in {start_s:.0f}..{start_s + length_s:.0f} s of the trace, which "
+            f"ends at {end_s:.0f} s; choose another start."
+        )
+    return Trace(
+        arrival_s=(trace.arrival_s[inside] - start_s) / speed,
+        prompt_tokens=trace.prompt_tokens[inside],
+        output_tokens=trace.output_tokens[inside],
+    )
+
+
+def scale_lengths(trace: Trace, factor: float, max_model_len: int) -> tuple[Trace, int]:
+    """Lengths times `factor`, at least one prompt and two output tokens, cut to fit the context.
+
+    Returns the trace and how many requests had to be cut.
+    """
+    prompt = np.maximum(1, np.rint(trace.prompt_tokens * factor)).astype(np.int64)
+    output = np.maximum(2, np.rint(trace.output_tokens * factor)).astype(np.int64)
+    output_fit = np.minimum(output, max_model_len // 2)
+    prompt_fit = np.minimum(prompt, max_model_len - output_fit)
+    num_cut = int(np.count_nonzero((output_fit < output) | (prompt_fit < prompt)))
+    return replace(trace, prompt_tokens=prompt_fit, output_tokens=output_fit), num_cut
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The doors of a running engine and controller."""
+
+    url: str
+    model: str
+    cluster: RemoteCluster
+    control: RemoteControl
+
+
+@contextlib.contextmanager
+def running_server(name: str, arguments: list[str], log_path: Path) -> Iterator[ServerProcess]:
+    server = start_server(name, arguments, log_path)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_pool(config: ShowcaseConfig, mode: str) -> AsyncIterator[Pool]:
+    """Engine, then controller in `mode` (active or off); afterwards none of their processes."""
+    run_dir = config.run_dir / mode
+    (run_dir / "decisions.jsonl").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        arguments = ["engine", "--port", "0", "--grpc-port", "0", *config.engine_args]
+        engine = stack.enter_context(running_server("engine", arguments, run_dir / "engine.log"))
+        ready = await asyncio.to_thread(engine.wait_ready, ENGINE_READY, START_TIMEOUT_S)
+        arguments = [
+            *("controller", "--engine", ready["grpc"], "--grpc-port", "0", "--mode", mode),
+            *("--policy", str(config.policy), "--log", str(run_dir / "decisions.jsonl")),
+            *config.controller_args,
+        ]
+        controller = stack.enter_context(
+            running_server("controller", arguments, run_dir / "controller.log")
+        )
+        steering = await asyncio.to_thread(controller.wait_ready, CONTROLLER_READY, START_TIMEOUT_S)
+        cluster = stack.enter_context(RemoteCluster(ready["grpc"]))
+        control = stack.enter_context(RemoteControl(steering["grpc"]))
+        yield Pool(ready["url"], ready["model"], cluster, control)
+
+
+@dataclass(slots=True)
+class Observer:
+    """Brings a `LiveStatus` up to date from the doors of a pool and the client's own counts."""
+
+    pool: Pool
+    replay: Replay
+    status: LiveStatus
+    started_s: float
+    cursor: int = 0
+    next_seq: int = 1
+
+    def sample(self) -> None:
+        """Blocking. Raises engine.errors when engine or controller do not answer."""
+        status, records = self.status, self.replay.records
+        status.elapsed_s = time.monotonic() - self.started_s
+        status.num_sent, status.num_ended = self.replay.num_sent, len(records)
+        status.tokens = sum(r.output_tokens for r in records)
+        status.snapshot = self.pool.cluster.snapshot()
+        self._sample_switches()
+        for tick in self.pool.control.ticks(self.next_seq):
+            status.ticks.append(tick)
+            self.next_seq = tick.seq + 1
+
+    def _sample_switches(self) -> None:
+        batch = self.pool.cluster.events(self.cursor)
+        self.cursor = batch.next_cursor
+        self.status.switches += [
+            event.ticket
+            for event in batch.events
+            if event.kind is EventKind.SWITCH
+            and event.ticket is not None
+            and event.ticket.phase.is_terminal
+        ]
+
+    async def follow(self, view: View) -> None:
+        """Sample and show until cancelled; an answer that fails to come is tried again."""
+        while True:
+            with contextlib.suppress(UnavailableError):
+                await asyncio.to_thread(self.sample)
+            view.update(self.status)
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
+
+    async def wait_switch_end(self, timeout_s: float = 10.0) -> None:
+        """A switch that began before the last token may still release; give it time to end."""
+        deadline_s = time.monotonic() + timeout_s
+        await asyncio.to_thread(self.sample)
+        while time.monotonic() < deadline_s:
+            if self.status.snapshot is None or not self.status.snapshot.switch_in_flight:
+                return
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(self.sample)
+
+
+async def run_once(
+    config: ShowcaseConfig, trace: Trace, mode: str, title: str, view: View
+) -> RunReport:
+    """Start the pool in `mode`, replay `trace`, stop the pool."""
+    async with running_pool(config, mode) as pool:
+        replay = build_replay(f"{pool.url}/v1", pool.model, trace, NUM_BYTE_TOKENS, config.seed)
+        grid_s = await asyncio.to_thread(pool.control.grid_s)
+        status = LiveStatus(f"{title}; a decision every {grid_s:g} s", len(trace.arrival_s))
+        observer = Observer(pool, replay, status, time.monotonic())
+        following = asyncio.create_task(observer.follow(view))
+        try:
+            summary = await replay.run()
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            await replay.client.close()
+        await observer.wait_switch_end()
+        view.update(status)
+    return RunReport(
+        summary=summary,
+        switches=tuple(status.switches),
+        decision_ids=frozenset(t.decision_id for t in status.ticks if t.decision_id),
+        reasons=tuple(sorted({r.reason for r in replay.records if r.reason})),
+    )

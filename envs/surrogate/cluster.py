@@ -1,0 +1,343 @@
+"""SurrogateCluster: the engine's behaviour, computed. A `Drivable` with its own clock. Pure.
+
+Only the time of a step is a model (`StepTimeModel`, measured on the engine); which sequences run
+in it, which blocks they hold and where requests go follow the engine's own rules.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from engine.cluster import (
+    Arrival,
+    ClusterSnapshot,
+    ClusterSpec,
+    Deployment,
+    EventBatch,
+    EventKind,
+    Replica,
+    Request,
+    RequestOutcome,
+    RequestStatus,
+    Routing,
+    SwitchPlan,
+    SwitchTicket,
+)
+from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
+from engine.events import EventLog
+from engine.migration.plan import check_memory
+from engine.profile import ProfiledCluster
+from engine.router import ReplicaLoad, shares
+from engine.shards import num_kv_blocks
+from envs.surrogate import kernel
+from envs.surrogate.kernel import REJECTED, WAITING
+from envs.surrogate.latency import step_coefficients
+from envs.surrogate.state import SurrogateState
+from envs.surrogate.switch import SurrogateSwitch
+
+
+class SurrogateCluster:
+    """Serves submitted requests on a simulated clock that starts at 0.
+
+    `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
+    exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
+    """
+
+    def __init__(
+        self,
+        cluster: ProfiledCluster,
+        initial: Deployment,
+        max_queue: int = 100_000,
+        seed: int = 0,
+        spread: float = 0.0,
+    ) -> None:
+        self._profiled = cluster
+        self._coefficients = step_coefficients(cluster.profile)
+        self.check_deployment(initial)
+        step_factor, self._switch_factor = np.exp(
+            spread * np.random.default_rng(seed).standard_normal(2)
+        ).tolist()
+        for numbers in self._coefficients.values():
+            numbers[:-1] *= step_factor  # all but stage_share
+        self.state = SurrogateState(cluster.spec, max_queue)
+        self._now_s = 0.0
+        self._pending: list[tuple[float, int, int]] = []  # arrival_s, order of submission, slot
+        self._num_submitted = 0
+        self._log = EventLog()
+        self._tickets: dict[str, SwitchTicket] = {}
+        self._switch: SurrogateSwitch | None = None
+        self._rows: dict[int, int] = {}  # replica id -> row
+        self._epoch, self._deployment = 0, initial
+        self.add_rows(initial.replicas)
+        self._serve(initial)
+
+    # ---------------------------------------------------------------- Cluster
+
+    @property
+    def spec(self) -> ClusterSpec:
+        return self._profiled.spec
+
+    def snapshot(self) -> ClusterSnapshot:
+        counts = self.state.counts[0]
+        return ClusterSnapshot(
+            now_s=self._now_s,
+            epoch=self._epoch,
+            deployment=self._deployment,
+            routing=self._routing,
+            replicas=tuple(
+                self.state.stats(self._rows[r.replica_id], r.replica_id, self._now_s)
+                for r in self._deployment.replicas
+            ),
+            switch=next(reversed(self._tickets.values()), None),
+            num_arrived=int(counts["arrived"]),
+            num_finished=int(counts["finished"]),
+            num_rejected=int(counts["rejected"]),
+            num_queued_unrouted=int(self.state.lists[-1, WAITING]["count"]),
+        )
+
+    def apply(self, plan: SwitchPlan) -> SwitchTicket:
+        """Start a switch; see `Cluster.apply`. InvalidRequestError for an unprofiled
+        configuration."""
+        if self._switch is not None:
+            raise SwitchInProgressError(
+                f"switch {self._switch.ticket.ticket_id} is in phase "
+                f"{self._switch.ticket.phase}; wait for it or cancel it."
+            )
+        if plan.expected_epoch != self._epoch:
+            raise StaleEpochError(
+                f"the plan was made for epoch {plan.expected_epoch}, the current one is "
+                f"{self._epoch}; plan again from a new snapshot."
+            )
+        self.check_deployment(plan.target)
+        ticket_id = f"switch-{len(self._tickets):04d}"
+        self._switch = SurrogateSwitch(
+            plan, ticket_id, self._deployment, self._profiled.profile, self._switch_factor
+        )
+        self._switch.start(self, self._now_s)
+        return self._switch.ticket
+
+    def check_deployment(self, deployment: Deployment) -> None:
+        """Raises InfeasibleError (does not fit) or InvalidRequestError (not profiled)."""
+        self.spec.check(deployment.configs)
+        for parallel in set(deployment.configs):
+            check_memory(self.spec, parallel)
+            self._profiled.profile.step_model(parallel)
+
+    def ticket(self, ticket_id: str) -> SwitchTicket:
+        if ticket_id not in self._tickets:
+            raise NotFoundError(f"there is no switch {ticket_id!r}.")
+        return self._tickets[ticket_id]
+
+    def cancel(self, ticket_id: str) -> SwitchTicket:
+        """At once, and the old deployment serves on."""
+        self.ticket(ticket_id)
+        if self._switch is not None and self._switch.ticket.ticket_id == ticket_id:
+            self._switch.cancel(self, self._now_s)
+        return self._tickets[ticket_id]
+
+    def set_routing(self, routing: Routing) -> None:
+        current = {r.replica_id for r in self._deployment.replicas}
+        if set(routing.replica_ids) != current:
+            raise StaleEpochError(
+                f"routing names replicas {sorted(routing.replica_ids)}, the deployment has "
+                f"{sorted(current)}; take a new snapshot."
+            )
+        self._set_routing(routing)
+
+    def events(self, cursor: int) -> EventBatch:
+        return self._log.since(cursor)
+
+    # ---------------------------------------------------------------- Drivable
+
+    def submit(self, request: Request) -> None:
+        assert request.arrival_s >= self._now_s, (request.arrival_s, self._now_s)
+        slot = self.state.add_request(request)
+        self._pending.append((request.arrival_s, self._num_submitted, slot))
+        self._num_submitted += 1
+
+    def advance(self, until_s: float) -> None:
+        """Compute up to `until_s`. A switch passes a phase border just after that instant."""
+        assert until_s >= self._now_s, (until_s, self._now_s)
+        while self._switch is not None and self._switch.border_s < until_s:
+            border_s = self._switch.border_s
+            self._simulate(border_s)
+            self._switch.cross_border(self, border_s)
+        self._simulate(until_s)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def fork(self) -> SurrogateCluster:
+        """An independent copy that goes on from the same state, log and clock included."""
+        other = copy(self)
+        other.state = self.state.copy()
+        other._pending, other._rows = self._pending.copy(), self._rows.copy()
+        other._log, other._tickets = self._log.copy(), self._tickets.copy()
+        other._switch = copy(self._switch)
+        return other
+
+    # ---------------------------------------------------------------- time
+
+    def _simulate(self, until_s: float) -> None:
+        arriving = self._take_arriving(until_s)
+        state = self.state
+        kernel.advance(
+            state.seqs,
+            state.replicas,
+            state.lists,
+            state.batches,
+            self._row_order,
+            self._shares,
+            self._edges,
+            state.limits[0],
+            state.counts[0],
+            arriving,
+            state.ended,
+            until_s,
+        )
+        ended = state.ended[: state.counts[0]["ended"]].copy()
+        self._log_events(arriving, ended)
+        state.release(ended)
+        self._now_s = until_s
+
+    def _take_arriving(self, until_s: float) -> Any:
+        self._pending.sort()
+        count = 0
+        while count < len(self._pending) and self._pending[count][0] <= until_s:
+            count += 1
+        taken, self._pending = self._pending[:count], self._pending[count:]
+        return np.array([slot for _, _, slot in taken], np.int64)
+
+    def _log_events(self, arriving: Any, ended: Any) -> None:
+        """In order of time; at one instant ends, then arrivals, then rejections."""
+        if not len(arriving) and not len(ended):
+            return
+        records = self.state.seqs[ended]
+        rejected = records["status"] == REJECTED
+        ended_s = np.where(rejected, records["arrival_s"], records["last_token_s"])
+        at_s = np.concatenate([ended_s, self.state.seqs["arrival_s"][arriving]])
+        rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arriving), np.int64)])
+        slots, times, values = (
+            [*ended.tolist(), *arriving.tolist()],
+            at_s.tolist(),
+            records.tolist(),
+        )
+        for i in np.lexsort((rank, at_s)).tolist():
+            request = self.state.requests[slots[i]]
+            assert request is not None
+            if i < len(ended):
+                outcome = self._outcome(request, values[i], times[i])
+                self._log.append(times[i], EventKind.ENDED, outcome=outcome)
+            else:
+                self._log.append(times[i], EventKind.ARRIVED, arrival=_arrival(request))
+
+    def _outcome(self, request: Request, values: tuple[Any, ...], at_s: float) -> RequestOutcome:
+        record = dict(zip(kernel.SEQUENCE.names or (), values, strict=True))
+        served = record["status"] != REJECTED
+        return RequestOutcome(
+            request_id=request.request_id,
+            status=RequestStatus.FINISHED if served else RequestStatus.REJECTED,
+            arrival_s=request.arrival_s,
+            first_token_s=record["first_token_s"] if served else None,
+            finish_s=at_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=record["output_tokens"],
+            replica_id=self._replica_id_of(record["row"]) if served else None,
+            longest_gap_s=record["longest_gap_s"],
+            num_preemptions=record["num_preemptions"],
+            num_moves=record["num_moves"],
+            request_class=request.request_class,
+            client_id=request.client_id,
+        )
+
+    # ---------------------------------------------------------------- replicas and routing
+
+    def _replica_id_of(self, row: int) -> int:
+        return next(replica_id for replica_id, r in self._rows.items() if r == row)
+
+    def row_of(self, replica: Replica) -> int:
+        return self._rows[replica.replica_id]
+
+    def add_rows(self, replicas: tuple[Replica, ...] | list[Replica]) -> None:
+        """Rows for new replicas, idle and closed."""
+        for replica in replicas:
+            row = min(set(range(len(self.state.replicas))) - set(self._rows.values()))
+            self._rows[replica.replica_id] = row
+            self.state.add_replica(row, replica.parallel, self._coefficients[replica.parallel])
+
+    def drop_rows(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            self.state.clear_lists(self._rows.pop(replica.replica_id))
+
+    def commit(self, target: Deployment) -> None:
+        """Make `target` current: a new epoch, with routing by load."""
+        self._epoch += 1
+        self._serve(target)
+
+    def _serve(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._row_order = np.array([self.row_of(r) for r in deployment.replicas], np.int64)
+        self.state.replicas["is_open"][self._row_order] = 1
+        self._set_routing(Routing(tuple(r.replica_id for r in deployment.replicas)))
+
+    def _set_routing(self, routing: Routing) -> None:
+        """Tabulate `engine.router.shares` per bucket of prompt lengths."""
+        self._routing = routing
+        edges = routing.prompt_edges if routing.weights else ()
+        samples = [*edges, edges[-1] + 1] if edges else [1]
+        loads = [
+            ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, self._capacity(r))
+            for r in self._deployment.replicas
+        ]
+        self._edges = np.array(edges, np.int64)
+        self._shares = np.array([shares(routing, loads, prompt) for prompt in samples])
+
+    def _capacity(self, replica: Replica) -> int:
+        return num_kv_blocks(self.spec, replica.parallel) * self.spec.block_size
+
+    def route_held(self, now_s: float) -> None:
+        """Send what was held back to the replicas that are open now."""
+        state, held_row = self.state, len(self.state.replicas)
+        held = state.linked(held_row, WAITING)
+        state.clear_lists(held_row)
+        for slot in held:
+            kernel.route(
+                state.seqs,
+                state.replicas,
+                state.lists,
+                self._row_order,
+                self._shares,
+                self._edges,
+                state.limits[0],
+                state.counts[0],
+                slot,
+                now_s,
+            )
+
+    # ---------------------------------------------------------------- what a switch reports
+
+    def publish(self, ticket: SwitchTicket) -> None:
+        self._tickets[ticket.ticket_id] = ticket
+        self._log.append(ticket.updated_s, EventKind.SWITCH, ticket=ticket)
+        if ticket.phase.is_terminal:
+            self._switch = None
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless requests, lists and blocks are consistent."""
+        reserved = {} if self._switch is None else self._switch.reserved_blocks()
+        for row in self._rows.values():
+            self.state.check_row(row, reserved.get(row, 0))
+        self.state.check_counts(list(self._rows.values()))
+
+
+def _arrival(request: Request) -> Arrival:
+    return Arrival(
+        request_id=request.request_id,
+        arrival_s=request.arrival_s,
+        prompt_tokens=request.prompt_tokens,
+        request_class=request.request_class,
+        client_id=request.client_id,
+    )

@@ -1,0 +1,492 @@
+"""Iteration-level continuous batching of many replicas, compiled. Pure.
+
+The rules are those of `engine.scheduler.BatchScheduler` (order of service, chunked prefill, block
+budget, preemption) and `engine.router.pick`; tests hold both equal. At one instant steps end
+first, then requests arrive, then replicas start steps; a step that could start at `until_s` is
+left to the next call, so that cutting a span of time into pieces changes nothing.
+
+State is arrays of records, indexed by slot (a live sequence) and row (a replica). A sequence is
+in one doubly linked list, running or waiting of its row, ordered by (arrival, number).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+SEQUENCE = np.dtype(
+    [
+        ("arrival_s", "f8"),
+        ("first_token_s", "f8"),
+        ("last_token_s", "f8"),
+        ("longest_gap_s", "f8"),
+        ("number", "i8"),  # order among equal arrival times
+        ("prompt_tokens", "i8"),
+        ("target_tokens", "i8"),  # output tokens at which it ends
+        ("output_tokens", "i8"),  # generated so far
+        ("computed_tokens", "i8"),  # whose keys and values are in the cache
+        ("blocks", "i8"),  # KV blocks held
+        ("in_flight_tokens", "i8"),  # of its step in flight, else 0
+        ("num_preemptions", "i8"),
+        ("num_moves", "i8"),
+        ("row", "i8"),  # replica it was routed to, else NONE
+        ("next", "i8"),
+        ("prev", "i8"),
+        ("next_in_batch", "i8"),
+        ("status", "i8"),
+    ]
+)
+REPLICA = np.dtype(
+    [
+        ("base_s", "f8"),
+        ("per_token_s", "f8"),
+        ("per_seq_s", "f8"),
+        ("per_context_token_s", "f8"),
+        ("stage_share", "f8"),
+        ("wake_s", "f8"),  # something to schedule appeared then
+        ("ready_s", "f8"),  # the first stage is free from then on
+        ("last_end_s", "f8"),  # end of the last step started
+        ("depth", "i8"),  # steps that may be in flight: pp
+        ("num_devices", "i8"),
+        ("num_blocks", "i8"),
+        ("free_blocks", "i8"),
+        ("num_outstanding", "i8"),
+        ("first_batch", "i8"),
+        ("num_batches", "i8"),
+        ("generated_total", "i8"),
+        ("preemptions_total", "i8"),
+        ("is_open", "i8"),  # takes new requests
+        ("is_paused", "i8"),  # starts no step
+        ("may_start", "i8"),  # something changed since a schedule came out empty
+    ]
+)
+BATCH = np.dtype([("end_s", "f8"), ("head", "i8")])
+LIST = np.dtype([("head", "i8"), ("tail", "i8"), ("count", "i8")])
+LIMITS = np.dtype(
+    [
+        ("block_size", "i8"),
+        ("max_num_seqs", "i8"),
+        ("max_num_batched_tokens", "i8"),
+        ("max_model_len", "i8"),
+        ("max_queue", "i8"),
+    ]
+)
+COUNTS = np.dtype(
+    [
+        ("arrived", "i8"),
+        ("finished", "i8"),
+        ("rejected", "i8"),
+        ("live", "i8"),
+        ("numbered", "i8"),
+        ("ended", "i8"),  # entries of `ended` filled by the present call
+    ]
+)
+NONE = -1
+RUNNING, WAITING = 0, 1  # columns of `lists`
+PENDING, HELD, IN_WAITING, IN_RUNNING, MOVING, FINISHED, REJECTED = 0, 1, 2, 3, 4, 5, 6
+
+compiled = numba.njit(cache=True, nogil=True)
+
+
+@compiled
+def _before(seqs: Any, a: int, b: int) -> Any:
+    if seqs[a].arrival_s != seqs[b].arrival_s:
+        return seqs[a].arrival_s < seqs[b].arrival_s
+    return seqs[a].number < seqs[b].number
+
+
+@compiled
+def insert(seqs: Any, linked: Any, s: int) -> None:
+    """Put slot `s` into the list record `linked` at its place in arrival order."""
+    after = linked.tail
+    if after != NONE and _before(seqs, s, after):
+        after = NONE
+        following = linked.head
+        while following != NONE and _before(seqs, following, s):
+            after = following
+            following = seqs[following].next
+    following = linked.head if after == NONE else seqs[after].next
+    seqs[s].prev = after
+    seqs[s].next = following
+    if after == NONE:
+        linked.head = s
+    else:
+        seqs[after].next = s
+    if following == NONE:
+        linked.tail = s
+    else:
+        seqs[following].prev = s
+    linked.count += 1
+
+
+@compiled
+def remove(seqs: Any, linked: Any, s: int) -> None:
+    """Take slot `s` out of the list it is in."""
+    before, after = seqs[s].prev, seqs[s].next
+    if before == NONE:
+        linked.head = after
+    else:
+        seqs[before].next = after
+    if after == NONE:
+        linked.tail = before
+    else:
+        seqs[after].prev = before
+    seqs[s].next = seqs[s].prev = NONE
+    linked.count -= 1
+
+
+@compiled
+def _blocks_needed(tokens: int, block_size: int) -> Any:
+    return (tokens + block_size - 1) // block_size
+
+
+@compiled
+def _preempt(seqs: Any, replica: Any, lists: Any, s: int) -> None:
+    remove(seqs, lists[RUNNING], s)
+    replica.free_blocks += seqs[s].blocks
+    replica.preemptions_total += 1
+    seqs[s].blocks = 0
+    seqs[s].computed_tokens = 0
+    seqs[s].num_preemptions += 1
+    seqs[s].status = IN_WAITING
+    insert(seqs, lists[WAITING], s)
+
+
+@compiled
+def _make_room(
+    seqs: Any, replica: Any, lists: Any, s: int, tokens: int, block_size: int
+) -> tuple[Any, Any]:
+    """Grow the table of running `s` to hold `tokens`, preempting later ones.
+
+    Returns (granted, anything preempted).
+    """
+    preempted = False
+    while True:
+        missing = _blocks_needed(tokens, block_size) - seqs[s].blocks
+        if missing <= 0:
+            return True, preempted
+        if missing <= replica.free_blocks:
+            replica.free_blocks -= missing
+            seqs[s].blocks += missing
+            return True, preempted
+        victim = lists[RUNNING].tail
+        while seqs[victim].in_flight_tokens > 0:
+            victim = seqs[victim].prev
+        if victim == s and replica.num_batches > 0:
+            return False, preempted  # steps in flight may give blocks back: wait for them
+        _preempt(seqs, replica, lists, victim)
+        preempted = True
+        if victim == s:
+            return False, preempted
+
+
+@compiled
+def _schedule(seqs: Any, replica: Any, lists: Any, limits: Any, now_s: float, batch: Any) -> Any:
+    """Fill `batch` and start it at `now_s`; False when no sequence can make a step.
+
+    The number of tokens of each item is kept in its sequence until the step ends.
+    """
+    budget = limits.max_num_batched_tokens
+    num_items, context, last, preempted = 0, 0, NONE, False
+    batch.head = NONE
+    s = lists[RUNNING].head
+    while s != NONE and budget > 0:
+        if seqs[s].in_flight_tokens == 0:
+            start = seqs[s].computed_tokens
+            wanted = seqs[s].prompt_tokens + seqs[s].output_tokens - start
+            tokens = min(wanted, budget)
+            granted, evicted = _make_room(
+                seqs, replica, lists, s, start + tokens, limits.block_size
+            )
+            preempted = preempted or evicted
+            if seqs[s].status != IN_RUNNING:
+                break  # all behind it are in flight
+            if granted:
+                last = _append_item(seqs, batch, last, s, tokens)
+                num_items, context, budget = (
+                    num_items + 1,
+                    context + start + tokens,
+                    budget - tokens,
+                )
+        s = seqs[s].next
+    while (
+        not preempted
+        and budget > 0
+        and lists[WAITING].head != NONE
+        and lists[RUNNING].count < limits.max_num_seqs
+    ):
+        s = lists[WAITING].head
+        tokens = min(seqs[s].prompt_tokens + seqs[s].output_tokens, budget)
+        blocks = _blocks_needed(tokens, limits.block_size)
+        if blocks > replica.free_blocks:
+            break
+        replica.free_blocks -= blocks
+        seqs[s].blocks = blocks
+        remove(seqs, lists[WAITING], s)
+        seqs[s].status = IN_RUNNING
+        insert(seqs, lists[RUNNING], s)
+        last = _append_item(seqs, batch, last, s, tokens)
+        num_items, context, budget = num_items + 1, context + tokens, budget - tokens
+    if num_items == 0:
+        replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
+        return False
+    num_tokens = limits.max_num_batched_tokens - budget
+    _start(replica, batch, now_s, num_tokens, num_items, context)
+    return True
+
+
+@compiled
+def _append_item(seqs: Any, batch: Any, last: int, s: int, tokens: int) -> Any:
+    seqs[s].in_flight_tokens = tokens
+    seqs[s].next_in_batch = NONE
+    if last == NONE:
+        batch.head = s
+    else:
+        seqs[last].next_in_batch = s
+    return s
+
+
+@compiled
+def _start(
+    replica: Any, batch: Any, now_s: float, tokens: int, sequences: int, context_tokens: int
+) -> None:
+    """`StepTimeModel`; with pp > 1 a step also waits for the last stage to end the one before."""
+    step_s = (
+        replica.base_s
+        + replica.per_token_s * tokens
+        + replica.per_seq_s * sequences
+        + replica.per_context_token_s * context_tokens
+    )
+    stage_s = replica.stage_share * step_s
+    batch.end_s = max(now_s + step_s, replica.last_end_s + stage_s)
+    replica.last_end_s = batch.end_s
+    replica.ready_s = now_s + stage_s
+    replica.num_batches += 1
+
+
+@compiled
+def _finish_step(
+    seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, counts: Any, ended: Any
+) -> None:
+    """Take the tokens of a step that has ended; sequences that are complete leave."""
+    now_s, s = batch.end_s, batch.head
+    while s != NONE:
+        following = seqs[s].next_in_batch
+        seqs[s].computed_tokens += seqs[s].in_flight_tokens
+        seqs[s].in_flight_tokens = 0
+        num_tokens = seqs[s].prompt_tokens + seqs[s].output_tokens
+        if seqs[s].computed_tokens == num_tokens:
+            if seqs[s].output_tokens == 0:
+                seqs[s].first_token_s = now_s
+            else:
+                gap_s = now_s - seqs[s].last_token_s
+                seqs[s].longest_gap_s = max(seqs[s].longest_gap_s, gap_s)
+            seqs[s].last_token_s = now_s
+            seqs[s].output_tokens += 1
+            replica.generated_total += 1
+            if (
+                seqs[s].output_tokens >= seqs[s].target_tokens
+                or num_tokens + 1 >= limits.max_model_len
+            ):
+                remove(seqs, lists[RUNNING], s)
+                replica.free_blocks += seqs[s].blocks
+                replica.num_outstanding -= 1
+                seqs[s].blocks = 0
+                seqs[s].status = FINISHED
+                ended[counts.ended] = s
+                counts.ended += 1
+                counts.live -= 1
+                counts.finished += 1
+        s = following
+    replica.first_batch = (replica.first_batch + 1) % replica.depth
+    replica.num_batches -= 1
+    replica.wake_s = now_s
+    replica.may_start = 1
+
+
+@compiled
+def _run_replica(
+    seqs: Any,
+    replica: Any,
+    lists: Any,
+    batches: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    until_s: float,
+) -> None:
+    """Steps that end by `until_s`; steps that start before it."""
+    while True:
+        end_s = start_s = np.inf
+        if replica.num_batches > 0:
+            end_s = batches[replica.first_batch].end_s
+        if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
+            start_s = max(replica.ready_s, replica.wake_s)
+        if end_s <= start_s:
+            if end_s > until_s or end_s == np.inf:
+                return
+            batch = batches[replica.first_batch]
+            _finish_step(seqs, replica, lists, batch, limits, counts, ended)
+        else:
+            if start_s >= until_s:
+                return
+            index = (replica.first_batch + replica.num_batches) % replica.depth
+            if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
+                replica.wake_s = start_s
+
+
+@compiled
+def pick_row(
+    replicas: Any, rows: Any, shares: Any, block_size: int, bucket: int, needed_tokens: int
+) -> Any:
+    """`engine.router.pick` over the open replicas: a row, or NONE."""
+    weighted = False
+    for i in range(len(rows)):
+        replica = replicas[rows[i]]
+        fits = replica.num_blocks * block_size >= needed_tokens
+        weighted = weighted or (replica.is_open and fits and shares[bucket, i] > 0)
+    best, best_score = NONE, np.inf
+    for i in range(len(rows)):
+        replica = replicas[rows[i]]
+        if not replica.is_open or replica.num_blocks * block_size < needed_tokens:
+            continue
+        share = shares[bucket, i] if weighted else float(replica.num_devices)
+        score = (replica.num_outstanding + 1) / share if share > 0 else np.inf
+        if best == NONE or score < best_score:
+            best, best_score = rows[i], score
+    return best
+
+
+@compiled
+def spread(seqs: Any, replicas: Any, rows: Any, block_size: int, slots: Any, chosen: Any) -> None:
+    """Pick a row for each slot in turn, by load and device counts alone, into `chosen`."""
+    shares = np.zeros((1, len(rows)))
+    for i in range(len(slots)):
+        needed = seqs[slots[i]].prompt_tokens + seqs[slots[i]].output_tokens
+        chosen[i] = pick_row(replicas, rows, shares, block_size, 0, needed)
+        replicas[chosen[i]].num_outstanding += 1
+
+
+@compiled
+def enqueue(
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, now_s: float
+) -> None:
+    """Add a sequence that holds no blocks to the waiting list of a row."""
+    seqs[s].number = counts.numbered
+    counts.numbered += 1
+    seqs[s].row = row
+    seqs[s].computed_tokens = 0
+    seqs[s].status = IN_WAITING
+    insert(seqs, lists[row, WAITING], s)
+    replicas[row].num_outstanding += 1
+    wake(replicas[row], now_s)
+
+
+@compiled
+def adopt(
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, now_s: float
+) -> None:
+    """Add a sequence whose blocks were taken from the row before (see `reserve`)."""
+    seqs[s].number = counts.numbered
+    counts.numbered += 1
+    seqs[s].row = row
+    seqs[s].status = IN_RUNNING
+    insert(seqs, lists[row, RUNNING], s)
+    replicas[row].num_outstanding += 1
+    wake(replicas[row], now_s)
+
+
+@compiled
+def wake(replica: Any, now_s: float) -> None:
+    """Let a replica look at its lists again, not before `now_s`."""
+    replica.may_start = 1
+    replica.wake_s = max(replica.wake_s, now_s)
+
+
+@compiled
+def route(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    rows: Any,
+    shares: Any,
+    edges: Any,
+    limits: Any,
+    counts: Any,
+    s: int,
+    now_s: float,
+) -> None:
+    """Send a sequence to the replica the router picks, or hold it while none is open.
+
+    The last row of `lists` is the list of held sequences.
+    """
+    prompt = seqs[s].prompt_tokens
+    bucket = np.searchsorted(edges, prompt)
+    needed = prompt + seqs[s].output_tokens
+    row = pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
+    if row != NONE:
+        enqueue(seqs, replicas, lists, counts, s, row, now_s)
+        return
+    seqs[s].number = counts.numbered
+    counts.numbered += 1
+    seqs[s].row = NONE
+    seqs[s].status = HELD
+    insert(seqs, lists[len(lists) - 1, WAITING], s)
+
+
+@compiled
+def advance(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    shares: Any,
+    edges: Any,
+    limits: Any,
+    counts: Any,
+    arriving: Any,
+    ended: Any,
+    until_s: float,
+) -> None:
+    """Simulate up to `until_s`. `arriving` are slots by arrival time, none after `until_s`.
+
+    `shares[b, i]` is the wanted share of replica rows[i] for prompts of bucket b (`edges`).
+    Slots that end go to `ended`, their number to `counts.ended`.
+    """
+    counts.ended = 0
+    for i in range(len(arriving)):
+        s = arriving[i]
+        now_s = seqs[s].arrival_s
+        for j in range(len(rows)):
+            r = rows[j]
+            _run_replica(seqs, replicas[r], lists[r], batches[r], limits, counts, ended, now_s)
+        counts.arrived += 1
+        if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
+            seqs[s].status = REJECTED
+            ended[counts.ended] = s
+            counts.ended += 1
+            counts.rejected += 1
+            continue
+        counts.live += 1
+        route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, now_s)
+    for j in range(len(rows)):
+        r = rows[j]
+        _run_replica(seqs, replicas[r], lists[r], batches[r], limits, counts, ended, until_s)
+
+
+@compiled
+def load(seqs: Any, lists: Any) -> tuple[Any, Any]:
+    """(prompt tokens waiting, context tokens running) of one replica's lists."""
+    waiting = running = 0
+    s = lists[WAITING].head
+    while s != NONE:
+        waiting += seqs[s].prompt_tokens
+        s = seqs[s].next
+    s = lists[RUNNING].head
+    while s != NONE:
+        running += seqs[s].computed_tokens
+        s = seqs[s].next
+    return waiting, running

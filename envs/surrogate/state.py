@@ -1,0 +1,166 @@
+"""The arrays that the surrogate kernel works on, and what may be asked of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
+from engine.shards import num_kv_blocks
+from envs.surrogate import kernel
+from envs.surrogate.kernel import IN_RUNNING, IN_WAITING, NONE, PENDING, RUNNING, WAITING
+
+FIRST_SLOTS = 256
+Records = NDArray[Any]
+Slots = NDArray[np.int64]
+
+
+class SurrogateState:
+    """Slots for sequences, rows for replicas. Twice as many rows as devices: two deployments."""
+
+    def __init__(self, spec: ClusterSpec, max_queue: int) -> None:
+        self.spec = spec
+        num_rows = 2 * spec.num_devices
+        self.seqs = np.zeros(0, kernel.SEQUENCE)
+        self.requests: list[Request | None] = []
+        self.replicas = np.zeros(num_rows, kernel.REPLICA)
+        self.lists = np.zeros((num_rows + 1, 2), kernel.LIST)
+        self.lists["head"] = self.lists["tail"] = NONE
+        self.batches = np.zeros((num_rows, spec.num_devices), kernel.BATCH)
+        self.limits = np.zeros(1, kernel.LIMITS)
+        self.limits[0] = (
+            spec.block_size,
+            spec.max_num_seqs,
+            spec.max_num_batched_tokens,
+            spec.model.max_model_len,
+            max_queue,
+        )
+        self.counts = np.zeros(1, kernel.COUNTS)
+        self.ended = np.zeros(0, np.int64)
+        self._free_slots: list[int] = []
+        self._grow()
+
+    def copy(self) -> SurrogateState:
+        """An independent copy; requests are frozen and shared."""
+        other = object.__new__(SurrogateState)
+        other.spec = self.spec
+        for name in ("seqs", "replicas", "lists", "batches", "limits", "counts", "ended"):
+            setattr(other, name, getattr(self, name).copy())
+        other.requests, other._free_slots = self.requests.copy(), self._free_slots.copy()
+        return other
+
+    # ---------------------------------------------------------------- slots
+
+    def _grow(self) -> None:
+        size = len(self.seqs)
+        new_size = max(FIRST_SLOTS, 2 * size)
+        self.seqs = np.concatenate([self.seqs, np.zeros(new_size - size, kernel.SEQUENCE)])
+        self.ended = np.zeros(new_size, np.int64)
+        self.requests += [None] * (new_size - size)
+        self._free_slots += range(new_size - 1, size - 1, -1)
+
+    def add_request(self, request: Request) -> int:
+        """A slot for a request that has not arrived yet."""
+        if not self._free_slots:
+            self._grow()
+        slot = self._free_slots.pop()
+        record = self.seqs[slot]
+        record.fill(0)
+        record["arrival_s"] = request.arrival_s
+        record["prompt_tokens"] = request.prompt_tokens
+        record["target_tokens"] = request.output_tokens
+        record["row"] = record["next"] = record["prev"] = NONE
+        self.requests[slot] = request
+        return slot
+
+    def release(self, slots: Slots) -> None:
+        for slot in slots.tolist():
+            self.requests[slot] = None
+            self._free_slots.append(slot)
+
+    def linked(self, row: int, column: int) -> list[int]:
+        """Slots of one list, in order."""
+        slots, slot, following = [], int(self.lists[row, column]["head"]), self.seqs["next"]
+        while slot != NONE:
+            slots.append(slot)
+            slot = int(following[slot])
+        return slots
+
+    def sequences_of(self, row: int) -> list[int]:
+        """Running and waiting slots of a replica, in arrival order."""
+        slots = self.linked(row, RUNNING) + self.linked(row, WAITING)
+        key = self.seqs[["arrival_s", "number"]][slots].tolist()
+        return [slot for _, slot in sorted(zip(key, slots, strict=True))]
+
+    # ---------------------------------------------------------------- rows
+
+    def add_replica(
+        self, row: int, parallel: ParallelConfig, coefficients: NDArray[np.float64]
+    ) -> None:
+        """An idle, closed replica in `row`; coefficients as in `latency.step_coefficients`."""
+        blocks = num_kv_blocks(self.spec, parallel)
+        record = np.zeros((), kernel.REPLICA)
+        for name, value in zip(kernel.REPLICA.names or (), coefficients, strict=False):
+            record[name] = value
+        record["depth"], record["num_devices"] = parallel.pp, parallel.num_devices
+        record["num_blocks"] = record["free_blocks"] = blocks
+        self.replicas[row] = record
+        self.clear_lists(row)
+
+    def clear_lists(self, row: int) -> None:
+        self.lists[row]["head"] = self.lists[row]["tail"] = NONE
+        self.lists[row]["count"] = 0
+
+    def stats(self, row: int, replica_id: int, now_s: float) -> ReplicaStats:
+        replica, lists = self.replicas[row], self.lists[row]
+        waiting_tokens, context_tokens = kernel.load(self.seqs, lists)
+        return ReplicaStats(
+            replica_id=replica_id,
+            measured_at_s=now_s,
+            num_running=int(lists[RUNNING]["count"]),
+            num_waiting=int(lists[WAITING]["count"]),
+            waiting_prompt_tokens=int(waiting_tokens),
+            running_context_tokens=int(context_tokens),
+            kv_blocks_total=int(replica["num_blocks"]),
+            kv_blocks_used=int(replica["num_blocks"] - replica["free_blocks"]),
+            generated_tokens_total=int(replica["generated_total"]),
+            num_preemptions_total=int(replica["preemptions_total"]),
+        )
+
+    # ---------------------------------------------------------------- checks
+
+    def check_row(self, row: int, reserved_blocks: int) -> None:
+        """Raise AssertionError unless lists, blocks and counters of a replica agree."""
+        replica, seqs = self.replicas[row], self.seqs
+        running, waiting = self.linked(row, RUNNING), self.linked(row, WAITING)
+        for slots, column, status in (
+            (running, RUNNING, IN_RUNNING),
+            (waiting, WAITING, IN_WAITING),
+        ):
+            assert len(slots) == self.lists[row, column]["count"], (row, column)
+            assert (seqs["status"][slots] == status).all(), (row, column)
+            assert (seqs["row"][slots] == row).all(), (row, column)
+            keys = seqs[["arrival_s", "number"]][slots].tolist()
+            assert keys == sorted(keys), "not in arrival order"
+        held = int(seqs["blocks"][running].sum())
+        assert held + reserved_blocks + replica["free_blocks"] == replica["num_blocks"], row
+        assert replica["free_blocks"] >= 0, row
+        needed = -(-seqs["computed_tokens"][running] // self.spec.block_size)
+        assert (seqs["blocks"][running] >= needed).all(), row
+        assert not seqs["blocks"][waiting].any(), row
+        assert replica["num_outstanding"] == len(running) + len(waiting), row
+        in_flight = int((seqs["in_flight_tokens"][running] > 0).sum())
+        assert (in_flight > 0) == (replica["num_batches"] > 0), row
+
+    def check_counts(self, rows: list[int]) -> None:
+        """Raise AssertionError unless every arrived request is in exactly one place."""
+        counts = self.counts[0]
+        held = self.linked(len(self.replicas), WAITING)
+        here = [s for row in rows for s in self.sequences_of(row)] + held
+        assert len(set(here)) == len(here) == counts["live"], (len(here), counts["live"])
+        assert counts["arrived"] == counts["finished"] + counts["rejected"] + counts["live"]
+        used = [slot for slot, request in enumerate(self.requests) if request is not None]
+        pending = [slot for slot in used if self.seqs["status"][slot] == PENDING]
+        assert sorted(here + pending) == used, "a slot is used and in no list"

@@ -1,0 +1,91 @@
+"""The showcase's arithmetic: windows, scaling, the last line; and its line view."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from envs.traces import Trace
+from rich.console import Console
+
+from controller.records import Mode, TickRecord, TickStatus, TypeRate
+from engine.cluster import RequestStatus, SwitchPhase, SwitchTicket
+from engine.errors import InvalidRequestError
+from envs.replay import ReplayRecord, summarise
+from envs.showcase import LiveStatus, RunReport, cut_window, scale_lengths
+from envs.showcase_report import Showcase, summary_table
+from envs.terminal import LineView, screen
+
+KEYS = (
+    "requests_sent requests_finished requests_lost requests_rejected tokens ttft_p99_s tpot_p99_s "
+    "switches policy_switches switch_s longest_gap_s latency_vs_keep"
+)
+
+
+def make_trace() -> Trace:
+    arrival_s = np.array([0.0, 10.0, 12.0, 19.0, 20.0])
+    return Trace(arrival_s, np.array([100, 2, 4000, 50, 9]), np.array([10, 3, 900, 5, 9]))
+
+
+def ticket(phase: SwitchPhase, decision_id: str) -> SwitchTicket:
+    return SwitchTicket("s", phase, "4xtp1pp1", "2xtp2pp1", 0, 10.0, 10.5, decision_id)
+
+
+def run_report(latency_s: float, *switches: SwitchTicket) -> RunReport:
+    record = ReplayRecord(0, RequestStatus.FINISHED, 0.0, 4, 10, latency_s, 0.1, 0.01, 0.02)
+    return RunReport(summarise([record] * 3, 9.0), switches, frozenset({"d-1", "d-2"}), ())
+
+
+def test_window_is_half_open_and_starts_at_zero() -> None:
+    window = cut_window(make_trace(), 10.0, 10.0, speed=2.0)
+    assert window.arrival_s.tolist() == [0.0, 1.0, 4.5]
+    assert window.prompt_tokens.tolist() == [2, 4000, 50]
+    assert window.output_tokens.tolist() == [3, 900, 5]
+    with pytest.raises(InvalidRequestError, match="ends at 20 s"):
+        cut_window(make_trace(), 30.0, 5.0, speed=1.0)
+
+
+def test_lengths_are_scaled_and_cut_to_the_context() -> None:
+    scaled, num_cut = scale_lengths(make_trace(), 0.1, max_model_len=128)
+    assert scaled.prompt_tokens.tolist() == [10, 1, 64, 5, 1]
+    assert scaled.output_tokens.tolist() == [2, 2, 64, 2, 2]
+    assert num_cut == 1
+
+
+def test_last_line_has_exactly_its_keys() -> None:
+    switches = (
+        ticket(SwitchPhase.DONE, "d-1"),
+        ticket(SwitchPhase.ROLLED_BACK, "d-2"),
+        ticket(SwitchPhase.DONE, ""),
+    )
+    showcase = Showcase(run_report(0.6, *switches), run_report(0.8))
+    line = json.loads(json.dumps(showcase.to_json()))
+    assert " ".join(line) == KEYS
+    assert (line["switches"], line["policy_switches"], line["switch_s"]) == (2, 1, 1.0)
+    assert (line["requests_sent"], line["requests_lost"], line["tokens"]) == (3, 0, 30)
+    assert line["latency_vs_keep"] == pytest.approx(0.75)
+    assert Showcase(run_report(0.6), None).to_json()["latency_vs_keep"] is None
+    assert summary_table(showcase).row_count == 15
+
+
+def test_lines_name_decisions_and_switches_once() -> None:
+    rates = (TypeRate("short", 1.0, 2.0, 0.5), TypeRate("long", 0.25, 1.0, None))
+    tick = TickRecord(
+        1, 3.0, TickStatus.DECIDED, Mode.ACTIVE, "d-1", (), 1, "2xtp2pp1", "2xtp2pp1", 0.9, "ppo",
+        "policy", (), None, rates, 0, "4xtp1pp1",
+    )  # fmt: skip
+    status = LiveStatus("title", 10)
+    status.ticks.append(tick)
+    status.switches.append(ticket(SwitchPhase.DONE, "d-1"))
+    console = Console(file=io.StringIO(), width=200)
+    view = LineView(console)
+    for _ in range(2):
+        view.update(status)
+    console.print(screen(status))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines, picture = text.split("╭", 1)
+    assert lines.count("decision d-1: 2xtp2pp1, p=0.90, ppo") == 1
+    assert lines.count("switch 4xtp1pp1 -> 2xtp2pp1: done in 0.50 s") == 1
+    assert "1.25/s forecast, 0.50/s actual" in picture
