@@ -13,14 +13,15 @@ import signal
 import sys
 from pathlib import Path
 
-from envs.traces import Trace, read_trace
-from envs.workload import demo_trace
+import numpy as np
 from rich.console import Console
 
 from engine.errors import TidewrightError
-from envs.showcase import RunReport, ShowcaseConfig, cut_window, run_once, scale_lengths
+from envs.showcase import RunReport, ShowcaseConfig, cut_window, run_once
 from envs.showcase_report import Showcase, summary_table
 from envs.terminal import build_view, switch_text
+from envs.traces import load_trace
+from envs.workload import Trace, WorkloadConfig, generate
 
 MAX_MODEL_LEN = 512  # tokens
 
@@ -43,15 +44,21 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_window(args: argparse.Namespace, console: Console) -> Trace:
-    whole = read_trace(args.trace) if args.trace else demo_trace(args.seconds, args.seed)
-    window = cut_window(whole, args.start, args.seconds * args.speed, args.speed)
-    factor = args.length_factor if args.trace else 1.0
-    trace, num_cut = scale_lengths(window, factor, MAX_MODEL_LEN)
+    """The replayed trace; says how it was made."""
+    span_s = args.start + args.seconds * args.speed
+    generated = WorkloadConfig(mean_rate_per_s=4.0, cycle_s=60.0, regime_s=15.0)
+    whole = (
+        load_trace(args.trace)
+        if args.trace
+        else generate(generated, span_s, np.random.default_rng(args.seed))
+    )
+    trace = cut_window(
+        whole, args.start, args.seconds, args.speed, args.length_factor, MAX_MODEL_LEN
+    )
     console.print(
-        f"{len(trace.arrival_s)} requests in {args.seconds:.0f} s from "
-        f"{args.trace or 'the embedded generator'}, from second {args.start:.0f} on at "
-        f"{args.speed:g}x speed; lengths times {factor:g}, {num_cut} cut to the context of "
-        f"{MAX_MODEL_LEN} tokens.",
+        f"{len(trace)} requests in {args.seconds:g} s from {args.trace or 'the generator'}, from "
+        f"second {args.start:g} on, {args.speed:g} trace seconds per second; lengths times "
+        f"{args.length_factor:g}, at most {MAX_MODEL_LEN} tokens per request.",
         soft_wrap=True,
     )
     return trace

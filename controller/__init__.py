@@ -1,1 +1,1 @@
-"""The controller: monitor, predictor, planner, decision, guardrails, switch; the control service."""
+"""The controller: monitor, predictor, planner, decision, guardrails; the control service."""

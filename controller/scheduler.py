@@ -45,13 +45,15 @@ class DeploymentScheduler:
         self._tokens = max(0.0, self._tokens - 1.0)
 
     def record_switch(self, now_s: float) -> None:
-        """A switch was handed to the cluster; its ticket will not be counted again."""
+        """A switch was handed to the cluster; its ticket will not be counted again. It counts as
+        in flight until the next snapshot's ticket tells."""
         self._spend(now_s)
         self._unmatched += 1
         self._in_flight = True
 
     def observe(self, ticket: SwitchTicket | None) -> None:
         """Take in the snapshot's ticket: the switch in flight, else the last one."""
+        self._in_flight = ticket is not None and not ticket.phase.is_terminal
         if ticket is None:
             return
         if ticket.ticket_id != self._seen_id:
@@ -60,7 +62,6 @@ class DeploymentScheduler:
                 self._unmatched -= 1
             elif ticket.started_s >= self._reset_s:
                 self._spend(ticket.started_s)
-        self._in_flight = not ticket.phase.is_terminal or self._unmatched > 0
         if ticket.phase.is_terminal:
             self._last_end_s = ticket.updated_s
 

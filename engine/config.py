@@ -109,5 +109,5 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> Non
 def parse_config(parser: argparse.ArgumentParser, kind: type[Model], argv: list[str]) -> Model:
     """Flags over file over defaults. Raises InvalidRequestError."""
     values = vars(parser.parse_args(argv))
-    path = values.pop("config")
-    return load_config(kind, path, values)
+    known = {name: values[name] for name in kind.model_fields}
+    return load_config(kind, values["config"], known)

@@ -46,7 +46,7 @@ class EngineCluster:
         self._thread.start()
         self._pending: list[Request] = []
         try:
-            self.runtime = self._run(self._start(build), START_TIMEOUT_S)
+            self.runtime = self.run(self._start(build), START_TIMEOUT_S)
         except BaseException:
             self._stop_loop()
             raise
@@ -60,7 +60,8 @@ class EngineCluster:
             raise
         return runtime
 
-    def _run(self, work: Coroutine[Any, Any, T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        """Run a coroutine on the engine's loop and return what it returns."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
     def on_loop(self, function: Callable[[], T]) -> T:
@@ -69,7 +70,7 @@ class EngineCluster:
         async def work() -> T:
             return function()
 
-        return self._run(work())
+        return self.run(work())
 
     # ---------------------------------------------------------------- Cluster
 
@@ -130,7 +131,7 @@ class EngineCluster:
 
     def close(self) -> None:
         try:
-            self._run(self.runtime.close(), CALL_TIMEOUT_S)
+            self.run(self.runtime.close(), CALL_TIMEOUT_S)
         finally:
             self._stop_loop()
 

@@ -599,6 +599,12 @@ class EngineRuntime:
                 return
             await self.wait_for_change(1.0)
 
+    async def ended(self, ticket_id: str) -> SwitchTicket:
+        """The terminal state of a ticket, once it is there."""
+        async for _ in self.watch_ticket(ticket_id):
+            continue
+        return self.ticket(ticket_id)
+
 
 def make_run_dir() -> Path:
     """A private folder for sockets and rendezvous files; short, since ipc paths are limited."""

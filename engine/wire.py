@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import types
 from enum import StrEnum
-from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import grpc
@@ -115,9 +114,13 @@ def from_proto(kind: type[T], message: Any) -> T:
         raise InvalidRequestError(f"{kind.__name__}: {error}") from error
 
 
-@cache
+_HINTS: dict[Any, dict[str, Any]] = {}  # by dataclass
+
+
 def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def _read(message: Any, name: str, hint: Any, where: str) -> Any:

@@ -6,6 +6,7 @@ The client is the public `openai` package, streaming, so what is measured is wha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
 from engine.cluster import RequestStatus
-from envs.traces import Trace
+from envs.workload import Trace
 
 REJECTING_STATUS = frozenset({400, 413, 422, 429, 503})  # the server said no before any token
 
@@ -121,8 +122,10 @@ class Replay:
 
     async def run(self) -> ReplaySummary:
         """Send every request at its time and wait for all of them."""
+        with contextlib.suppress(APIError):
+            await self.client.models.list()  # the client's own first call is slow
         start_s = time.monotonic()
-        origin_s = float(self.trace.arrival_s[0]) if len(self.trace.arrival_s) else 0.0
+        origin_s = float(self.trace.arrival_s[0]) if len(self.trace) else 0.0
         async with asyncio.TaskGroup() as group:
             for index, arrival_s in enumerate(self.trace.arrival_s):
                 due_s = start_s + float(arrival_s) - origin_s

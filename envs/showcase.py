@@ -10,11 +10,9 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-
-import numpy as np
 
 from controller.records import TickRecord
 from controller.remote import RemoteCluster
@@ -23,7 +21,7 @@ from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
 from engine.errors import InvalidRequestError, UnavailableError
 from envs.processes import ServerProcess, start_server
 from envs.replay import Replay, ReplaySummary, build_replay
-from envs.traces import Trace
+from envs.workload import Trace
 
 ENGINE_READY = r"ready: (?P<url>\S+) grpc (?P<grpc>\S+) model (?P<model>\S+)"
 CONTROLLER_READY = r"ready:.* grpc (?P<grpc>\S+)"
@@ -74,36 +72,20 @@ class RunReport:
     reasons: tuple[str, ...]  # why requests were rejected or lost, each once
 
 
-def cut_window(trace: Trace, start_s: float, length_s: float, speed: float) -> Trace:
-    """Requests arriving in [start, start + length), times from 0 and divided by `speed`.
+def cut_window(
+    trace: Trace, start_s: float, seconds: float, speed: float, factor: float, max_tokens: int
+) -> Trace:
+    """What is replayed in `seconds`: `speed` trace seconds in each, lengths times `factor`.
 
-    Raises InvalidRequestError when the window is empty.
+    Raises InvalidRequestError when no request arrives in that window.
     """
-    inside = (trace.arrival_s >= start_s) & (trace.arrival_s < start_s + length_s)
-    if not inside.any():
-        end_s = float(trace.arrival_s[-1]) if len(trace.arrival_s) else 0.0
+    window = trace.window(start_s, seconds * speed)
+    if not len(window):
         raise InvalidRequestError(
-            f"no request arrives in {start_s:.0f}..{start_s + length_s:.0f} s of the trace, which "
-            f"ends at {end_s:.0f} s; choose another start."
+            f"no request arrives in {start_s:.0f}..{start_s + seconds * speed:.0f} s of the trace, "
+            f"which ends at {trace.duration_s:.0f} s; choose another start."
         )
-    return Trace(
-        arrival_s=(trace.arrival_s[inside] - start_s) / speed,
-        prompt_tokens=trace.prompt_tokens[inside],
-        output_tokens=trace.output_tokens[inside],
-    )
-
-
-def scale_lengths(trace: Trace, factor: float, max_model_len: int) -> tuple[Trace, int]:
-    """Lengths times `factor`, at least one prompt and two output tokens, cut to fit the context.
-
-    Returns the trace and how many requests had to be cut.
-    """
-    prompt = np.maximum(1, np.rint(trace.prompt_tokens * factor)).astype(np.int64)
-    output = np.maximum(2, np.rint(trace.output_tokens * factor)).astype(np.int64)
-    output_fit = np.minimum(output, max_model_len // 2)
-    prompt_fit = np.minimum(prompt, max_model_len - output_fit)
-    num_cut = int(np.count_nonzero((output_fit < output) | (prompt_fit < prompt)))
-    return replace(trace, prompt_tokens=prompt_fit, output_tokens=output_fit), num_cut
+    return window.compress_time(speed).scale_lengths(factor, max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +190,7 @@ async def run_once(
     async with running_pool(config, mode) as pool:
         replay = build_replay(f"{pool.url}/v1", pool.model, trace, NUM_BYTE_TOKENS, config.seed)
         grid_s = await asyncio.to_thread(pool.control.grid_s)
-        status = LiveStatus(f"{title}; a decision every {grid_s:g} s", len(trace.arrival_s))
+        status = LiveStatus(f"{title}; a decision every {grid_s:g} s", len(trace))
         observer = Observer(pool, replay, status, time.monotonic())
         following = asyncio.create_task(observer.follow(view))
         try:

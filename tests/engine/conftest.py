@@ -33,7 +33,7 @@ def tiny_spec(tiny_model_dir: Path) -> ClusterSpec:
 @pytest.fixture(scope="session")
 def open_engine(
     tiny_model_dir: Path, tiny_spec: ClusterSpec
-) -> Callable[..., "contextmanager[EngineCluster]"]:
+) -> Callable[..., contextmanager[EngineCluster]]:
     def build(key: str) -> EngineRuntime:
         run_dir, spec = make_run_dir(), tiny_spec
         workers = [

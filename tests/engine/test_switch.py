@@ -154,7 +154,7 @@ def test_tokens_survive_a_switch_between_every_neighbouring_pair(
     for key in (*CYCLE[1:], CYCLE[0]):
         plan = engine.on_loop(lambda key=key: plan_to(runtime, key))
         name = f"{key}-{at_token}"
-        outputs, ticket = engine._run(serve(runtime, references, at_token, plan, name), 120)
+        outputs, ticket = engine.run(serve(runtime, references, at_token, plan, name), 120)
         assert ticket is not None
         assert ticket.phase is SwitchPhase.DONE, ticket.reason
         assert runtime.deployment.key == plan.target.key
@@ -168,7 +168,7 @@ def test_recompute_gives_the_same_tokens(
     runtime = engine.runtime
     for key in ("2xtp2pp1", "4xtp1pp1"):
         plan = engine.on_loop(lambda key=key: plan_to(runtime, key, RECOMPUTE))
-        outputs, ticket = engine._run(serve(runtime, references, 5, plan, f"re-{key}"), 120)
+        outputs, ticket = engine.run(serve(runtime, references, 5, plan, f"re-{key}"), 120)
         assert ticket is not None
         assert (ticket.phase, ticket.num_migrated) == (SwitchPhase.DONE, 0)
         assert ticket.num_recomputed > 0
@@ -195,7 +195,7 @@ def test_seeded_sampling_survives_a_switch(engine: EngineCluster, plain_model: A
         assert (await ended(runtime, back)).phase is SwitchPhase.DONE
         return tokens
 
-    assert engine._run(run(), 120) == expected
+    assert engine.run(run(), 120) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_failure_before_commit_rolls_back(
     plan = engine.on_loop(lambda: plan_to(runtime, "2xtp2pp1"))
     runtime.failpoint = fail
     try:
-        outputs, ticket = engine._run(serve(runtime, references, 6, plan, f"fail-{point}"), 120)
+        outputs, ticket = engine.run(serve(runtime, references, 6, plan, f"fail-{point}"), 120)
     finally:
         runtime.failpoint = lambda name: None
     assert ticket is not None
@@ -240,7 +240,7 @@ def test_cancel_before_commit_keeps_the_old_deployment(engine: EngineCluster) ->
         runtime.cancel(ticket.ticket_id)
         return await ended(runtime, ticket)
 
-    assert engine._run(run(), 120).phase is SwitchPhase.CANCELLED
+    assert engine.run(run(), 120).phase is SwitchPhase.CANCELLED
     assert runtime.deployment.key == "4xtp1pp1"
 
 
@@ -254,7 +254,7 @@ def test_a_stale_plan_is_refused(engine: EngineCluster) -> None:
         with pytest.raises(StaleEpochError, match="plan again"):
             runtime.apply(plan)
 
-    engine._run(run(), 120)
+    engine.run(run(), 120)
 
 
 def test_a_killed_worker_loses_no_request(open_engine: Any, references: list[Reference]) -> None:
@@ -283,7 +283,7 @@ def test_a_killed_worker_loses_no_request(open_engine: Any, references: list[Ref
                     await runtime.wait_for_change(1.0)
             return outputs
 
-        outputs = cluster._run(run(), 120)
+        outputs = cluster.run(run(), 120)
         assert assert_identical(references * 3, outputs) == 0
         events = runtime.events(0).events
         ended_now = [e.outcome.status for e in events if e.outcome is not None]

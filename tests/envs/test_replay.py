@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from envs.traces import Trace
 
 from engine.cluster import RequestStatus
 from envs.processes import start_server
 from envs.replay import ReplayRecord, build_replay, random_prompts, summarise
 from envs.showcase import ENGINE_READY
+from envs.workload import Trace
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_every_request_gets_its_tokens_at_its_time(engine: tuple[str, str]) -> N
 
 
 def test_what_the_engine_refuses_is_rejected_and_not_lost(engine: tuple[str, str]) -> None:
-    records, _ = replay(engine, make_trace([0.0, 0.0], [120, 8], [20, 4]))
+    records, _ = replay(engine, make_trace([0.0, 0.0], [200, 8], [20, 4]))
     assert [r.status for r in records] == [RequestStatus.REJECTED, RequestStatus.FINISHED]
     assert "HTTP 400" in records[0].reason
 

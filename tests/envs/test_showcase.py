@@ -7,16 +7,16 @@ import json
 
 import numpy as np
 import pytest
-from envs.traces import Trace
 from rich.console import Console
 
 from controller.records import Mode, TickRecord, TickStatus, TypeRate
 from engine.cluster import RequestStatus, SwitchPhase, SwitchTicket
 from engine.errors import InvalidRequestError
 from envs.replay import ReplayRecord, summarise
-from envs.showcase import LiveStatus, RunReport, cut_window, scale_lengths
+from envs.showcase import LiveStatus, RunReport, cut_window
 from envs.showcase_report import Showcase, summary_table
 from envs.terminal import LineView, screen
+from envs.workload import Trace
 
 KEYS = (
     "requests_sent requests_finished requests_lost requests_rejected tokens ttft_p99_s tpot_p99_s "
@@ -38,20 +38,13 @@ def run_report(latency_s: float, *switches: SwitchTicket) -> RunReport:
     return RunReport(summarise([record] * 3, 9.0), switches, frozenset({"d-1", "d-2"}), ())
 
 
-def test_window_is_half_open_and_starts_at_zero() -> None:
-    window = cut_window(make_trace(), 10.0, 10.0, speed=2.0)
+def test_window_is_half_open_starts_at_zero_and_fits() -> None:
+    window = cut_window(make_trace(), 10.0, 5.0, speed=2.0, factor=0.1, max_tokens=128)
     assert window.arrival_s.tolist() == [0.0, 1.0, 4.5]
-    assert window.prompt_tokens.tolist() == [2, 4000, 50]
-    assert window.output_tokens.tolist() == [3, 900, 5]
+    assert window.prompt_tokens.tolist() == [1, 104, 5]  # 400 + 90 shrunk to 128 in proportion
+    assert window.output_tokens.tolist() == [1, 24, 1]
     with pytest.raises(InvalidRequestError, match="ends at 20 s"):
-        cut_window(make_trace(), 30.0, 5.0, speed=1.0)
-
-
-def test_lengths_are_scaled_and_cut_to_the_context() -> None:
-    scaled, num_cut = scale_lengths(make_trace(), 0.1, max_model_len=128)
-    assert scaled.prompt_tokens.tolist() == [10, 1, 64, 5, 1]
-    assert scaled.output_tokens.tolist() == [2, 2, 64, 2, 2]
-    assert num_cut == 1
+        cut_window(make_trace(), 30.0, 5.0, speed=1.0, factor=0.1, max_tokens=128)
 
 
 def test_last_line_has_exactly_its_keys() -> None:

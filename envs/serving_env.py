@@ -1,0 +1,227 @@
+"""ServingEnv: the decision pipeline of production, stepped over any `Drivable` cluster.
+
+One step is one decision: resolve and apply it, let `grid_s` seconds of traffic pass, observe,
+prepare the next. Episodes end by truncation alone; serving has no terminal state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from controller.decision import DecisionPipeline, PreparedDecision
+from engine.cluster import (
+    ClusterEvent,
+    Decision,
+    Drivable,
+    Request,
+    RequestOutcome,
+    RequestStatus,
+    SloSpec,
+    SwitchTicket,
+)
+from engine.errors import StaleEpochError, SwitchInProgressError
+from envs.reward import RewardConfig, RewardLedger
+from envs.workload import Trace
+from policies.base import Floats, Mask, Observation
+from policies.evaluation import EpisodeRecord
+
+MakeTrace = Callable[[np.random.Generator], Trace]
+MakeCluster = Callable[[np.random.Generator], Drivable]
+
+
+@dataclass(frozen=True, slots=True)
+class EnvParts:
+    """What an environment is made of. The pipeline is owned by the environment."""
+
+    pipeline: DecisionPipeline
+    make_cluster: MakeCluster  # a fresh cluster per episode; the environment closes it
+    make_trace: MakeTrace  # the traffic of an episode; its duration is the episode's
+    reward: RewardConfig
+    slo: SloSpec = SloSpec()
+
+
+class ServingEnv(gymnasium.Env[Floats, np.int64]):
+    """Observation: `Observation.flat()`, float32. Action: a candidate row; 0 keeps.
+
+    `action_masks()` [max_candidates] tells which rows are legal; an illegal choice is turned into
+    keep by the guardrails, as in production. `info` after a step: `outcomes` (requests ended in
+    the interval), `decision`, `ticket` (of the switch applied, else None), `arrived`, `at_s`.
+    It is also the `DecisionEnv` that evaluation runs: `start`, `decide`, `record`.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium's own form)
+
+    def __init__(self, parts: EnvParts) -> None:
+        self.parts, self.pipeline = parts, parts.pipeline
+        spec = self.pipeline.observation_spec
+        self.observation_space = gymnasium.spaces.Box(
+            -np.inf, np.inf, (spec.flat_size,), np.float32
+        )
+        self.action_space = gymnasium.spaces.Discrete(spec.max_candidates)
+        self.grid_s = spec.grid_s
+        self.cluster: Drivable | None = None
+        self.prepared: PreparedDecision | None = None
+
+    # ---------------------------------------------------------------- gymnasium
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Floats, dict[str, Any]]:
+        """A new window of traffic on a new cluster; deterministic by seed on the surrogate."""
+        super().reset(seed=seed)
+        self.close()
+        trace = self.parts.make_trace(self.np_random)
+        self.cluster = self.parts.make_cluster(self.np_random)
+        snapshot = self.cluster.snapshot()
+        self._start_s = snapshot.now_s
+        self._num_steps, self._num_left = 0, max(1, round(trace.duration_s / self.grid_s))
+        self._traffic = trace.requests()
+        self._next = 0
+        self._cursor = self.cluster.events(0).next_cursor
+        self._ledger = RewardLedger(self.parts.reward)
+        self._open: dict[str, float] = {}  # arrival_s of requests not ended
+        self._outcomes: list[RequestOutcome] = []
+        self._rewards: list[float] = []
+        self._tickets: dict[str, SwitchTicket] = {}
+        self.pipeline.reset(snapshot.now_s)
+        self.prepared = self.pipeline.prepare(snapshot)
+        return self.prepared.observation.flat(), {"at_s": snapshot.now_s}
+
+    def step(
+        self, action: np.int64 | int, probabilities: Any = None, policy_name: str = ""
+    ) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
+        """One decision and the `grid_s` seconds after it."""
+        assert self.cluster is not None, "reset first"
+        assert self.prepared is not None
+        decision = self.pipeline.resolve(self.prepared, int(action), probabilities, policy_name)
+        ticket = self._apply(self.cluster, decision)
+        self._num_steps += 1
+        self._num_left -= 1
+        until_s = self._start_s + self._num_steps * self.grid_s
+        arrived = self._submit_until(self.cluster, until_s)
+        self.cluster.advance(until_s)
+        events = self._take_events(self.cluster)
+        outcomes = [e.outcome for e in events if e.outcome is not None]
+        snapshot = self.cluster.snapshot()
+        moved = decision.plan.weight_bytes if decision.plan is not None and ticket else 0
+        reward = self._ledger.settle(outcomes, snapshot.now_s, moved)
+        self._note(outcomes, reward)
+        self.prepared = self.pipeline.prepare(snapshot)
+        info = {
+            "outcomes": outcomes,
+            "decision": decision,
+            "ticket": ticket,
+            "arrived": arrived,
+            "at_s": snapshot.now_s,
+        }
+        return self.prepared.observation.flat(), reward, False, self._num_left <= 0, info
+
+    def action_masks(self) -> Mask:
+        """[max_candidates] True where a row may be chosen; row 0 (keep) always may."""
+        assert self.prepared is not None, "reset first"
+        return self.prepared.observation.mask
+
+    def close(self) -> None:
+        if self.cluster is not None:
+            self.cluster.close()
+            self.cluster = None
+
+    # ---------------------------------------------------------------- an interval
+
+    def _apply(self, cluster: Drivable, decision: Decision) -> SwitchTicket | None:
+        """Start the decided switch, else set the best routing for what is there.
+
+        A live engine may have moved on since the snapshot; then nothing is done this time.
+        """
+        assert self.prepared is not None
+        try:
+            if not self.prepared.snapshot.switch_in_flight:
+                cluster.set_routing(self.pipeline.routing_for(self.prepared))
+            if decision.plan is None:
+                return None
+            return cluster.apply(decision.plan)
+        except (StaleEpochError, SwitchInProgressError):
+            return None
+
+    def _submit_until(self, cluster: Drivable, until_s: float) -> int:
+        first = self._next
+        while self._next < len(self._traffic):
+            request = self._traffic[self._next]
+            arrival_s = request.arrival_s + self._start_s
+            if arrival_s > until_s:
+                break
+            request = _at(request, arrival_s)
+            cluster.submit(request)
+            self._ledger.admit(request)
+            self._open[request.request_id] = arrival_s
+            self._next += 1
+        return self._next - first
+
+    def _take_events(self, cluster: Drivable) -> tuple[ClusterEvent, ...]:
+        batch = cluster.events(self._cursor)
+        assert not batch.num_lost, "the event log is shorter than one interval"
+        self._cursor = batch.next_cursor
+        self.pipeline.observe(batch.events)
+        for event in batch.events:
+            if event.ticket is not None:
+                self._tickets[event.ticket.ticket_id] = event.ticket
+        return batch.events
+
+    def _note(self, outcomes: list[RequestOutcome], reward: float) -> None:
+        self._rewards.append(reward)
+        self._outcomes += outcomes
+        for outcome in outcomes:
+            self._open.pop(outcome.request_id, None)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def start(self) -> Observation:
+        """`reset` for `policies.evaluation`; seed 0."""
+        self.reset(seed=0)
+        assert self.prepared is not None
+        return self.prepared.observation
+
+    def decide(self, action: int) -> tuple[Observation, bool]:
+        _, _, _, truncated, _ = self.step(action)
+        assert self.prepared is not None
+        return self.prepared.observation, truncated
+
+    def record(self) -> EpisodeRecord:
+        """What the episode has left so far."""
+        done = [t for t in self._tickets.values() if t.phase.is_terminal]
+        return EpisodeRecord(
+            outcomes=tuple(self._outcomes),
+            unfinished_arrivals_s=tuple(self._open.values()),
+            end_s=self._start_s + self._num_steps * self.grid_s,
+            rewards=tuple(self._rewards),
+            num_switches=len(self._tickets),
+            switch_s=sum(t.duration_s for t in done),
+            num_slo_met=sum(meets_slo(self.parts.slo, o) for o in self._outcomes),
+        )
+
+
+def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
+    """Whether a request finished with both its TTFT and its TPOT within the objective."""
+    if outcome.status is not RequestStatus.FINISHED or outcome.ttft_s is None:
+        return False
+    slow_start = 0 < slo.ttft_s < outcome.ttft_s
+    slow_tokens = outcome.tpot_s is not None and 0 < slo.tpot_s < outcome.tpot_s
+    return not (slow_start or slow_tokens)
+
+
+def _at(request: Request, arrival_s: float) -> Request:
+    if arrival_s == request.arrival_s:
+        return request
+    return Request(
+        request.request_id,
+        arrival_s,
+        request.prompt_tokens,
+        request.output_tokens,
+        request.request_class,
+        request.client_id,
+    )
