@@ -1,0 +1,265 @@
+"""ExperimentConfig and what is built from it: environments, comparisons, and a manifest's facts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import subprocess
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from controller.build import build_pipeline, load_profiled_cluster, pipeline_facts
+from controller.decision import DecisionConfig, DecisionPipeline
+from controller.workload import fit_typing
+from engine.cluster import SloSpec, WorkloadTyping
+from engine.config import validate
+from engine.errors import InvalidRequestError
+from engine.profile import ProfiledCluster
+from envs.build import DEFAULT_PROFILE, surrogate_parts
+from envs.serving_env import ServingEnv
+from envs.traces import load_trace
+from envs.traffic import (
+    Capacity,
+    Shaping,
+    Source,
+    draw_window,
+    fastest_key,
+    generator_source,
+    measure_capacity,
+    shape_trace,
+    static_keys,
+)
+from envs.vec_env import ServingVecEnv
+from envs.workload import Trace, WorkloadConfig
+from policies.evaluation import DecisionEnv, Evaluation
+from policies.ppo import PpoConfig
+
+ANY = "any"
+MAX_FITTED = 50_000  # requests that the typing is fitted on
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkloadSection(_Section):
+    """Traffic: a trace file, or the embedded generator."""
+
+    trace: Path | None = Field(None, description="CSV; null: the embedded generator")
+    days: tuple[int, int] | None = Field(None, description="first and last day, counted from 1")
+    compress: float = Field(1.0, gt=0, description="time runs so many times faster")
+    length_factor: float = Field(1.0, gt=0, description="multiplies lengths in tokens")
+    load: tuple[float, float] = Field(
+        (0.7, 0.7), description="range, drawn per episode, of the share of best static capacity"
+    )
+    num_types: int = Field(4, ge=1, description="workload types")
+    generator: WorkloadConfig = Field(
+        default_factory=WorkloadConfig, description="its mean rate is set by `load`"
+    )
+
+    @property
+    def shaping(self) -> Shaping:
+        return Shaping(self.days, self.compress, self.length_factor)
+
+    @property
+    def mean_load(self) -> float:
+        return sum(self.load) / 2
+
+
+class EnvSection(_Section):
+    """Training environments."""
+
+    num_envs: int = Field(16, ge=1, description="stepped together")
+    episode_s: float = Field(3600.0, gt=0, description="seconds of an episode")
+    spread: float = Field(0.1, ge=0, description="randomisation of step and switch times, in ln")
+    initial: str = Field(ANY, description="first deployment; 'any': drawn per episode")
+
+
+class EvaluationSection(_Section):
+    """The comparison at the end of training, on traffic of its own seed."""
+
+    num_windows: int = Field(3, ge=1)
+    window_s: float = Field(1800.0, gt=0, description="seconds of a window")
+    seed: int = Field(1_000_003, ge=0)
+
+
+class ExperimentConfig(_Section):
+    """One published experiment: one YAML file in configs/."""
+
+    profile: Path = Field(DEFAULT_PROFILE, description="measured cluster JSON")
+    workload: WorkloadSection = WorkloadSection()
+    decision: DecisionConfig = DecisionConfig()
+    predictor: str = Field("ewma4", description="naive or ewmaH")
+    slo: SloSpec = SloSpec(ttft_s=1.0, tpot_s=0.1)
+    env: EnvSection = EnvSection()
+    ppo: PpoConfig = PpoConfig()
+    evaluation: EvaluationSection = EvaluationSection()
+    seed: int = Field(0, ge=0)
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+def read_config(path: Path, overrides: Mapping[str, Any]) -> ExperimentConfig:
+    """An ExperimentConfig from YAML; overrides are by dotted key, None overrides nothing.
+
+    Raises InvalidRequestError in one sentence: unreadable file, unknown key, or wrong value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidRequestError(f"config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidRequestError(f"config {path} is not YAML: {reason}.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError(f"config {path} must hold keys and values, such as 'seed: 0'.")
+    check_keys(ExperimentConfig, values, str(path))
+    for key, value in overrides.items():
+        if value is not None:
+            _set(values, key.split("."), value)
+    return validate(ExperimentConfig, values, str(path))
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def check_keys(kind: type[Any], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Refuse keys that `kind` (a pydantic model or a dataclass) does not have, at any depth."""
+    hints = typing.get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+    else:
+        names = list(kind.model_fields)
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
+            raise InvalidRequestError(f"unknown key {prefix + str(key)!r} in {where}; {hint}")
+        inner = hints[key]
+        if isinstance(value, dict) and isinstance(inner, type):
+            check_keys(inner, value, where, f"{prefix}{key}.")
+
+
+# --------------------------------------------------------------------------------------
+# Building
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Everything that training and evaluation share, built once."""
+
+    config: ExperimentConfig
+    cluster: ProfiledCluster
+    typing: WorkloadTyping
+    source: Source
+    capacity: Capacity
+    default_key: str  # always among the candidates; where evaluation starts
+
+    def pipeline(self) -> DecisionPipeline:
+        config = self.config
+        return build_pipeline(
+            self.cluster, self.typing, config.decision, config.predictor, self.default_key
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For the checkpoint's manifest; `controller.build.pipeline_from_facts` reads it."""
+        config = self.config
+        pipeline = pipeline_facts(
+            self.cluster, self.typing, config.decision, config.predictor, self.default_key
+        )
+        return pipeline | {
+            "config": config.model_dump(mode="json"),
+            "slo": dataclasses.asdict(config.slo),
+            "training_load": {
+                "best_static": self.capacity.key,
+                "capacity_per_s": self.capacity.rate_per_s,
+            },
+            "seed": config.seed,
+            "git_revision": git_revision(),
+        }
+
+
+def build_source(workload: WorkloadSection, max_tokens: int) -> Source:
+    """Reads the trace, if there is one. Raises InvalidRequestError."""
+    if workload.trace is None:
+        rng = np.random.default_rng(0)
+        return generator_source(workload.generator, workload.shaping, max_tokens, rng)
+    return shape_trace(load_trace(workload.trace), workload.shaping, max_tokens)
+
+
+def build_experiment(config: ExperimentConfig) -> Experiment:
+    """Read profile and trace, fit the typing, measure capacity. Raises TidewrightErrors."""
+    cluster = load_profiled_cluster(config.profile)
+    source = build_source(config.workload, cluster.spec.model.max_model_len)
+    sample = source.trace
+    step = max(1, len(sample) // MAX_FITTED)
+    lengths = sample.prompt_tokens[::step], sample.output_tokens[::step]
+    kinds = fit_typing(*lengths, config.workload.num_types, seed=0)
+    planner = build_pipeline(cluster, kinds, config.decision, config.predictor).planner
+    capacity = measure_capacity(planner, sample, kinds)
+    default_key = fastest_key(planner, capacity, config.workload.mean_load)
+    return Experiment(config, cluster, kinds, source, capacity, default_key)
+
+
+def build_env(experiment: Experiment) -> ServingEnv:
+    """A training environment: load, window, first deployment and profile drawn per episode."""
+    config, pipeline = experiment.config, experiment.pipeline()
+    keys, first = static_keys(pipeline.planner), config.env.initial
+
+    def make_trace(rng: np.random.Generator) -> Trace:
+        rate_per_s = float(rng.uniform(*config.workload.load)) * experiment.capacity.rate_per_s
+        return draw_window(experiment.source, rate_per_s, config.env.episode_s, rng)
+
+    def draw_key(rng: np.random.Generator) -> str:
+        return str(rng.choice(keys)) if first == ANY else first
+
+    return ServingEnv(
+        surrogate_parts(pipeline, make_trace, draw_key, spread=config.env.spread, slo=config.slo)
+    )
+
+
+def build_venv(experiment: Experiment) -> ServingVecEnv:
+    """`num_envs` training environments; the learner seeds them."""
+    return ServingVecEnv([lambda: build_env(experiment)] * experiment.config.env.num_envs)
+
+
+def build_evaluation(
+    pipeline: DecisionPipeline, windows: tuple[Trace, ...], slo: SloSpec, initial_key: str
+) -> Evaluation[Trace]:
+    """A comparison on fixed windows over the surrogate, exactly as profiled. One pipeline serves
+    all episodes, one after another: it is reset at each start."""
+
+    def make_env(window: Trace, key: str | None) -> DecisionEnv:
+        parts = surrogate_parts(pipeline, lambda rng: window, key or initial_key, slo=slo)
+        return ServingEnv(parts)
+
+    return Evaluation(make_env, windows)
+
+
+def git_revision() -> str:
+    """Commit of the source tree, with '+' when it has changes; empty outside a repository."""
+    root = Path(__file__).parents[1]
+    outputs = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode:
+            return ""
+        outputs.append(done.stdout.strip())
+    return outputs[0] + ("+" if outputs[1] else "")

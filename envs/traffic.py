@@ -1,0 +1,190 @@
+"""What a policy is trained and judged on: traces cut, scaled and loaded to a stated share.
+
+Load is relative: 0.7 means 0.7 of the rate that the best static deployment sustains, by the
+planner's estimate, on the mean mix and lengths of the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.deployments import configs_of, enumerate_counts
+from controller.planner import Planner
+from controller.workload import assign, centres
+from engine.cluster import WorkloadTyping, deployment_key, parse_deployment_key
+from engine.errors import InvalidRequestError
+from envs.workload import Trace, WorkloadConfig, generate
+
+DAY_S = 86_400.0
+SAMPLE_S = 12 * 3600.0  # of generated traffic, for typing and capacity
+MAX_ENUMERATED_DEVICES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Shaping:
+    """What is done to a source before it is loaded."""
+
+    days: tuple[int, int] | None = None  # first and last day, counted from 1; None: all
+    compress: float = 1.0  # time runs so many times faster
+    length_factor: float = 1.0  # multiplies prompt and output lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Traffic before load is set: a shaped trace or, with `generator`, freshly drawn windows."""
+
+    trace: Trace  # of a generator: a sample
+    shaping: Shaping
+    max_tokens: int
+    generator: WorkloadConfig | None = None
+
+    def window(self, start_s: float, duration_s: float) -> Trace:
+        assert self.generator is None
+        return self.trace.window(start_s, duration_s)
+
+
+def cut_days(trace: Trace, days: tuple[int, int] | None) -> Trace:
+    """Days [first, last] of a trace, 86400 s each, counted from 1. Raises InvalidRequestError."""
+    if days is None:
+        return trace
+    first, last = days
+    available = int(np.ceil(trace.duration_s / DAY_S))
+    if not 1 <= first <= last <= available:
+        raise InvalidRequestError(
+            f"days {first}-{last} are not in the trace, which has {available}; give days between "
+            f"1 and {available}, such as 1-{available}."
+        )
+    return trace.window((first - 1) * DAY_S, (last - first + 1) * DAY_S)
+
+
+def shape_trace(trace: Trace, shaping: Shaping, max_tokens: int) -> Source:
+    """Cut days, scale lengths to the model's context, compress time."""
+    cut = cut_days(trace, shaping.days)
+    if not len(cut):
+        raise InvalidRequestError(f"days {shaping.days} of the trace have no requests.")
+    scaled = cut.scale_lengths(shaping.length_factor, max_tokens)
+    return Source(scaled.compress_time(shaping.compress), shaping, max_tokens)
+
+
+def generator_source(
+    config: WorkloadConfig, shaping: Shaping, max_tokens: int, rng: np.random.Generator
+) -> Source:
+    """The embedded generator; a sample of it stands for its mean mix."""
+    sample = generate(config, SAMPLE_S, rng).scale_lengths(shaping.length_factor, max_tokens)
+    return Source(sample, shaping, max_tokens, config)
+
+
+# --------------------------------------------------------------------------------------
+# Load
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the best static deployment sustains on the mean mix of a trace."""
+
+    key: str
+    rate_per_s: float  # requests, at the utilisation that the planner allows
+    shares: tuple[float, ...]  # of each workload type
+    lengths: tuple[tuple[float, float], ...]  # mean prompt and output tokens of each type
+
+
+def static_keys(planner: Planner) -> tuple[str, ...]:
+    """Every deployment that leaves no usable device idle. Raises InvalidRequestError for pools too
+    large to list."""
+    devices = planner.cluster.spec.num_devices
+    if devices > MAX_ENUMERATED_DEVICES:
+        raise InvalidRequestError(
+            f"{devices} devices have too many static deployments to try them all; at most "
+            f"{MAX_ENUMERATED_DEVICES} are supported."
+        )
+    sizes = [c.num_devices for c in planner.configs]
+    found = (configs_of(counts, planner.configs) for counts in enumerate_counts(sizes, devices))
+    return tuple(deployment_key(configs) for configs in found)
+
+
+def mean_mix(
+    trace: Trace, typing: WorkloadTyping
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shares [J] and mean lengths [J, 2] of the types; a type never seen has its centre's."""
+    types = assign(typing, trace.prompt_tokens, trace.output_tokens)
+    number = np.bincount(types, minlength=len(typing.types))
+    sums = [
+        np.bincount(types, weights=tokens, minlength=len(number))
+        for tokens in (trace.prompt_tokens, trace.output_tokens)
+    ]
+    means = np.stack(sums, axis=-1) / np.maximum(number, 1)[:, None]
+    return number / len(trace), np.where(number[:, None] > 0, means, centres(typing))
+
+
+def measure_capacity(planner: Planner, trace: Trace, typing: WorkloadTyping) -> Capacity:
+    """The deployment with the most headroom on the trace's mean mix, and its rate."""
+    shares, lengths = mean_mix(trace, typing)
+    best = (0.0, "")
+    for key in static_keys(planner):
+        estimate = planner.estimate(parse_deployment_key(key), shares, lengths)
+        best = max(best, (estimate.headroom, key))
+    rate_per_s, key = best
+    if rate_per_s <= 0:
+        raise InvalidRequestError(
+            "no static deployment can serve the trace's mean mix; scale its lengths down."
+        )
+    rows = ((float(prompt), float(output)) for prompt, output in lengths)
+    return Capacity(key, rate_per_s, tuple(shares.tolist()), tuple(rows))
+
+
+def fastest_key(planner: Planner, capacity: Capacity, load: float) -> str:
+    """The deployment of least estimated latency among those with headroom at that mean load."""
+    rates = np.array(capacity.shares) * capacity.rate_per_s * load
+    lengths = np.array(capacity.lengths)
+
+    def cost(key: str) -> tuple[bool, float]:
+        estimate = planner.estimate(parse_deployment_key(key), rates, lengths)
+        return estimate.headroom < 1.0, estimate.latency_s
+
+    return min(static_keys(planner), key=cost)
+
+
+def load_window(
+    source: Source, window: Trace, rate_per_s: float, rng: np.random.Generator
+) -> Trace:
+    """A window resampled so that the whole source would have a mean of `rate_per_s`."""
+    if not len(window):
+        return window
+    share = window.mean_rate_per_s / source.trace.mean_rate_per_s
+    return window.resample(rate_per_s * share, rng)
+
+
+def draw_window(
+    source: Source, rate_per_s: float, duration_s: float, rng: np.random.Generator
+) -> Trace:
+    """A window for training: its start drawn uniformly, or generated afresh."""
+    if source.generator is not None:
+        config = replace(source.generator, mean_rate_per_s=rate_per_s)
+        drawn = generate(config, duration_s, rng)
+        return drawn.scale_lengths(source.shaping.length_factor, source.max_tokens)
+    latest_s = max(source.trace.duration_s - duration_s, 0.0)
+    window = source.window(float(rng.uniform(0.0, latest_s)), duration_s)
+    return load_window(source, window, rate_per_s, rng)
+
+
+def evaluation_windows(
+    source: Source, rate_per_s: float, number: int, duration_s: float, seeds: Sequence[int]
+) -> tuple[Trace, ...]:
+    """`number` windows evenly spaced over the source, resampled once per seed; of a generator,
+    `number` fresh ones per seed."""
+    spare_s = max(source.trace.duration_s - duration_s, 0.0)
+    starts = np.linspace(0.0, spare_s, number) if number > 1 else [spare_s / 2]
+    windows = []
+    for seed in seeds:
+        for index, start_s in enumerate(starts):
+            rng = np.random.default_rng((seed, index))
+            if source.generator is not None:
+                windows.append(draw_window(source, rate_per_s, duration_s, rng))
+            else:
+                window = source.window(float(start_s), duration_s)
+                windows.append(load_window(source, window, rate_per_s, rng))
+    return tuple(windows)
