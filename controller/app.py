@@ -87,6 +87,11 @@ def build_loop(config: ControllerConfig, remote: RemoteCluster) -> ControlLoop:
     return ControlLoop(remote, pipeline, server, log, config.mode, rng)
 
 
+def close_loop(loop: ControlLoop) -> None:
+    loop.policy_server.close()
+    loop.log.close()
+
+
 async def serve(config: ControllerConfig) -> None:
     """Run until SIGINT or SIGTERM; the engine serves on without it."""
     stop = asyncio.Event()
@@ -106,7 +111,11 @@ async def serve(config: ControllerConfig) -> None:
 async def _serve(config: ControllerConfig, loop: ControlLoop, stop: asyncio.Event) -> None:
     halt = threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
-    server, port = await start_grpc(loop, config.host, config.grpc_port)
+    try:
+        server, port = await start_grpc(loop, config.host, config.grpc_port)
+    except UnavailableError:
+        close_loop(loop)
+        raise
     try:
         thread.start()
         print(
@@ -120,8 +129,7 @@ async def _serve(config: ControllerConfig, loop: ControlLoop, stop: asyncio.Even
         halt.set()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
-        loop.policy_server.close()
-        loop.log.close()
+        close_loop(loop)
     counters = loop.counters
     print(
         f"controller stopped: {counters.num_ticks} ticks, {counters.num_decisions} decisions, "

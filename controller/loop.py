@@ -11,13 +11,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from controller.decision import DecisionPipeline, PreparedDecision
-from controller.decision_log import DecisionLog
+from controller.decision_log import (
+    DecisionLog,
+    decision_reason,
+    decision_record,
+    interval_record,
+    outcome_record,
+    proposal_record,
+)
 from controller.policy_server import ActResult, PolicyServer
 from controller.proposal import propose
 from controller.records import CandidateView, Counters, Mode, TickRecord, TickStatus, TypeRate
@@ -26,6 +32,7 @@ from engine.cluster import (
     ClusterSnapshot,
     Decision,
     SwitchPhase,
+    SwitchPlan,
     SwitchTicket,
     parse_deployment_key,
 )
@@ -46,7 +53,8 @@ class Proposal:
 
 
 class ControlLoop:
-    """One loop per cluster. `tick` is called by one thread at a time; readers use the lock."""
+    """One loop per cluster. Ticks and proposals take turns (`_turn`, held while the engine is
+    asked); readers need only `lock`, which is held for instants."""
 
     def __init__(
         self,
@@ -60,14 +68,14 @@ class ControlLoop:
         self.cluster, self.pipeline, self.policy_server = cluster, pipeline, policy_server
         self.log, self.mode, self._rng = log, mode, rng
         self.counters = Counters()
-        self.lock = threading.RLock()
+        self._turn = threading.Lock()
+        self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.records: deque[TickRecord] = deque(maxlen=NUM_RECORDS_KEPT)
         self.switches: deque[SwitchTicket] = deque(maxlen=NUM_SWITCHES_KEPT)
         self.snapshot: ClusterSnapshot | None = None
         self.available = False
-        self._cursor, self._next_seq, self._last_now_s = 0, 1, -1.0
-        self._open_ticket = ""
+        self._cursor, self._next_seq = 0, 1
 
     # ---------------------------------------------------------------- the loop
 
@@ -84,7 +92,7 @@ class ControlLoop:
     def tick(self) -> TickRecord:
         """One decision. Whatever goes wrong ends up in the record."""
         started_s = time.perf_counter()
-        with self.lock:
+        with self._turn:
             self.counters.num_ticks += 1
             try:
                 record = self._decide()
@@ -109,7 +117,7 @@ class ControlLoop:
         act = self.policy_server.act(prepared.observation, self._rng)
         self.counters.num_fallbacks += act.reason != "policy"
         decision = self.pipeline.resolve(prepared, act.action, act.probabilities, act.policy)
-        self._log_decision(prepared, act, decision)
+        self.log.append("decision", decision_record(prepared, act, decision, self.mode))
         ticket = self._apply(prepared, decision) if self.mode is Mode.ACTIVE else None
         self.counters.num_decisions += 1
         self.counters.num_vetoed += bool(decision.vetoes)
@@ -117,45 +125,50 @@ class ControlLoop:
 
     def _observe(self) -> ClusterSnapshot:
         """New events and a snapshot; notices an engine that was started again."""
-        snapshot = self.cluster.snapshot()
-        if snapshot.now_s < self._last_now_s:
-            logger.warning("the engine's clock went back: it was restarted")
-            self.counters.num_restarts += 1
-            self._cursor, self._open_ticket = 0, ""
-            self.pipeline.reset(snapshot.now_s)
-        self._last_now_s = snapshot.now_s
+        snapshot, last = self.cluster.snapshot(), self.snapshot
         batch = self.cluster.events(self._cursor)
-        self._cursor = batch.next_cursor
+        if last is not None and (_is_older(snapshot, last) or batch.next_cursor < self._cursor):
+            logger.warning("the engine was restarted: its clock or its counters went back")
+            self.counters.num_restarts += 1
+            self.pipeline.reset(0.0)
+            batch, last = self.cluster.events(0), None
+        from_s = last.now_s if last is not None else 0.0
+        self._cursor, self.snapshot = batch.next_cursor, snapshot
         self.counters.num_events_lost += batch.num_lost
         self.pipeline.observe(batch.events)
+        self.log.append(
+            "interval", interval_record(from_s, snapshot.now_s, batch.events, batch.num_lost)
+        )
         for event in batch.events:
             if event.ticket is not None and event.ticket.phase.is_terminal:
                 self._end_switch(event.ticket)
-        self.snapshot = snapshot
         return snapshot
 
     def _end_switch(self, ticket: SwitchTicket) -> None:
         done = ticket.phase is SwitchPhase.DONE
         self.counters.num_switches_done += done
         self.counters.num_switches_failed += not done
-        self.switches.append(ticket)
-        self.log.append("outcome", {"ticket": asdict(ticket), "duration_s": ticket.duration_s})
+        with self.lock:
+            self.switches.append(ticket)
+        self.log.append("outcome", outcome_record(ticket))
 
     def _apply(self, prepared: PreparedDecision, decision: Decision) -> SwitchTicket | None:
         """Start the decided switch, or refresh the routing of the present deployment."""
         try:
-            if decision.plan is None:
-                if not prepared.snapshot.switch_in_flight:
-                    self.cluster.set_routing(self.pipeline.routing_for(prepared))
-                return None
-            ticket = self.cluster.apply(decision.plan)
+            if decision.plan is not None:
+                return self._start(decision.plan, prepared.at_s)
+            if not prepared.snapshot.switch_in_flight:
+                self.cluster.set_routing(self.pipeline.routing_for(prepared))
         except UnavailableError:
             raise
         except TidewrightError as error:  # the engine moved on since the snapshot
             logger.warning("the engine refused: %s", error)
             self.counters.num_switches_failed += decision.plan is not None
-            return None
-        self.pipeline.scheduler.record_switch(prepared.at_s)
+        return None
+
+    def _start(self, plan: SwitchPlan, now_s: float) -> SwitchTicket:
+        ticket = self.cluster.apply(plan)
+        self.pipeline.scheduler.record_switch(now_s)
         self.counters.num_switches_started += 1
         return ticket
 
@@ -164,21 +177,22 @@ class ControlLoop:
     def propose(self, target_key: str, dry_run: bool) -> Proposal:
         """Plan and guard a switch asked for by hand; apply it unless dry_run or mode is not active.
 
-        Raises InfeasibleError, UnavailableError.
+        Raises InfeasibleError, InvalidRequestError (no step times), UnavailableError, and what
+        `Cluster.apply` raises when the engine moved on.
         """
         configs = parse_deployment_key(target_key)
-        with self.lock:
-            snapshot = self._observe()
-            prepared = self.pipeline.prepare(snapshot)
+        with self._turn:
+            prepared = self.pipeline.prepare(self._observe())
             decision, vetoes = propose(self.pipeline, prepared, configs)
+            self.log.append("proposal", proposal_record(decision, vetoes, dry_run, self.mode))
             ticket = None
-            if not vetoes and not dry_run and self.mode is Mode.ACTIVE:
-                ticket = self._apply(prepared, decision)
+            if not vetoes and not dry_run and self.mode is Mode.ACTIVE and decision.plan:
+                ticket = self._start(decision.plan, prepared.at_s)
             return Proposal(decision, vetoes, ticket)
 
     def set_mode(self, mode: Mode) -> Mode:
-        """Returns the mode before."""
-        with self.lock:
+        """Returns the mode before. A tick under way ends first: after this, the mode holds."""
+        with self._turn:
             previous, self.mode = self.mode, mode
             return previous
 
@@ -220,7 +234,7 @@ class ControlLoop:
             executed_key=decision.executed_key,
             propensity=decision.propensity,
             policy=decision.policy,
-            reason=decision.reason if act.reason == "policy" else act.reason,
+            reason=decision_reason(act, decision),
             vetoes=decision.vetoes,
         )
 
@@ -235,46 +249,18 @@ class ControlLoop:
 
     def _publish(self, record: TickRecord) -> None:
         self._next_seq += 1
-        self.records.append(record)
-        self.changed.notify_all()
+        with self.changed:
+            self.records.append(record)
+            self.changed.notify_all()
 
-    def _log_decision(self, prepared: PreparedDecision, act: ActResult, decision: Decision) -> None:
-        snapshot = prepared.snapshot
-        plan: dict[str, Any] | None = None
-        if decision.plan is not None:
-            plan = {
-                "weight_bytes": decision.plan.weight_bytes,
-                "predicted_s": decision.plan.predicted_s,
-            }
-        self.log.append(
-            "decision",
-            {
-                "decision_id": decision.decision_id,
-                "at_s": prepared.at_s,
-                "mode": self.mode,
-                "policy": decision.policy,
-                "observation": prepared.observation.flat(),
-                "candidates": [asdict(c) | {"key": c.key} for c in prepared.candidates],
-                "mask": prepared.observation.mask,
-                "mask_reasons": prepared.mask_reasons,
-                "probabilities": act.probabilities,
-                "action": decision.action,
-                "chosen_key": decision.chosen_key,
-                "executed_key": decision.executed_key,
-                "propensity": decision.propensity,
-                "reason": decision.reason if act.reason == "policy" else act.reason,
-                "vetoes": decision.vetoes,
-                "plan": plan,
-                "forecast": asdict(prepared.forecast),
-                "rates": prepared.monitor_state.rates,
-                "epoch": snapshot.epoch,
-                "deployment_key": snapshot.deployment.key,
-                "num_arrived": snapshot.num_arrived,
-                "num_finished": snapshot.num_finished,
-                "num_rejected": snapshot.num_rejected,
-                "latency_s": prepared.monitor_state.latency_s,
-            },
-        )
+
+def _is_older(snapshot: ClusterSnapshot, last: ClusterSnapshot) -> bool:
+    """Whether clock or counters went back: what only a restart does."""
+    return (
+        snapshot.now_s < last.now_s
+        or snapshot.epoch < last.epoch
+        or snapshot.num_arrived < last.num_arrived
+    )
 
 
 def _views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:

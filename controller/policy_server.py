@@ -7,7 +7,9 @@ never stops the loop: the rule decides, and the reason is recorded and counted.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,25 +18,35 @@ from numpy.typing import NDArray
 from policies.base import Observation, Policy, choose
 
 logger = logging.getLogger(__name__)
+Floats = NDArray[np.float64]
+SUM_TOLERANCE = 1e-6  # of a softmax in float32; the generator's own is tighter
+KEEP = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ActResult:
     """A distribution over candidate rows, the row taken, and who decided why."""
 
-    probabilities: NDArray[np.float64]
+    probabilities: Floats
     action: int
     policy: str
     reason: str  # "policy", or why the fall-back decided
 
 
-def check_distribution(probabilities: NDArray[np.float64], observation: Observation) -> str:
+@dataclass(frozen=True, slots=True)
+class _Question:
+    policy: Policy
+    observation: Observation
+    answer: Future[Floats]
+
+
+def check_distribution(probabilities: Floats, observation: Observation) -> str:
     """Empty when it is a distribution over legal rows, else what is wrong with it."""
     if probabilities.shape != observation.mask.shape:
         return f"shape {probabilities.shape}, expected {observation.mask.shape}"
     if not np.all(np.isfinite(probabilities)):
         return "not finite"
-    if np.any(probabilities < 0) or abs(float(probabilities.sum()) - 1.0) > 1e-6:
+    if np.any(probabilities < 0) or abs(float(probabilities.sum()) - 1.0) > SUM_TOLERANCE:
         return "not a distribution"
     if np.any(probabilities[~observation.mask] > 0):
         return "probability on a masked candidate"
@@ -42,40 +54,75 @@ def check_distribution(probabilities: NDArray[np.float64], observation: Observat
 
 
 class PolicyServer:
-    """Owns one worker thread. `close` gives it up (a hung policy's thread is a daemon's)."""
+    """Owns one daemon thread that alone calls the policy, so a late call and the next never
+    overlap, and a policy that hangs for ever does not keep the process from ending."""
 
     def __init__(
         self, policy: Policy, fallback: Policy, deadline_s: float, deterministic: bool
     ) -> None:
         self.policy, self._fallback = policy, fallback
         self._deadline_s, self._deterministic = deadline_s, deterministic
-        self._pool = ThreadPoolExecutor(1, "policy")
+        self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
         self.num_fallbacks = 0
 
     def act(self, observation: Observation, rng: np.random.Generator) -> ActResult:
-        """Never raises while the fall-back rule does not."""
-        try:
-            future = self._pool.submit(self.policy.probabilities, observation)
-            probabilities = np.asarray(future.result(self._deadline_s), np.float64)
-            problem = check_distribution(probabilities, observation)
-        except TimeoutError:
-            problem = f"no answer within {self._deadline_s} s"
-            self._replace_pool()
-        except Exception as error:
-            logger.exception("policy %s failed", self.policy.name)
-            problem = f"{type(error).__name__}: {error}"
+        """Never raises: when the fall-back rule fails too, the answer is keep."""
+        probabilities, problem = self._ask(observation)
         name, reason = self.policy.name, "policy"
         if problem:
             self.num_fallbacks += 1
             name, reason = self._fallback.name, f"fallback: {self.policy.name} {problem}"
-            probabilities = self._fallback.probabilities(observation)
+            probabilities, problem = _evaluate(self._fallback, observation)
+        if problem:
+            name, reason = "keep", f"{reason}; {self._fallback.name} {problem}"
+            probabilities = np.eye(1, len(observation.mask), KEEP)[0]
+        probabilities = probabilities / probabilities.sum()
         action = choose(probabilities, rng, self._deterministic)
         return ActResult(probabilities, action, name, reason)
 
-    def _replace_pool(self) -> None:
-        """The late policy keeps its thread; the next decision gets a new one."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = ThreadPoolExecutor(1, "policy")
+    def _ask(self, observation: Observation) -> tuple[Floats, str]:
+        """The policy's answer and what is wrong with it. A question that is late is withdrawn
+        unless the policy is at it already."""
+        self._start()
+        answer: Future[Floats] = Future()
+        self._questions.put(_Question(self.policy, observation, answer))
+        try:
+            probabilities = answer.result(self._deadline_s)
+            return probabilities, check_distribution(probabilities, observation)
+        except TimeoutError:
+            answer.cancel()
+            return np.zeros(0), f"no answer within {self._deadline_s} s"
+        except Exception as error:
+            logger.exception("policy %s failed", self.policy.name)
+            return np.zeros(0), f"{type(error).__name__}: {error}"
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_answer_all, args=(self._questions,), name="policy", daemon=True
+            )
+            self._thread.start()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """The thread ends with the call it is at."""
+        self._questions.put(None)
+
+
+def _answer_all(questions: queue.SimpleQueue[_Question | None]) -> None:
+    while (question := questions.get()) is not None:
+        if question.answer.set_running_or_notify_cancel():
+            try:
+                found = question.policy.probabilities(question.observation)
+                question.answer.set_result(np.asarray(found, np.float64))
+            except Exception as error:
+                question.answer.set_exception(error)
+
+
+def _evaluate(policy: Policy, observation: Observation) -> tuple[Floats, str]:
+    try:
+        probabilities = np.asarray(policy.probabilities(observation), np.float64)
+    except Exception as error:
+        logger.exception("fall-back rule %s failed", policy.name)
+        return np.zeros(0), f"{type(error).__name__}: {error}"
+    return probabilities, check_distribution(probabilities, observation)

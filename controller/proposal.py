@@ -42,7 +42,8 @@ def propose(
     )
     key = deployment_key(configs)
     decision = replace(decision, chosen_key=key, executed_key=key, plan=plan, reason="operator")
-    return decision, tuple(r for r in reasons[1:] if r)
+    present = ("already_deployed",) if key == snapshot.deployment.key else ()
+    return decision, (*present, *(r for r in reasons[1:] if r))
 
 
 def _candidate(

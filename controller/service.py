@@ -27,13 +27,13 @@ NUMBERS = {mode: number for number, mode in MODES.items()}
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """The servicer over one loop. What may wait for the loop's lock runs off the event loop."""
+    """The servicer over one loop. What may wait for a tick runs off the event loop."""
 
     def __init__(self, loop: ControlLoop) -> None:
         self._loop, self._started_s = loop, time.monotonic()
 
     async def GetState(self, request: Any, context: Any) -> Any:
-        return await asyncio.to_thread(self._state)
+        return self._state()
 
     def _state(self) -> Any:
         loop = self._loop
@@ -62,6 +62,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         with self._loop.lock:
             last = self._loop.records[-1].seq if self._loop.records else 0
         wanted = request.from_seq or last + 1
+        if not 0 < wanted <= last + 1:
+            raise InvalidRequestError(
+                f"from_seq is {wanted}, the next tick of this controller is {last + 1}; it was "
+                "started again since: watch from 1, or from 0 for ticks to come."
+            )
         while True:
             for record in await asyncio.to_thread(self._since, wanted):
                 response = control_pb2.WatchDecisionsResponse(num_lost=record.seq - wanted)

@@ -248,7 +248,7 @@ class Replica:
             waiting_prompt_tokens=scheduler.waiting_prompt_tokens,
             running_context_tokens=scheduler.running_context_tokens,
             kv_blocks_used=scheduler.block_manager.num_used,
-            num_preemptions_total=sum(s.num_preemptions for s in scheduler.sequences()),
+            num_preemptions_total=scheduler.num_preemptions_total,
         )
 
     def close(self) -> None:

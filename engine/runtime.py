@@ -523,6 +523,11 @@ class EngineRuntime:
         self._on_hold = set()
         self._dispatch_held()
 
+    def abort_ended(self, owner: dict[str, int]) -> None:
+        for request_id, replica_id in owner.items():
+            if request_id not in self._requests:
+                self._abort(request_id, replica_id)
+
     def _set_deployment(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.epoch += 1

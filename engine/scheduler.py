@@ -105,6 +105,7 @@ class BatchScheduler:
         self._arrival: dict[str, tuple[float, int]] = {}
         self._num_added = 0
         self._num_steps = 0
+        self.num_preemptions_total = 0
         self._in_flight: set[str] = set()
         self._aborted: set[str] = set()  # in flight; they go at their next update
 
@@ -286,6 +287,7 @@ class BatchScheduler:
         self._release_blocks(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
+        self.num_preemptions_total += 1
         seq.status = SequenceStatus.WAITING
         insort(self._waiting, seq, key=self._key)
 

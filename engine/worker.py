@@ -153,7 +153,9 @@ class Worker:
             return
         match message:
             case Submit():
-                self._leader(message.replica_id).submit(message.sequence)
+                # a rank that failed a moment ago is gone; the engine will hear and send it again
+                if message.replica_id in self.ranks:
+                    self._leader(message.replica_id).submit(message.sequence)
             case Abort():
                 if message.replica_id in self.serving:
                     self._leader(message.replica_id).scheduler.abort(message.request_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,13 @@ from engine.profile import ProfiledCluster
 from envs.reward import RewardConfig, reward_config
 from envs.serving_env import EnvParts, MakeTrace, ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
-from envs.workload import Trace, WorkloadConfig, generate
+from envs.traffic import Shaping, draw_window, generator_source, measure_capacity
+from envs.workload import WorkloadConfig
 
 DEFAULT_PROFILE = Path(__file__).parents[1] / "configs" / "profiles" / "tiny_llama_cpu4.json"
-DEFAULT_NUM_TYPES = 4
-FIT_S = 3600.0
+NUM_TYPES = 4
+FITTED = 20_000  # requests of the sample that types are fitted to
+LONGEST_TOKENS = 4096  # hardly any request of the generator is longer
 
 
 def surrogate_parts(
@@ -47,21 +48,6 @@ def surrogate_parts(
     return EnvParts(pipeline, make_cluster, make_trace, found, slo or SloSpec())
 
 
-def generated_traces(config: WorkloadConfig, episode_s: float) -> MakeTrace:
-    """A fresh trace of the embedded generator per episode."""
-    return lambda rng: generate(config, episode_s, rng)
-
-
-def trace_windows(trace: Trace, episode_s: float) -> MakeTrace:
-    """A window of `trace` per episode, its start drawn uniformly."""
-
-    def draw(rng: np.random.Generator) -> Trace:
-        latest_s = max(trace.duration_s - episode_s, 0.0)
-        return trace.window(float(rng.uniform(0.0, latest_s)), episode_s)
-
-    return draw
-
-
 def default_key(cluster: ProfiledCluster) -> str:
     """One single-device replica per device."""
     return f"{cluster.spec.num_devices}xtp1pp1"
@@ -69,17 +55,26 @@ def default_key(cluster: ProfiledCluster) -> str:
 
 def build_default_env(
     profile: str | Path = DEFAULT_PROFILE,
-    workload: WorkloadConfig | None = None,
-    decision: DecisionConfig | None = None,
+    load: float = 0.7,
     episode_s: float = 900.0,
+    decision: DecisionConfig | None = None,
     spread: float = 0.0,
 ) -> ServingEnv:
-    """`tidewright/Surrogate-v0`: generated traffic, scaled to the profiled model's context."""
+    """`tidewright/Surrogate-v0`: generated traffic at `load` times the best static capacity, with
+    lengths scaled to the profiled model's context."""
     cluster = load_profiled_cluster(Path(profile))
-    config = workload or WorkloadConfig()
-    config = replace(config, max_tokens=min(config.max_tokens, cluster.spec.model.max_model_len))
-    sample = generate(config, FIT_S, np.random.default_rng(0))
-    typing = fit_typing(sample.prompt_tokens, sample.output_tokens, DEFAULT_NUM_TYPES, seed=0)
+    context = cluster.spec.model.max_model_len
+    shaping = Shaping(length_factor=context / LONGEST_TOKENS)
+    source = generator_source(WorkloadConfig(), shaping, context, np.random.default_rng(0))
+    prompt, output = source.trace.prompt_tokens, source.trace.output_tokens
+    typing = fit_typing(prompt[:FITTED], output[:FITTED], NUM_TYPES, seed=0)
     pipeline = build_pipeline(cluster, typing, decision or DecisionConfig())
-    traces = generated_traces(config, episode_s)
-    return ServingEnv(surrogate_parts(pipeline, traces, default_key(cluster), spread=spread))
+    rate_per_s = load * measure_capacity(pipeline.planner, source.trace, typing).rate_per_s
+    return ServingEnv(
+        surrogate_parts(
+            pipeline,
+            lambda rng: draw_window(source, rate_per_s, episode_s, rng),
+            default_key(cluster),
+            spread=spread,
+        )
+    )

@@ -94,13 +94,13 @@ class ExperimentConfig(_Section):
     """One published experiment: one YAML file in configs/."""
 
     profile: Path = Field(DEFAULT_PROFILE, description="measured cluster JSON")
-    workload: WorkloadSection = WorkloadSection()
+    workload: WorkloadSection = Field(default_factory=WorkloadSection)
     decision: DecisionConfig = DecisionConfig()
     predictor: str = Field("ewma4", description="naive or ewmaH")
     slo: SloSpec = SloSpec(ttft_s=1.0, tpot_s=0.1)
-    env: EnvSection = EnvSection()
+    env: EnvSection = Field(default_factory=EnvSection)
     ppo: PpoConfig = PpoConfig()
-    evaluation: EvaluationSection = EvaluationSection()
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     seed: int = Field(0, ge=0)
 
 

@@ -30,6 +30,7 @@ from envs.workload import Trace
 from policies.base import Floats, Mask, Observation
 from policies.evaluation import EpisodeRecord
 
+NO_SLO = SloSpec()
 MakeTrace = Callable[[np.random.Generator], Trace]
 MakeCluster = Callable[[np.random.Generator], Drivable]
 
@@ -42,7 +43,7 @@ class EnvParts:
     make_cluster: MakeCluster  # a fresh cluster per episode; the environment closes it
     make_trace: MakeTrace  # the traffic of an episode; its duration is the episode's
     reward: RewardConfig
-    slo: SloSpec = SloSpec()
+    slo: SloSpec = NO_SLO
 
 
 class ServingEnv(gymnasium.Env[Floats, np.int64]):

@@ -72,6 +72,10 @@ class SwitchHost(Protocol):
         """Make `target` current; `owner` names the new replica of every request that moved."""
         ...
 
+    def abort_ended(self, owner: dict[str, int]) -> None:
+        """Tell the new replicas of requests that were cancelled while they moved."""
+        ...
+
     def publish(self, ticket: SwitchTicket) -> None: ...
     def failpoint(self, name: str) -> None:
         """Raises when a test wants this point to fail."""
@@ -305,6 +309,7 @@ class Switch:
                     )
                 except UnavailableError:  # its loss is noticed apart and its requests requeued
                     logger.exception("replica %d did not adopt", replica.replica_id)
+        self.host.abort_ended(moved.owner)
         self._end_pause()
 
     async def _release(self) -> None:

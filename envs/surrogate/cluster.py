@@ -6,7 +6,9 @@ in it, which blocks they hold and where requests go follow the engine's own rule
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from copy import copy
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from engine.cluster import (
     Deployment,
     EventBatch,
     EventKind,
+    ParallelConfig,
     Replica,
     Request,
     RequestOutcome,
@@ -26,7 +29,7 @@ from engine.cluster import (
     SwitchPlan,
     SwitchTicket,
 )
-from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
+from engine.errors import InfeasibleError, NotFoundError, StaleEpochError, SwitchInProgressError
 from engine.events import EventLog
 from engine.migration.plan import check_memory
 from engine.profile import ProfiledCluster
@@ -35,8 +38,31 @@ from engine.shards import num_kv_blocks
 from envs.surrogate import kernel
 from envs.surrogate.kernel import REJECTED, WAITING
 from envs.surrogate.latency import step_coefficients
-from envs.surrogate.state import SurrogateState
+from envs.surrogate.state import Slots, SurrogateState
 from envs.surrogate.switch import SurrogateSwitch
+
+OUTCOME_FIELDS = (
+    "first_token_s",
+    "output_tokens",
+    "row",
+    "longest_gap_s",
+    "num_preemptions",
+    "num_moves",
+    "status",
+)
+
+
+@lru_cache(maxsize=16)
+def kv_blocks(cluster: ProfiledCluster) -> dict[ParallelConfig, int]:
+    """KV blocks of a replica of each profiled configuration that the model can be split into."""
+    spec, blocks = cluster.spec, {}
+    for parallel in cluster.profile.configs:
+        try:
+            spec.model.check(parallel)
+        except InfeasibleError:
+            continue
+        blocks[parallel] = num_kv_blocks(spec, parallel)
+    return blocks
 
 
 class SurrogateCluster:
@@ -56,6 +82,7 @@ class SurrogateCluster:
     ) -> None:
         self._profiled = cluster
         self._coefficients = step_coefficients(cluster.profile)
+        self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
         step_factor, self._switch_factor = np.exp(
             spread * np.random.default_rng(seed).standard_normal(2)
@@ -64,8 +91,7 @@ class SurrogateCluster:
             numbers[:-1] *= step_factor  # all but stage_share
         self.state = SurrogateState(cluster.spec, max_queue)
         self._now_s = 0.0
-        self._pending: list[tuple[float, int, int]] = []  # arrival_s, order of submission, slot
-        self._num_submitted = 0
+        self._pending: list[Request] = []  # not arrived yet
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: SurrogateSwitch | None = None
@@ -154,9 +180,7 @@ class SurrogateCluster:
 
     def submit(self, request: Request) -> None:
         assert request.arrival_s >= self._now_s, (request.arrival_s, self._now_s)
-        slot = self.state.add_request(request)
-        self._pending.append((request.arrival_s, self._num_submitted, slot))
-        self._num_submitted += 1
+        self._pending.append(request)
 
     def advance(self, until_s: float) -> None:
         """Compute up to `until_s`. A switch passes a phase border just after that instant."""
@@ -203,60 +227,34 @@ class SurrogateCluster:
         state.release(ended)
         self._now_s = until_s
 
-    def _take_arriving(self, until_s: float) -> Any:
-        self._pending.sort()
-        count = 0
-        while count < len(self._pending) and self._pending[count][0] <= until_s:
-            count += 1
+    def _take_arriving(self, until_s: float) -> Slots:
+        self._pending.sort(key=_arrival_s)
+        count = bisect_right(self._pending, until_s, key=_arrival_s)
         taken, self._pending = self._pending[:count], self._pending[count:]
-        return np.array([slot for _, _, slot in taken], np.int64)
+        return self.state.add_requests(taken)
 
-    def _log_events(self, arriving: Any, ended: Any) -> None:
+    def _log_events(self, arriving: Slots, ended: Slots) -> None:
         """In order of time; at one instant ends, then arrivals, then rejections."""
         if not len(arriving) and not len(ended):
             return
-        records = self.state.seqs[ended]
+        records, requests = self.state.seqs[ended], self.state.requests
         rejected = records["status"] == REJECTED
         ended_s = np.where(rejected, records["arrival_s"], records["last_token_s"])
         at_s = np.concatenate([ended_s, self.state.seqs["arrival_s"][arriving]])
         rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arriving), np.int64)])
-        slots, times, values = (
-            [*ended.tolist(), *arriving.tolist()],
-            at_s.tolist(),
-            records.tolist(),
-        )
+        slots, times = [*ended.tolist(), *arriving.tolist()], at_s.tolist()
+        values = records[list(OUTCOME_FIELDS)].tolist()
+        replica_ids = {row: replica_id for replica_id, row in self._rows.items()}
         for i in np.lexsort((rank, at_s)).tolist():
-            request = self.state.requests[slots[i]]
+            request = requests[slots[i]]
             assert request is not None
             if i < len(ended):
-                outcome = self._outcome(request, values[i], times[i])
+                outcome = _outcome(request, values[i], times[i], replica_ids)
                 self._log.append(times[i], EventKind.ENDED, outcome=outcome)
             else:
                 self._log.append(times[i], EventKind.ARRIVED, arrival=_arrival(request))
 
-    def _outcome(self, request: Request, values: tuple[Any, ...], at_s: float) -> RequestOutcome:
-        record = dict(zip(kernel.SEQUENCE.names or (), values, strict=True))
-        served = record["status"] != REJECTED
-        return RequestOutcome(
-            request_id=request.request_id,
-            status=RequestStatus.FINISHED if served else RequestStatus.REJECTED,
-            arrival_s=request.arrival_s,
-            first_token_s=record["first_token_s"] if served else None,
-            finish_s=at_s,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=record["output_tokens"],
-            replica_id=self._replica_id_of(record["row"]) if served else None,
-            longest_gap_s=record["longest_gap_s"],
-            num_preemptions=record["num_preemptions"],
-            num_moves=record["num_moves"],
-            request_class=request.request_class,
-            client_id=request.client_id,
-        )
-
     # ---------------------------------------------------------------- replicas and routing
-
-    def _replica_id_of(self, row: int) -> int:
-        return next(replica_id for replica_id, r in self._rows.items() if r == row)
 
     def row_of(self, replica: Replica) -> int:
         return self._rows[replica.replica_id]
@@ -266,7 +264,9 @@ class SurrogateCluster:
         for replica in replicas:
             row = min(set(range(len(self.state.replicas))) - set(self._rows.values()))
             self._rows[replica.replica_id] = row
-            self.state.add_replica(row, replica.parallel, self._coefficients[replica.parallel])
+            parallel = replica.parallel
+            blocks = self._num_blocks[parallel]
+            self.state.add_replica(row, parallel, self._coefficients[parallel], blocks)
 
     def drop_rows(self, replicas: list[Replica]) -> None:
         for replica in replicas:
@@ -289,14 +289,11 @@ class SurrogateCluster:
         edges = routing.prompt_edges if routing.weights else ()
         samples = [*edges, edges[-1] + 1] if edges else [1]
         loads = [
-            ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, self._capacity(r))
+            ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, 0)  # load is the kernel's
             for r in self._deployment.replicas
         ]
         self._edges = np.array(edges, np.int64)
         self._shares = np.array([shares(routing, loads, prompt) for prompt in samples])
-
-    def _capacity(self, replica: Replica) -> int:
-        return num_kv_blocks(self.spec, replica.parallel) * self.spec.block_size
 
     def route_held(self, now_s: float) -> None:
         """Send what was held back to the replicas that are open now."""
@@ -333,11 +330,38 @@ class SurrogateCluster:
         self.state.check_counts(list(self._rows.values()))
 
 
+def _arrival_s(request: Request) -> float:
+    return request.arrival_s
+
+
 def _arrival(request: Request) -> Arrival:
     return Arrival(
-        request_id=request.request_id,
-        arrival_s=request.arrival_s,
-        prompt_tokens=request.prompt_tokens,
-        request_class=request.request_class,
-        client_id=request.client_id,
+        request.request_id,
+        request.arrival_s,
+        request.prompt_tokens,
+        request.request_class,
+        request.client_id,
+    )
+
+
+def _outcome(
+    request: Request, values: tuple[Any, ...], at_s: float, replica_ids: dict[int, int]
+) -> RequestOutcome:
+    """`values` in the order of OUTCOME_FIELDS."""
+    first_token_s, output_tokens, row, longest_gap_s, num_preemptions, num_moves, status = values
+    served = status != REJECTED
+    return RequestOutcome(
+        request.request_id,
+        RequestStatus.FINISHED if served else RequestStatus.REJECTED,
+        request.arrival_s,
+        first_token_s if served else None,
+        at_s,
+        request.prompt_tokens,
+        output_tokens,
+        replica_ids[row] if served else None,
+        longest_gap_s,
+        num_preemptions,
+        num_moves,
+        request.request_class,
+        request.client_id,
     )

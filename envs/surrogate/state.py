@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
-from engine.shards import num_kv_blocks
 from envs.surrogate import kernel
-from envs.surrogate.kernel import IN_RUNNING, IN_WAITING, NONE, PENDING, RUNNING, WAITING
+from envs.surrogate.kernel import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
 
 FIRST_SLOTS = 256
 Records = NDArray[Any]
@@ -61,19 +60,22 @@ class SurrogateState:
         self.requests += [None] * (new_size - size)
         self._free_slots += range(new_size - 1, size - 1, -1)
 
-    def add_request(self, request: Request) -> int:
-        """A slot for a request that has not arrived yet."""
-        if not self._free_slots:
+    def add_requests(self, requests: list[Request]) -> Slots:
+        """Slots for requests that arrive next."""
+        while len(self._free_slots) < len(requests):
             self._grow()
-        slot = self._free_slots.pop()
-        record = self.seqs[slot]
-        record.fill(0)
-        record["arrival_s"] = request.arrival_s
-        record["prompt_tokens"] = request.prompt_tokens
-        record["target_tokens"] = request.output_tokens
-        record["row"] = record["next"] = record["prev"] = NONE
-        self.requests[slot] = request
-        return slot
+        slots = self._free_slots[len(self._free_slots) - len(requests) :]
+        del self._free_slots[len(self._free_slots) - len(requests) :]
+        records = np.zeros(len(requests), kernel.SEQUENCE)
+        records["arrival_s"] = [r.arrival_s for r in requests]
+        records["prompt_tokens"] = [r.prompt_tokens for r in requests]
+        records["target_tokens"] = [r.output_tokens for r in requests]
+        records["row"] = records["next"] = records["prev"] = NONE
+        index = np.array(slots, np.int64)
+        self.seqs[index] = records
+        for slot, request in zip(slots, requests, strict=True):
+            self.requests[slot] = request
+        return index
 
     def release(self, slots: Slots) -> None:
         for slot in slots.tolist():
@@ -97,10 +99,10 @@ class SurrogateState:
     # ---------------------------------------------------------------- rows
 
     def add_replica(
-        self, row: int, parallel: ParallelConfig, coefficients: NDArray[np.float64]
+        self, row: int, parallel: ParallelConfig, coefficients: NDArray[np.float64], blocks: int
     ) -> None:
-        """An idle, closed replica in `row`; coefficients as in `latency.step_coefficients`."""
-        blocks = num_kv_blocks(self.spec, parallel)
+        """An idle, closed replica of `blocks` KV blocks in `row`; coefficients as in
+        `latency.step_coefficients`."""
         record = np.zeros((), kernel.REPLICA)
         for name, value in zip(kernel.REPLICA.names or (), coefficients, strict=False):
             record[name] = value
@@ -162,5 +164,4 @@ class SurrogateState:
         assert len(set(here)) == len(here) == counts["live"], (len(here), counts["live"])
         assert counts["arrived"] == counts["finished"] + counts["rejected"] + counts["live"]
         used = [slot for slot, request in enumerate(self.requests) if request is not None]
-        pending = [slot for slot in used if self.seqs["status"][slot] == PENDING]
-        assert sorted(here + pending) == used, "a slot is used and in no list"
+        assert sorted(here) == used, "a slot is used and in no list"

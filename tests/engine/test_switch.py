@@ -244,6 +244,31 @@ def test_cancel_before_commit_keeps_the_old_deployment(engine: EngineCluster) ->
     assert runtime.deployment.key == "4xtp1pp1"
 
 
+def test_a_request_cancelled_while_it_moves_frees_its_blocks(engine: EngineCluster) -> None:
+    runtime = engine.runtime
+
+    async def run() -> None:
+        params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+        stream = runtime.generate("leaver", prompt(40), params)
+        await anext(stream)
+        runtime.failpoint = lambda name: stream.cancel() if name == "before_verify" else None
+        try:
+            for key in ("2xtp2pp1", "4xtp1pp1"):
+                done = await runtime.ended(runtime.apply(plan_to(runtime, key)).ticket_id)
+                assert done.phase is SwitchPhase.DONE
+        finally:
+            runtime.failpoint = lambda name: None
+        assert [c.finish_reason async for c in stream][-1] == "abort"
+        async with asyncio.timeout(20):
+            while True:
+                stats = runtime.snapshot().replicas
+                if len(stats) == 4 and not any(s.kv_blocks_used for s in stats):
+                    return
+                await runtime.wait_for_change(0.1)
+
+    engine.run(run(), 120)
+
+
 def test_a_stale_plan_is_refused(engine: EngineCluster) -> None:
     runtime = engine.runtime
     plan = engine.on_loop(lambda: plan_to(runtime, "2xtp2pp1"))
