@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 
 
 def run_script(script: Path, quick: bool) -> tuple[dict[str, Any], float]:
-    """The JSON object of the last line and the seconds it took; {"failed": ...} if there is none."""
+    """The JSON object of the last line, or {"failed": why}, and the seconds it took."""
     command = [sys.executable, str(script), *(["--quick"] if quick else [])]
     start_s = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 
 from controller.config import ControllerConfig
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; its errors reach us as such
     try:
         config = parse_config(parser, ControllerConfig, argv)
         from controller.app import serve

@@ -87,11 +87,6 @@ def build_loop(config: ControllerConfig, remote: RemoteCluster) -> ControlLoop:
     return ControlLoop(remote, pipeline, server, log, config.mode, rng)
 
 
-def close_loop(loop: ControlLoop) -> None:
-    loop.policy_server.close()
-    loop.log.close()
-
-
 async def serve(config: ControllerConfig) -> None:
     """Run until SIGINT or SIGTERM; the engine serves on without it."""
     stop = asyncio.Event()
@@ -105,17 +100,17 @@ async def serve(config: ControllerConfig) -> None:
                 f"no engine answers at {config.engine}: {error} Start one with "
                 "`python -m engine`, or name it with --engine."
             ) from error
-        await _serve(config, loop, stop)
+        try:
+            await _serve(config, loop, stop)
+        finally:
+            loop.policy_server.close()
+            loop.log.close()
 
 
 async def _serve(config: ControllerConfig, loop: ControlLoop, stop: asyncio.Event) -> None:
     halt = threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
-    try:
-        server, port = await start_grpc(loop, config.host, config.grpc_port)
-    except UnavailableError:
-        close_loop(loop)
-        raise
+    server, port = await start_grpc(loop, config.host, config.grpc_port)
     try:
         thread.start()
         print(
@@ -129,7 +124,6 @@ async def _serve(config: ControllerConfig, loop: ControlLoop, stop: asyncio.Even
         halt.set()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
-        close_loop(loop)
     counters = loop.counters
     print(
         f"controller stopped: {counters.num_ticks} ticks, {counters.num_decisions} decisions, "

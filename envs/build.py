@@ -31,10 +31,12 @@ def surrogate_parts(
     reward: RewardConfig | None = None,
     spread: float = 0.0,
     slo: SloSpec | None = None,
+    columns: bool = False,
 ) -> EnvParts:
     """Parts of an environment over the surrogate of the pipeline's cluster.
 
-    `initial_key` names the first deployment of each episode, or draws it.
+    `initial_key` names the first deployment of each episode, or draws it. `columns` is the fast
+    path for training: no object per request, hence no outcomes to evaluate.
     """
     cluster = pipeline.cluster
 
@@ -42,10 +44,10 @@ def surrogate_parts(
         key = initial_key if isinstance(initial_key, str) else initial_key(rng)
         initial = dense_deployment(parse_deployment_key(key))
         seed = int(rng.integers(2**31))
-        return SurrogateCluster(cluster, initial, seed=seed, spread=spread)
+        return SurrogateCluster(cluster, initial, seed=seed, spread=spread, columns=columns)
 
     found = reward or reward_config(cluster)
-    return EnvParts(pipeline, make_cluster, make_trace, found, slo or SloSpec())
+    return EnvParts(pipeline, make_cluster, make_trace, found, slo or SloSpec(), columns)
 
 
 def default_key(cluster: ProfiledCluster) -> str:
@@ -59,6 +61,7 @@ def build_default_env(
     episode_s: float = 900.0,
     decision: DecisionConfig | None = None,
     spread: float = 0.0,
+    columns: bool = False,
 ) -> ServingEnv:
     """`tidewright/Surrogate-v0`: generated traffic at `load` times the best static capacity, with
     lengths scaled to the profiled model's context."""
@@ -76,5 +79,6 @@ def build_default_env(
             lambda rng: draw_window(source, rate_per_s, episode_s, rng),
             default_key(cluster),
             spread=spread,
+            columns=columns,
         )
     )

@@ -54,7 +54,7 @@ def compare(
     spec = pipeline.observation_spec
     ground = build_evaluation(pipeline, windows, slo, initial_key)
     statics = rank_static(ground, static_keys(pipeline.planner), report)
-    rules = {
+    rules: dict[str, Policy] = {
         "keep": KeepPolicy(),
         "myopic": MyopicPolicy(spec),
         "hysteresis": HysteresisPolicy(spec),

@@ -52,14 +52,15 @@ class _Section(BaseModel):
 class WorkloadSection(_Section):
     """Traffic: a trace file, or the embedded generator."""
 
-    trace: Path | None = Field(None, description="CSV; null: the embedded generator")
-    days: tuple[int, int] | None = Field(None, description="first and last day, counted from 1")
-    compress: float = Field(1.0, gt=0, description="time runs so many times faster")
-    length_factor: float = Field(1.0, gt=0, description="multiplies lengths in tokens")
+    trace: Path | None = Field(default=None, description="CSV; null: the embedded generator")
+    days: tuple[int, int] | None = Field(default=None, description="first, last; from 1")
+    compress: float = Field(default=1.0, gt=0, description="time runs so many times faster")
+    length_factor: float = Field(default=1.0, gt=0, description="multiplies lengths in tokens")
     load: tuple[float, float] = Field(
-        (0.7, 0.7), description="range, drawn per episode, of the share of best static capacity"
+        default=(0.7, 0.7),
+        description="range; share of best static capacity, drawn per episode",
     )
-    num_types: int = Field(4, ge=1, description="workload types")
+    num_types: int = Field(default=4, ge=1, description="workload types")
     generator: WorkloadConfig = Field(
         default_factory=WorkloadConfig, description="its mean rate is set by `load`"
     )
@@ -76,32 +77,32 @@ class WorkloadSection(_Section):
 class EnvSection(_Section):
     """Training environments."""
 
-    num_envs: int = Field(16, ge=1, description="stepped together")
-    episode_s: float = Field(3600.0, gt=0, description="seconds of an episode")
-    spread: float = Field(0.1, ge=0, description="randomisation of step and switch times, in ln")
-    initial: str = Field(ANY, description="first deployment; 'any': drawn per episode")
+    num_envs: int = Field(default=16, ge=1, description="stepped together")
+    episode_s: float = Field(default=3600.0, gt=0, description="seconds of an episode")
+    spread: float = Field(default=0.1, ge=0, description="of step and switch times, in ln")
+    initial: str = Field(default=ANY, description="first deployment; 'any': drawn per episode")
 
 
 class EvaluationSection(_Section):
     """The comparison at the end of training, on traffic of its own seed."""
 
-    num_windows: int = Field(3, ge=1)
-    window_s: float = Field(1800.0, gt=0, description="seconds of a window")
-    seed: int = Field(1_000_003, ge=0)
+    num_windows: int = Field(default=3, ge=1)
+    window_s: float = Field(default=1800.0, gt=0, description="seconds of a window")
+    seed: int = Field(default=1_000_003, ge=0)
 
 
 class ExperimentConfig(_Section):
     """One published experiment: one YAML file in configs/."""
 
-    profile: Path = Field(DEFAULT_PROFILE, description="measured cluster JSON")
+    profile: Path = Field(default=DEFAULT_PROFILE, description="measured cluster JSON")
     workload: WorkloadSection = Field(default_factory=WorkloadSection)
     decision: DecisionConfig = DecisionConfig()
-    predictor: str = Field("ewma4", description="naive or ewmaH")
+    predictor: str = Field(default="ewma4", description="naive or ewmaH")
     slo: SloSpec = SloSpec(ttft_s=1.0, tpot_s=0.1)
     env: EnvSection = Field(default_factory=EnvSection)
     ppo: PpoConfig = PpoConfig()
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 # --------------------------------------------------------------------------------------

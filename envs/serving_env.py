@@ -18,14 +18,15 @@ from engine.cluster import (
     ClusterEvent,
     Decision,
     Drivable,
-    Request,
     RequestOutcome,
     RequestStatus,
     SloSpec,
     SwitchTicket,
 )
 from engine.errors import StaleEpochError, SwitchInProgressError
-from envs.reward import RewardConfig, RewardLedger
+from envs.columns import ColumnTraffic
+from envs.reward import RewardConfig
+from envs.traffic_feed import EventTraffic, TrafficFeed
 from envs.workload import Trace
 from policies.base import Floats, Mask, Observation
 from policies.evaluation import EpisodeRecord
@@ -44,6 +45,7 @@ class EnvParts:
     make_trace: MakeTrace  # the traffic of an episode; its duration is the episode's
     reward: RewardConfig
     slo: SloSpec = NO_SLO
+    columns: bool = False  # the fast path: make_cluster gives a `ColumnDrivable`
 
 
 class ServingEnv(gymnasium.Env[Floats, np.int64]):
@@ -51,7 +53,8 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
 
     `action_masks()` [max_candidates] tells which rows are legal; an illegal choice is turned into
     keep by the guardrails, as in production. `info` after a step: `outcomes` (requests ended in
-    the interval), `decision`, `ticket` (of the switch applied, else None), `arrived`, `at_s`.
+    the interval; on the fast path `traffic`, in columns), `decision`, `ticket` (of the switch
+    applied, else None), `arrived`, `at_s`.
     It is also the `DecisionEnv` that evaluation runs: `start`, `decide`, `record`.
     """
 
@@ -81,12 +84,11 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         snapshot = self.cluster.snapshot()
         self._start_s = snapshot.now_s
         self._num_steps, self._num_left = 0, max(1, round(trace.duration_s / self.grid_s))
-        self._traffic = trace.requests()
-        self._next = 0
         self._cursor = self.cluster.events(0).next_cursor
-        self._ledger = RewardLedger(self.parts.reward)
-        self._open: dict[str, float] = {}  # arrival_s of requests not ended
-        self._outcomes: list[RequestOutcome] = []
+        feed = ColumnTraffic if self.parts.columns else EventTraffic
+        self._feed: TrafficFeed = feed(
+            self.cluster, self.pipeline, trace, self._start_s, self.parts.reward
+        )
         self._rewards: list[float] = []
         self._tickets: dict[str, SwitchTicket] = {}
         self.pipeline.reset(snapshot.now_s)
@@ -104,17 +106,15 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         self._num_steps += 1
         self._num_left -= 1
         until_s = self._start_s + self._num_steps * self.grid_s
-        arrived = self._submit_until(self.cluster, until_s)
+        arrived = self._feed.submit_until(until_s)
         self.cluster.advance(until_s)
-        events = self._take_events(self.cluster)
-        outcomes = [e.outcome for e in events if e.outcome is not None]
+        self._feed.observe(self._take_events(self.cluster))
         snapshot = self.cluster.snapshot()
         moved = decision.plan.weight_bytes if decision.plan is not None and ticket else 0
-        reward = self._ledger.settle(outcomes, snapshot.now_s, moved)
-        self._note(outcomes, reward)
+        reward = self._feed.settle(snapshot.now_s, moved)
+        self._rewards.append(reward)
         self.prepared = self.pipeline.prepare(snapshot)
-        info = {
-            "outcomes": outcomes,
+        info = self._feed.interval_info() | {
             "decision": decision,
             "ticket": ticket,
             "arrived": arrived,
@@ -149,35 +149,14 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         except (StaleEpochError, SwitchInProgressError):
             return None
 
-    def _submit_until(self, cluster: Drivable, until_s: float) -> int:
-        first = self._next
-        while self._next < len(self._traffic):
-            request = self._traffic[self._next]
-            arrival_s = request.arrival_s + self._start_s
-            if arrival_s > until_s:
-                break
-            request = _at(request, arrival_s)
-            cluster.submit(request)
-            self._ledger.admit(request)
-            self._open[request.request_id] = arrival_s
-            self._next += 1
-        return self._next - first
-
     def _take_events(self, cluster: Drivable) -> tuple[ClusterEvent, ...]:
         batch = cluster.events(self._cursor)
         assert not batch.num_lost, "the event log is shorter than one interval"
         self._cursor = batch.next_cursor
-        self.pipeline.observe(batch.events)
         for event in batch.events:
             if event.ticket is not None:
                 self._tickets[event.ticket.ticket_id] = event.ticket
         return batch.events
-
-    def _note(self, outcomes: list[RequestOutcome], reward: float) -> None:
-        self._rewards.append(reward)
-        self._outcomes += outcomes
-        for outcome in outcomes:
-            self._open.pop(outcome.request_id, None)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -194,15 +173,17 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
 
     def record(self) -> EpisodeRecord:
         """What the episode has left so far."""
+        feed = self._feed
+        assert isinstance(feed, EventTraffic), "columns keep no outcomes; build without them"
         done = [t for t in self._tickets.values() if t.phase.is_terminal]
         return EpisodeRecord(
-            outcomes=tuple(self._outcomes),
-            unfinished_arrivals_s=tuple(self._open.values()),
+            outcomes=tuple(feed.outcomes),
+            unfinished_arrivals_s=tuple(feed.open_arrivals_s.values()),
             end_s=self._start_s + self._num_steps * self.grid_s,
             rewards=tuple(self._rewards),
             num_switches=len(self._tickets),
             switch_s=sum(t.duration_s for t in done),
-            num_slo_met=sum(meets_slo(self.parts.slo, o) for o in self._outcomes),
+            num_slo_met=sum(meets_slo(self.parts.slo, o) for o in feed.outcomes),
         )
 
 
@@ -213,16 +194,3 @@ def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
     slow_start = 0 < slo.ttft_s < outcome.ttft_s
     slow_tokens = outcome.tpot_s is not None and 0 < slo.tpot_s < outcome.tpot_s
     return not (slow_start or slow_tokens)
-
-
-def _at(request: Request, arrival_s: float) -> Request:
-    if arrival_s == request.arrival_s:
-        return request
-    return Request(
-        request.request_id,
-        arrival_s,
-        request.prompt_tokens,
-        request.output_tokens,
-        request.request_class,
-        request.client_id,
-    )

@@ -9,12 +9,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from copy import copy
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from engine.cluster import (
-    Arrival,
     ClusterSnapshot,
     ClusterSpec,
     Deployment,
@@ -23,8 +21,6 @@ from engine.cluster import (
     ParallelConfig,
     Replica,
     Request,
-    RequestOutcome,
-    RequestStatus,
     Routing,
     SwitchPlan,
     SwitchTicket,
@@ -36,20 +32,11 @@ from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
 from envs.surrogate import kernel
-from envs.surrogate.kernel import REJECTED, WAITING
+from envs.surrogate.kernel import WAITING
 from envs.surrogate.latency import step_coefficients
-from envs.surrogate.state import Slots, SurrogateState
+from envs.surrogate.record import Floats, Ints, TrafficColumns, log_events, traffic_columns
+from envs.surrogate.state import Slots, SurrogateState, new_records
 from envs.surrogate.switch import SurrogateSwitch
-
-OUTCOME_FIELDS = (
-    "first_token_s",
-    "output_tokens",
-    "row",
-    "longest_gap_s",
-    "num_preemptions",
-    "num_moves",
-    "status",
-)
 
 
 @lru_cache(maxsize=16)
@@ -70,6 +57,8 @@ class SurrogateCluster:
 
     `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
     exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
+    With `columns`, requests come and go as arrays (`submit_columns`, `take_columns`), and the
+    event log holds switches alone.
     """
 
     def __init__(
@@ -79,10 +68,13 @@ class SurrogateCluster:
         max_queue: int = 100_000,
         seed: int = 0,
         spread: float = 0.0,
+        columns: bool = False,
     ) -> None:
         self._profiled = cluster
-        self._coefficients = step_coefficients(cluster.profile)
-        self._num_blocks = kv_blocks(cluster)
+        self._coefficients, self._num_blocks = (
+            step_coefficients(cluster.profile),
+            kv_blocks(cluster),
+        )
         self.check_deployment(initial)
         step_factor, self._switch_factor = np.exp(
             spread * np.random.default_rng(seed).standard_normal(2)
@@ -92,6 +84,9 @@ class SurrogateCluster:
         self.state = SurrogateState(cluster.spec, max_queue)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
+        self._waiting = np.zeros(0, kernel.SEQUENCE)  # the same, with columns
+        self._columns: list[TrafficColumns] | None = [] if columns else None
+        self._num_submitted = 0
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: SurrogateSwitch | None = None
@@ -149,8 +144,9 @@ class SurrogateCluster:
         """Raises InfeasibleError (does not fit) or InvalidRequestError (not profiled)."""
         self.spec.check(deployment.configs)
         for parallel in set(deployment.configs):
-            check_memory(self.spec, parallel)
             self._profiled.profile.step_model(parallel)
+            if self._num_blocks[parallel] * self.spec.block_size < self.spec.model.max_model_len:
+                check_memory(self.spec, parallel)  # raises, and says what to change
 
     def ticket(self, ticket_id: str) -> SwitchTicket:
         if ticket_id not in self._tickets:
@@ -179,8 +175,25 @@ class SurrogateCluster:
     # ---------------------------------------------------------------- Drivable
 
     def submit(self, request: Request) -> None:
+        assert self._columns is None, "submit_columns, since the cluster records columns"
         assert request.arrival_s >= self._now_s, (request.arrival_s, self._now_s)
         self._pending.append(request)
+
+    def submit_columns(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+        """Many requests by arrival time, none before the present time or an earlier submission."""
+        assert self._columns is not None, "made without columns"
+        records = new_records(arrival_s, prompt_tokens, output_tokens)
+        records["index"] = self._num_submitted + np.arange(len(records))
+        self._num_submitted += len(records)
+        self._waiting = np.concatenate([self._waiting, records])
+        assert (np.diff(self._waiting["arrival_s"]) >= 0).all(), "not in order of arrival"
+
+    def take_columns(self) -> TrafficColumns:
+        """What happened since the last call."""
+        assert self._columns is not None, "made without columns"
+        empty = traffic_columns(self._waiting[:0], self._waiting[:0])
+        parts, self._columns = [empty, *self._columns], []
+        return TrafficColumns.join(parts)
 
     def advance(self, until_s: float) -> None:
         """Compute up to `until_s`. A switch passes a phase border just after that instant."""
@@ -199,6 +212,7 @@ class SurrogateCluster:
         other = copy(self)
         other.state = self.state.copy()
         other._pending, other._rows = self._pending.copy(), self._rows.copy()
+        other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
         other._switch = copy(self._switch)
         return other
@@ -223,36 +237,30 @@ class SurrogateCluster:
             until_s,
         )
         ended = state.ended[: state.counts[0]["ended"]].copy()
-        self._log_events(arriving, ended)
+        self._record(arriving, ended)
         state.release(ended)
         self._now_s = until_s
 
     def _take_arriving(self, until_s: float) -> Slots:
+        if self._columns is not None:
+            count = int(np.searchsorted(self._waiting["arrival_s"], until_s, side="right"))
+            records, self._waiting = self._waiting[:count], self._waiting[count:]
+            return self.state.add_records(records)
         self._pending.sort(key=_arrival_s)
         count = bisect_right(self._pending, until_s, key=_arrival_s)
         taken, self._pending = self._pending[:count], self._pending[count:]
         return self.state.add_requests(taken)
 
-    def _log_events(self, arriving: Slots, ended: Slots) -> None:
-        """In order of time; at one instant ends, then arrivals, then rejections."""
+    def _record(self, arriving: Slots, ended: Slots) -> None:
         if not len(arriving) and not len(ended):
             return
-        records, requests = self.state.seqs[ended], self.state.requests
-        rejected = records["status"] == REJECTED
-        ended_s = np.where(rejected, records["arrival_s"], records["last_token_s"])
-        at_s = np.concatenate([ended_s, self.state.seqs["arrival_s"][arriving]])
-        rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arriving), np.int64)])
-        slots, times = [*ended.tolist(), *arriving.tolist()], at_s.tolist()
-        values = records[list(OUTCOME_FIELDS)].tolist()
+        seqs = self.state.seqs
+        if self._columns is not None:
+            self._columns.append(traffic_columns(seqs[arriving], seqs[ended]))
+            return
+        requests = self.state.requests_of([*ended.tolist(), *arriving.tolist()])
         replica_ids = {row: replica_id for replica_id, row in self._rows.items()}
-        for i in np.lexsort((rank, at_s)).tolist():
-            request = requests[slots[i]]
-            assert request is not None
-            if i < len(ended):
-                outcome = _outcome(request, values[i], times[i], replica_ids)
-                self._log.append(times[i], EventKind.ENDED, outcome=outcome)
-            else:
-                self._log.append(times[i], EventKind.ARRIVED, arrival=_arrival(request))
+        log_events(self._log, seqs[arriving], seqs[ended], requests, replica_ids)
 
     # ---------------------------------------------------------------- replicas and routing
 
@@ -332,36 +340,3 @@ class SurrogateCluster:
 
 def _arrival_s(request: Request) -> float:
     return request.arrival_s
-
-
-def _arrival(request: Request) -> Arrival:
-    return Arrival(
-        request.request_id,
-        request.arrival_s,
-        request.prompt_tokens,
-        request.request_class,
-        request.client_id,
-    )
-
-
-def _outcome(
-    request: Request, values: tuple[Any, ...], at_s: float, replica_ids: dict[int, int]
-) -> RequestOutcome:
-    """`values` in the order of OUTCOME_FIELDS."""
-    first_token_s, output_tokens, row, longest_gap_s, num_preemptions, num_moves, status = values
-    served = status != REJECTED
-    return RequestOutcome(
-        request.request_id,
-        RequestStatus.FINISHED if served else RequestStatus.REJECTED,
-        request.arrival_s,
-        first_token_s if served else None,
-        at_s,
-        request.prompt_tokens,
-        output_tokens,
-        replica_ids[row] if served else None,
-        longest_gap_s,
-        num_preemptions,
-        num_moves,
-        request.request_class,
-        request.client_id,
-    )

@@ -22,6 +22,7 @@ SEQUENCE = np.dtype(
         ("first_token_s", "f8"),
         ("last_token_s", "f8"),
         ("longest_gap_s", "f8"),
+        ("index", "i8"),  # by submission; the kernel leaves it alone
         ("number", "i8"),  # order among equal arrival times
         ("prompt_tokens", "i8"),
         ("target_tokens", "i8"),  # output tokens at which it ends

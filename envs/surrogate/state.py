@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
 from envs.surrogate import kernel
@@ -16,6 +16,17 @@ Records = NDArray[Any]
 Slots = NDArray[np.int64]
 
 
+def new_records(
+    arrival_s: ArrayLike, prompt_tokens: ArrayLike, target_tokens: ArrayLike
+) -> Records:
+    """Records of requests that have not arrived yet."""
+    records = np.zeros(len(np.asarray(arrival_s)), kernel.SEQUENCE)
+    records["arrival_s"], records["prompt_tokens"] = arrival_s, prompt_tokens
+    records["target_tokens"] = target_tokens
+    records["row"] = records["next"] = records["prev"] = NONE
+    return records
+
+
 class SurrogateState:
     """Slots for sequences, rows for replicas. Twice as many rows as devices: two deployments."""
 
@@ -23,7 +34,7 @@ class SurrogateState:
         self.spec = spec
         num_rows = 2 * spec.num_devices
         self.seqs = np.zeros(0, kernel.SEQUENCE)
-        self.requests: list[Request | None] = []
+        self._requests: dict[int, Request] = {}  # by slot
         self.replicas = np.zeros(num_rows, kernel.REPLICA)
         self.lists = np.zeros((num_rows + 1, 2), kernel.LIST)
         self.lists["head"] = self.lists["tail"] = NONE
@@ -47,7 +58,7 @@ class SurrogateState:
         other.spec = self.spec
         for name in ("seqs", "replicas", "lists", "batches", "limits", "counts", "ended"):
             setattr(other, name, getattr(self, name).copy())
-        other.requests, other._free_slots = self.requests.copy(), self._free_slots.copy()
+        other._requests, other._free_slots = self._requests.copy(), self._free_slots.copy()
         return other
 
     # ---------------------------------------------------------------- slots
@@ -57,30 +68,38 @@ class SurrogateState:
         new_size = max(FIRST_SLOTS, 2 * size)
         self.seqs = np.concatenate([self.seqs, np.zeros(new_size - size, kernel.SEQUENCE)])
         self.ended = np.zeros(new_size, np.int64)
-        self.requests += [None] * (new_size - size)
         self._free_slots += range(new_size - 1, size - 1, -1)
 
-    def add_requests(self, requests: list[Request]) -> Slots:
-        """Slots for requests that arrive next."""
-        while len(self._free_slots) < len(requests):
+    def add_records(self, records: Records) -> Slots:
+        """Slots for requests that arrive next; see `new_records`."""
+        while len(self._free_slots) < len(records):
             self._grow()
-        slots = self._free_slots[len(self._free_slots) - len(requests) :]
-        del self._free_slots[len(self._free_slots) - len(requests) :]
-        records = np.zeros(len(requests), kernel.SEQUENCE)
-        records["arrival_s"] = [r.arrival_s for r in requests]
-        records["prompt_tokens"] = [r.prompt_tokens for r in requests]
-        records["target_tokens"] = [r.output_tokens for r in requests]
-        records["row"] = records["next"] = records["prev"] = NONE
-        index = np.array(slots, np.int64)
-        self.seqs[index] = records
-        for slot, request in zip(slots, requests, strict=True):
-            self.requests[slot] = request
-        return index
+        first = len(self._free_slots) - len(records)
+        slots = np.array(self._free_slots[first:], np.int64)
+        del self._free_slots[first:]
+        self.seqs[slots] = records
+        return slots
+
+    def add_requests(self, requests: list[Request]) -> Slots:
+        """The same, kept as objects for `requests_of`."""
+        slots = self.add_records(
+            new_records(
+                [r.arrival_s for r in requests],
+                [r.prompt_tokens for r in requests],
+                [r.output_tokens for r in requests],
+            )
+        )
+        for slot, request in zip(slots.tolist(), requests, strict=True):
+            self._requests[slot] = request
+        return slots
+
+    def requests_of(self, slots: list[int]) -> list[Request]:
+        return [self._requests[slot] for slot in slots]
 
     def release(self, slots: Slots) -> None:
         for slot in slots.tolist():
-            self.requests[slot] = None
-            self._free_slots.append(slot)
+            self._requests.pop(slot, None)
+        self._free_slots += slots.tolist()
 
     def linked(self, row: int, column: int) -> list[int]:
         """Slots of one list, in order."""
@@ -163,5 +182,5 @@ class SurrogateState:
         here = [s for row in rows for s in self.sequences_of(row)] + held
         assert len(set(here)) == len(here) == counts["live"], (len(here), counts["live"])
         assert counts["arrived"] == counts["finished"] + counts["rejected"] + counts["live"]
-        used = [slot for slot, request in enumerate(self.requests) if request is not None]
-        assert sorted(here) == used, "a slot is used and in no list"
+        used = set(range(len(self.seqs))) - set(self._free_slots)
+        assert set(here) == used, "a slot is used and in no list"

@@ -247,7 +247,7 @@ def test_unknown_tickets(cluster: Drivable) -> None:
 
 def test_switch_under_load_loses_nothing(cluster: Drivable) -> None:
     cursor, before = end_of_log(cluster), cluster.snapshot()
-    requests = submit(cluster, [(30, 150)] * 6 + [(60, 40)] * 4)
+    requests = submit(cluster, [(30, 90)] * 6 + [(60, 40)] * 4)
     cluster.advance(before.now_s + 0.3)
     plan = replace(plan_to(cluster, another_key(cluster)), decision_id="d1")
     ticket = cluster.apply(plan)
@@ -302,7 +302,7 @@ def _replica_choices(cluster: Drivable, lengths: Sequence[tuple[int, int]]) -> l
 
 def test_routing_is_blind_to_output_lengths(cluster: Drivable) -> None:
     prompts = [10, 80, 25, 140, 60, 7, 100, 33, 90, 15]
-    outputs = [150, 60, 90, 70, 110, 65, 100, 80, 75, 120]  # none ends before all have arrived
+    outputs = [60, 30, 45, 35, 55, 32, 50, 40, 38, 58]  # none ends before all have arrived
     ids = cluster.snapshot().routing.replica_ids
     uneven = (tuple(1.0 + i for i in range(len(ids))), (1.0,) * len(ids))
     weights = tuple(tuple(w / sum(row) for w in row) for row in uneven)

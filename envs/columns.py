@@ -1,0 +1,151 @@
+"""The fast path of training: traffic as columns, without an object per request.
+
+Each part has its plain counterpart (events, `Monitor`, `RewardLedger`), and a test holds an
+episode on both paths equal. Only the surrogate can record columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from controller.decision import DecisionPipeline
+from controller.monitor import LENGTH_MEMORY, Monitor
+from controller.workload import assign
+from engine.cluster import ClusterEvent, Drivable
+from envs.reward import WORST, RewardConfig
+from envs.surrogate.record import Floats, Ints, TrafficColumns
+from envs.workload import Trace
+
+
+@runtime_checkable
+class ColumnDrivable(Drivable, Protocol):
+    """A cluster that takes and gives traffic as columns."""
+
+    def submit_columns(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+        """Many requests by arrival time, none before the present time or an earlier submission."""
+        ...
+
+    def take_columns(self) -> TrafficColumns:
+        """What happened since the last call."""
+        ...
+
+
+class ColumnMonitor(Monitor):
+    """`Monitor` that can also be told of traffic by columns."""
+
+    @classmethod
+    def like(cls, monitor: Monitor) -> ColumnMonitor:
+        """A fresh one with the same settings."""
+        return cls(monitor._typing, monitor._window_s, monitor._stale_after_s)
+
+    def observe_columns(self, traffic: TrafficColumns) -> None:
+        """As `observe` of the same arrivals and ends."""
+        arrived, ended = len(traffic.arrival_s), len(traffic.finish_s)
+        self._num_open = max(0, self._num_open + arrived - ended)
+        if arrived:
+            self._count_arrival_columns(traffic)
+        if traffic.finished.any():
+            self._count_finished_columns(traffic)
+
+    def _count_arrival_columns(self, traffic: TrafficColumns) -> None:
+        rows = self.posterior.matrix[
+            np.searchsorted(self.posterior.edges, traffic.arrival_prompt_tokens, side="left")
+        ]
+        times = traffic.arrival_s
+        self._decay_to(float(times.max()))
+        weight = np.exp(np.minimum(times - self._last_s, 0.0)[None] / self._taus[:, None])
+        self._arrived += weight @ rows
+        self._interval += rows.sum(axis=0)
+
+    def _count_finished_columns(self, traffic: TrafficColumns) -> None:
+        done = traffic.finished
+        prompt, output = traffic.prompt_tokens[done], traffic.output_tokens[done]
+        types = assign(self._typing, prompt, output)
+        self.posterior.observe(prompt.tolist(), types)
+        keep = 1.0 - 1.0 / LENGTH_MEMORY
+        counts = np.bincount(types, minlength=len(self._typing.types))
+        faded = keep**counts
+        self._length_weight = self._length_weight * faded + counts
+        self._length_sum *= faded[:, None]
+        np.add.at(self._length_sum, types, np.stack([prompt, output], axis=-1).astype(np.float64))
+        finish_s, first_s = traffic.finish_s[done], traffic.first_token_s[done]
+        self._decay_to(float(finish_s.max()))
+        weight = np.exp(np.minimum(finish_s - self._last_s, 0.0) / self._window_s)
+        several = output > 1
+        tpot_s = np.where(several, (finish_s - first_s) / np.maximum(output - 1, 1), 0.0)
+        latency_s, ttft_s = (t - traffic.ended_arrival_s[done] for t in (finish_s, first_s))
+        figures = np.stack(
+            [np.ones(len(weight)), latency_s, np.ones(len(weight)), ttft_s, several, tpot_s]
+        )
+        self._ended += figures @ weight
+
+
+class ColumnLedger:
+    """`RewardLedger` over one trace that is submitted in order, starting at `start_s`."""
+
+    def __init__(self, config: RewardConfig, trace: Trace, start_s: float) -> None:
+        self.config = config
+        decoding_s = config.ref_tpot_s * (trace.output_tokens - 1)
+        prefill_s = config.ref_prompt_token_s * trace.prompt_tokens
+        self._reference_s = config.ref_ttft_s + prefill_s + decoding_s
+        self._due_s = trace.arrival_s + start_s + config.worst_slowdown * self._reference_s
+        self._is_charged = np.zeros(len(trace), np.bool_)
+
+    def settle(self, traffic: TrafficColumns, now_s: float, switched_bytes: int = 0) -> float:
+        """As `RewardLedger.settle`."""
+        config, index = self.config, traffic.index
+        slowdown = (traffic.finish_s - traffic.ended_arrival_s) / self._reference_s[index]
+        scale = math.log(config.worst_slowdown)
+        served = np.clip(1.0 - 2.0 * np.log(np.maximum(slowdown, 1e-9)) / scale, -1.0, 1.0)
+        utility = np.where(traffic.finished, served, WORST)
+        total = float(utility[~self._is_charged[index]].sum())
+        self._is_charged[index] = True
+        overdue = ~self._is_charged & (self._due_s <= now_s)
+        self._is_charged |= overdue
+        total += WORST * int(overdue.sum())
+        return total / config.scale_requests - config.switch_byte_cost * switched_bytes
+
+
+class ColumnTraffic:
+    """`envs.traffic_feed.EventTraffic` by columns; see there."""
+
+    def __init__(
+        self,
+        cluster: Drivable,
+        pipeline: DecisionPipeline,
+        trace: Trace,
+        start_s: float,
+        reward: RewardConfig,
+    ) -> None:
+        assert isinstance(cluster, ColumnDrivable), "only a cluster that records columns"
+        if not isinstance(pipeline.monitor, ColumnMonitor):
+            pipeline.monitor = ColumnMonitor.like(pipeline.monitor)
+        self._cluster, self._monitor = cluster, pipeline.monitor
+        self._ledger = ColumnLedger(reward, trace, start_s)
+        self._trace, self._arrival_s = trace, trace.arrival_s + start_s
+        self._next = 0
+        self._interval: TrafficColumns | None = None
+
+    def submit_until(self, until_s: float) -> int:
+        first = self._next
+        self._next = int(np.searchsorted(self._arrival_s, until_s, side="right"))
+        due = slice(first, self._next)
+        self._cluster.submit_columns(
+            self._arrival_s[due], self._trace.prompt_tokens[due], self._trace.output_tokens[due]
+        )
+        return self._next - first
+
+    def observe(self, events: Sequence[ClusterEvent]) -> None:
+        self._interval = self._cluster.take_columns()
+        self._monitor.observe_columns(self._interval)
+
+    def settle(self, now_s: float, switched_bytes: int) -> float:
+        assert self._interval is not None, "observe first"
+        return self._ledger.settle(self._interval, now_s, switched_bytes)
+
+    def interval_info(self) -> dict[str, Any]:
+        return {"traffic": self._interval}

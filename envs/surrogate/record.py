@@ -1,0 +1,130 @@
+"""What a simulated span leaves: events for the log, or columns without an object per request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cluster import Arrival, EventKind, Request, RequestOutcome, RequestStatus
+from engine.events import EventLog
+from envs.surrogate.kernel import REJECTED
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Records = NDArray[Any]  # of `kernel.SEQUENCE`
+
+OUTCOME_FIELDS = (
+    "first_token_s",
+    "output_tokens",
+    "row",
+    "longest_gap_s",
+    "num_preemptions",
+    "num_moves",
+    "status",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficColumns:
+    """A arrivals and E ended requests, each in order of time.
+
+    `index` numbers requests by submission, from 0.
+    """
+
+    arrival_s: Floats  # [A]
+    arrival_prompt_tokens: Ints  # [A]
+    index: Ints  # [E]
+    finished: NDArray[np.bool_]  # [E]; else rejected
+    ended_arrival_s: Floats  # [E]
+    first_token_s: Floats  # [E]
+    finish_s: Floats  # [E]
+    prompt_tokens: Ints  # [E]
+    output_tokens: Ints  # [E]
+
+    @classmethod
+    def join(cls, parts: list[TrafficColumns]) -> TrafficColumns:
+        """One span after another."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+def _ended_s(ended: Records) -> Floats:
+    rejected = ended["status"] == REJECTED
+    return np.asarray(np.where(rejected, ended["arrival_s"], ended["last_token_s"]))
+
+
+def traffic_columns(arrived: Records, ended: Records) -> TrafficColumns:
+    """Of the records of requests that arrived, and ended, in one span."""
+    finish_s = _ended_s(ended)
+    order = np.argsort(finish_s, kind="stable")
+    ended, finish_s = ended[order], finish_s[order]
+    return TrafficColumns(
+        arrived["arrival_s"].copy(),
+        arrived["prompt_tokens"].copy(),
+        ended["index"].copy(),
+        ended["status"] != REJECTED,
+        ended["arrival_s"].copy(),
+        ended["first_token_s"].copy(),
+        finish_s,
+        ended["prompt_tokens"].copy(),
+        ended["output_tokens"].copy(),
+    )
+
+
+def log_events(
+    log: EventLog,
+    arrived: Records,
+    ended: Records,
+    requests: list[Request],
+    replica_ids: dict[int, int],
+) -> None:
+    """Append the span's events in order of time; at one instant ends, arrivals, rejections.
+
+    `requests` are those of `ended`, then those of `arrived`; `replica_ids` is by row.
+    """
+    rejected = ended["status"] == REJECTED
+    at_s = np.concatenate([_ended_s(ended), arrived["arrival_s"]])
+    rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arrived), np.int64)])
+    times, values = at_s.tolist(), ended[list(OUTCOME_FIELDS)].tolist()
+    for i in np.lexsort((rank, at_s)).tolist():
+        if i < len(ended):
+            outcome = _outcome(requests[i], values[i], times[i], replica_ids)
+            log.append(times[i], EventKind.ENDED, outcome=outcome)
+        else:
+            log.append(times[i], EventKind.ARRIVED, arrival=_arrival(requests[i]))
+
+
+def _arrival(request: Request) -> Arrival:
+    return Arrival(
+        request.request_id,
+        request.arrival_s,
+        request.prompt_tokens,
+        request.request_class,
+        request.client_id,
+    )
+
+
+def _outcome(
+    request: Request, values: tuple[Any, ...], at_s: float, replica_ids: dict[int, int]
+) -> RequestOutcome:
+    """`values` in the order of OUTCOME_FIELDS."""
+    first_token_s, output_tokens, row, longest_gap_s, num_preemptions, num_moves, status = values
+    served = status != REJECTED
+    return RequestOutcome(
+        request.request_id,
+        RequestStatus.FINISHED if served else RequestStatus.REJECTED,
+        request.arrival_s,
+        first_token_s if served else None,
+        at_s,
+        request.prompt_tokens,
+        output_tokens,
+        replica_ids[row] if served else None,
+        longest_gap_s,
+        num_preemptions,
+        num_moves,
+        request.request_class,
+        request.client_id,
+    )

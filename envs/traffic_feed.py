@@ -1,0 +1,77 @@
+"""Hands an episode's trace to a cluster, interval by interval, and takes in what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from controller.decision import DecisionPipeline
+from engine.cluster import ClusterEvent, Drivable, RequestOutcome
+from envs.reward import RewardConfig, RewardLedger
+from envs.workload import Trace
+
+
+class TrafficFeed(Protocol):
+    """One episode's traffic. Per interval: `submit_until`, then `observe`, then `settle`."""
+
+    def submit_until(self, until_s: float) -> int:
+        """Submit what arrives up to then; how many requests that was."""
+        ...
+
+    def observe(self, events: Sequence[ClusterEvent]) -> None:
+        """Tell the pipeline of the interval's traffic; `events` are all of the interval's."""
+        ...
+
+    def settle(self, now_s: float, switched_bytes: int) -> float:
+        """The interval's reward."""
+        ...
+
+    def interval_info(self) -> dict[str, Any]: ...
+
+
+class EventTraffic:
+    """The plain way, over any `Drivable`: one object per request and event."""
+
+    def __init__(
+        self,
+        cluster: Drivable,
+        pipeline: DecisionPipeline,
+        trace: Trace,
+        start_s: float,
+        reward: RewardConfig,
+    ) -> None:
+        self._cluster, self._pipeline = cluster, pipeline
+        self._requests, self._start_s = trace.requests(), start_s
+        self._ledger = RewardLedger(reward)
+        self._next = 0
+        self._interval: list[RequestOutcome] = []
+        self.open_arrivals_s: dict[str, float] = {}  # of requests not ended
+        self.outcomes: list[RequestOutcome] = []
+
+    def submit_until(self, until_s: float) -> int:
+        first = self._next
+        while self._next < len(self._requests):
+            request = self._requests[self._next]
+            if self._start_s:
+                request = replace(request, arrival_s=request.arrival_s + self._start_s)
+            if request.arrival_s > until_s:
+                break
+            self._cluster.submit(request)
+            self._ledger.admit(request)
+            self.open_arrivals_s[request.request_id] = request.arrival_s
+            self._next += 1
+        return self._next - first
+
+    def observe(self, events: Sequence[ClusterEvent]) -> None:
+        self._pipeline.observe(events)
+        self._interval = [e.outcome for e in events if e.outcome is not None]
+        self.outcomes += self._interval
+        for outcome in self._interval:
+            self.open_arrivals_s.pop(outcome.request_id, None)
+
+    def settle(self, now_s: float, switched_bytes: int) -> float:
+        return self._ledger.settle(self._interval, now_s, switched_bytes)
+
+    def interval_info(self) -> dict[str, Any]:
+        return {"outcomes": self._interval}

@@ -1,0 +1,259 @@
+"""The compiled kernel against the engine's own batch scheduler and router, stepped in Python."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.block_manager import BlockManager
+from engine.cluster import (
+    Deployment,
+    Request,
+    RequestOutcome,
+    Routing,
+    dense_deployment,
+    parse_deployment_key,
+)
+from engine.profile import ProfiledCluster, StepTimeModel
+from engine.request import SamplingParams, Sequence
+from engine.router import ReplicaLoad, pick
+from engine.scheduler import BatchScheduler, ScheduledBatch
+from engine.shards import num_kv_blocks
+from envs.surrogate import kernel
+from envs.surrogate.cluster import SurrogateCluster
+
+
+class PlainReplica:
+    """One replica: the real `BatchScheduler` on a simulated clock."""
+
+    def __init__(self, scheduler: BatchScheduler, steps: StepTimeModel) -> None:
+        self.scheduler, self.steps = scheduler, steps
+        self.in_flight: deque[tuple[float, ScheduledBatch]] = deque()
+        self.wake_s = self.ready_s = self.last_end_s = 0.0
+        self.may_start = False
+        self.outstanding = 0
+        self.token_times: dict[str, list[float]] = {}
+        self.preemptions: dict[str, int] = {}
+
+    def add(self, request: Request, now_s: float) -> None:
+        params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
+        prompt = [1] * request.prompt_tokens
+        self.scheduler.add(Sequence(request.request_id, prompt, params, request.arrival_s))
+        self.token_times[request.request_id] = []
+        self.outstanding += 1
+        self.wake_s, self.may_start = max(self.wake_s, now_s), True
+
+    def run(self, until_s: float) -> None:
+        while True:
+            end_s = self.in_flight[0][0] if self.in_flight else math.inf
+            has_room = len(self.in_flight) < self.steps.parallel.pp
+            start_s = max(self.ready_s, self.wake_s) if self.may_start and has_room else math.inf
+            if end_s <= start_s:
+                if end_s > until_s or end_s == math.inf:
+                    return
+                self._end(*self.in_flight.popleft())
+            else:
+                if start_s >= until_s:
+                    return
+                self._start(start_s)
+
+    def _start(self, now_s: float) -> None:
+        batch = self.scheduler.schedule()
+        if batch is None:
+            self.may_start = bool(not self.in_flight and self.scheduler.has_work)
+            return
+        context = sum(item.start + item.num_tokens for item in batch.items)
+        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context)
+        stage_s = self.steps.stage_share * step_s
+        self.last_end_s = max(now_s + step_s, self.last_end_s + stage_s)
+        self.ready_s = now_s + stage_s
+        self.wake_s = now_s
+        self.in_flight.append((self.last_end_s, batch))
+
+    def _end(self, now_s: float, batch: ScheduledBatch) -> None:
+        for update in self.scheduler.update(batch, [7 if i.samples else None for i in batch.items]):
+            self.token_times[update.request_id].append(now_s)
+            self.outstanding -= update.finish_reason is not None
+        for item in batch.items:
+            self.preemptions[item.seq.request_id] = item.seq.num_preemptions
+        self.wake_s, self.may_start = now_s, True
+        self.scheduler.check_integrity()
+
+
+class PlainCluster:
+    """Replicas behind `engine.router.pick`."""
+
+    def __init__(self, cluster: ProfiledCluster, deployment: Deployment, routing: Routing) -> None:
+        spec = cluster.spec
+        self.spec, self.deployment, self.routing = spec, deployment, routing
+        self.replicas = {
+            r.replica_id: PlainReplica(
+                BatchScheduler(
+                    BlockManager(num_kv_blocks(spec, r.parallel), spec.block_size),
+                    spec.max_num_seqs,
+                    spec.max_num_batched_tokens,
+                    spec.model.max_model_len,
+                    None,
+                ),
+                cluster.profile.step_model(r.parallel),
+            )
+            for r in deployment.replicas
+        }
+
+    def run(self, requests: list[Request]) -> dict[str, tuple[int, list[float], int]]:
+        """request id -> (replica id, token times, preemptions)."""
+        chosen: dict[str, int] = {}
+        for request in requests:
+            for replica in self.replicas.values():
+                replica.run(request.arrival_s)
+            loads = [
+                ReplicaLoad(
+                    r.replica_id,
+                    r.parallel.num_devices,
+                    self.replicas[r.replica_id].outstanding,
+                    num_kv_blocks(self.spec, r.parallel) * self.spec.block_size,
+                )
+                for r in self.deployment.replicas
+            ]
+            picked = pick(self.routing, loads, request.prompt_tokens, request.prompt_tokens)
+            assert picked is not None
+            chosen[request.request_id] = picked
+            self.replicas[picked].add(request, request.arrival_s)
+        for replica in self.replicas.values():
+            replica.run(math.inf)
+        return {
+            name: (r, self.replicas[r].token_times[name], self.replicas[r].preemptions[name])
+            for name, r in chosen.items()
+        }
+
+
+def draw_requests(rng: np.random.Generator, number: int, rate_per_s: float) -> list[Request]:
+    arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, number))
+    arrival_s[5:8] = arrival_s[5]  # some at one instant
+    prompt = np.clip(rng.lognormal(3.5, 1.0, number), 1, 200).astype(int)
+    output = np.clip(rng.lognormal(2.5, 1.0, number), 1, 80).astype(int)  # some hit the context
+    return [
+        Request(f"r{i}", float(arrival_s[i]), int(prompt[i]), int(output[i])) for i in range(number)
+    ]
+
+
+def simulate(
+    cluster: ProfiledCluster,
+    deployment: Deployment,
+    routing: Routing,
+    requests: list[Request],
+    cuts_s: list[float],
+) -> dict[str, RequestOutcome]:
+    surrogate = SurrogateCluster(cluster, deployment)
+    surrogate.set_routing(routing)
+    for request in requests:
+        surrogate.submit(request)
+    for cut_s in [*sorted(cuts_s), 1e6]:
+        surrogate.advance(cut_s)
+        surrogate.check_integrity()
+    found = [e.outcome for e in surrogate.events(0).events if e.outcome is not None]
+    assert len(found) == len(requests)
+    return {outcome.request_id: outcome for outcome in found}
+
+
+def skewed_routing(deployment: Deployment) -> Routing:
+    ids = tuple(r.replica_id for r in deployment.replicas)
+    rows = [np.arange(1, len(ids) + 1, dtype=float), np.arange(len(ids), dtype=float)[::-1]]
+    rows[1] += 0.0 if len(ids) > 1 else 1.0  # one replica of share zero where there are several
+    weights = tuple(tuple((row / row.sum()).tolist()) for row in rows)
+    return Routing(ids, weights, (20, 60), ((1.0, 0.0), (0.5, 0.5), (0.1, 0.9)))
+
+
+@pytest.mark.parametrize(
+    "key", ["4xtp1pp1", "1xtp2pp1+2xtp1pp1", "1xtp4pp1", "2xtp1pp2", "1xtp1pp4", "1xtp2pp2"]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_equals_the_batch_scheduler(
+    small_cluster: ProfiledCluster, key: str, weighted: bool
+) -> None:
+    deployment = dense_deployment(parse_deployment_key(key))
+    ids = tuple(r.replica_id for r in deployment.replicas)
+    routing = skewed_routing(deployment) if weighted else Routing(ids)
+    rng = np.random.default_rng(len(key) + weighted)
+    requests = draw_requests(rng, 250, rate_per_s=90.0)
+    expected = PlainCluster(small_cluster, deployment, routing).run(requests)
+    outcomes = simulate(small_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
+    preemptions = 0
+    for name, (replica_id, token_times, preempted) in expected.items():
+        outcome = outcomes[name]
+        gaps = np.diff(token_times)
+        assert outcome.replica_id == replica_id
+        assert outcome.output_tokens == len(token_times)
+        assert outcome.first_token_s == pytest.approx(token_times[0], abs=1e-9)
+        assert outcome.finish_s == pytest.approx(token_times[-1], abs=1e-9)
+        assert outcome.longest_gap_s == pytest.approx(gaps.max() if len(gaps) else 0.0, abs=1e-9)
+        assert outcome.num_preemptions == preempted
+        preemptions += preempted
+    if key == "4xtp1pp1":
+        assert preemptions > 0, "the load must be hard enough to preempt"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    loads=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 2), st.integers(1, 9)), min_size=1),
+    weighted=st.booleans(),
+    needed=st.integers(1, 200),
+)
+def test_pick_equals_the_router(
+    loads: list[tuple[int, float, int]], weighted: bool, needed: int
+) -> None:
+    ids = tuple(range(len(loads)))
+    row = tuple(share for _, share, _ in loads)
+    routing = Routing(ids, (row,), (), ((1.0,),)) if weighted else Routing(ids)
+    blocks = [4 + 3 * (i % 4) for i in ids]
+    seen = [ReplicaLoad(i, loads[i][2], loads[i][0], blocks[i] * 16) for i in ids]
+    replicas = np.zeros(len(loads), kernel.REPLICA)
+    replicas["num_outstanding"] = [load[0] for load in loads]
+    replicas["num_devices"] = [load[2] for load in loads]
+    replicas["num_blocks"], replicas["is_open"] = blocks, 1
+    shares = np.array([row if weighted else replicas["num_devices"]], np.float64)
+    rows = np.arange(len(loads))
+    found = kernel.pick_row(replicas, rows, shares, 16, 0, needed)
+    assert found == (-1 if (wanted := pick(routing, seen, 10, needed)) is None else wanted)
+
+
+def test_cutting_time_changes_nothing(small_cluster: ProfiledCluster) -> None:
+    deployment = dense_deployment(parse_deployment_key("1xtp1pp2+2xtp1pp1"))
+    routing = Routing(tuple(r.replica_id for r in deployment.replicas))
+    rng = np.random.default_rng(3)
+    requests = draw_requests(rng, 200, 60.0)
+    whole = simulate(small_cluster, deployment, routing, requests, [])
+    arrivals = [r.arrival_s for r in requests[::17]]
+    cut = simulate(
+        small_cluster, deployment, routing, requests, rng.uniform(0, 5, 60).tolist() + arrivals
+    )
+    assert whole == cut
+
+
+def test_one_request_by_hand(small_cluster: ProfiledCluster) -> None:
+    """Prompt 100 in chunks of 64 and 36, then 3 decode steps of one token each."""
+    deployment = dense_deployment(parse_deployment_key("1xtp1pp1"))
+    request = Request("r0", 0.5, 100, 4)
+    (outcome,) = simulate(small_cluster, deployment, Routing((0,)), [request], []).values()
+    steps = small_cluster.profile.step_model(deployment.replicas[0].parallel)
+    first_s = 0.5 + steps.step_s(64, 1, 64) + steps.step_s(36, 1, 100)
+    rest = [steps.step_s(1, 1, context) for context in (101, 102, 103)]
+    assert outcome.first_token_s == pytest.approx(first_s, abs=1e-12)
+    assert outcome.finish_s == pytest.approx(first_s + sum(rest), abs=1e-12)
+    assert outcome.longest_gap_s == pytest.approx(rest[-1], abs=1e-12)
+
+
+def test_pipeline_overlaps_by_hand(small_cluster: ProfiledCluster) -> None:
+    """Two single-token requests on pp=2: the second starts one stage after the first."""
+    deployment = dense_deployment(parse_deployment_key("1xtp1pp2"))
+    requests = [Request("a", 0.0, 1, 1), Request("b", 1e-4, 1, 1)]
+    outcomes = simulate(small_cluster, deployment, Routing((0,)), requests, [])
+    steps = small_cluster.profile.step_model(deployment.replicas[0].parallel)
+    step_s = steps.step_s(1, 1, 1)
+    assert outcomes["a"].finish_s == pytest.approx(step_s)
+    assert outcomes["b"].finish_s == pytest.approx(step_s * (1 + steps.stage_share))
