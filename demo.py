@@ -12,16 +12,13 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
-from engine.errors import TidewrightError
-from envs.showcase import RunReport, ShowcaseConfig, cut_window, run_once
-from envs.showcase_report import Showcase, summary_table
-from envs.terminal import build_view, switch_text
-from envs.traces import load_trace
-from envs.workload import Trace, WorkloadConfig, generate
+    from envs.showcase_report import Showcase
+    from envs.workload import Trace
 
 MAX_MODEL_LEN = 512  # tokens
 
@@ -35,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     add("--start", type=float, default=0.0, help="of the window in the trace, s (default 0)")
     add("--seconds", type=float, default=75.0, help="length of the replay, s (default 75)")
     add("--speed", type=float, default=1.0, help="trace seconds per replay second (default 1)")
-    add("--length-factor", type=float, default=0.1, help="on token counts (default 0.1)")
+    add("--length-factor", type=float, default=0.2, help="on token counts (default 0.2)")
     add("--policy", type=Path, default=Path("policies/artifacts/demo"), help="checkpoint folder")
     add("--deployment", default="4xtp1pp1", help="to start with (default 4xtp1pp1)")
     add("--seed", type=int, default=0, help="of generator and prompts (default 0)")
@@ -45,13 +42,11 @@ def parse_args() -> argparse.Namespace:
 
 def load_window(args: argparse.Namespace, console: Console) -> Trace:
     """The replayed trace; says how it was made."""
+    from envs.showcase import cut_window, demo_traffic
+    from envs.traces import load_trace
+
     span_s = args.start + args.seconds * args.speed
-    generated = WorkloadConfig(mean_rate_per_s=4.0, cycle_s=60.0, regime_s=15.0)
-    whole = (
-        load_trace(args.trace)
-        if args.trace
-        else generate(generated, span_s, np.random.default_rng(args.seed))
-    )
+    whole = load_trace(args.trace) if args.trace else demo_traffic(span_s, args.seed)
     trace = cut_window(
         whole, args.start, args.seconds, args.speed, args.length_factor, MAX_MODEL_LEN
     )
@@ -64,12 +59,15 @@ def load_window(args: argparse.Namespace, console: Console) -> Trace:
     return trace
 
 
-async def run(args: argparse.Namespace, console: Console) -> Showcase:
+async def run(args: argparse.Namespace, trace: Trace, console: Console) -> Showcase:
+    from envs.showcase import RunReport, ShowcaseConfig, run_once
+    from envs.showcase_report import Showcase
+    from envs.terminal import build_view
+
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
-    trace = load_window(args, console)
     config = ShowcaseConfig(
         policy=args.policy,
         run_dir=Path("runs/demo"),
@@ -86,26 +84,26 @@ async def run(args: argparse.Namespace, console: Console) -> Showcase:
     return Showcase(steered, kept)
 
 
-def report(showcase: Showcase, console: Console) -> None:
-    console.print(summary_table(showcase))
-    for ticket in showcase.steered.switches:
-        console.print(switch_text(ticket), markup=False, soft_wrap=True)
-    for reason in showcase.steered.reasons:
-        console.print(f"not answered: {reason}", markup=False, soft_wrap=True)
-    print(json.dumps(showcase.to_json()), flush=True)
-
-
 def main() -> int:
-    args, console = parse_args(), Console()
+    args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130))  # until `run` has something to end
+    from rich.console import Console
+
+    from engine.errors import TidewrightError
+    from envs.showcase_report import print_report
+
+    console = Console()
     try:
-        showcase = asyncio.run(run(args, console))
-    except (asyncio.CancelledError, KeyboardInterrupt):
+        showcase = asyncio.run(run(args, load_window(args, console), console))
+    except asyncio.CancelledError:
         console.print("Stopped; no process is left.")
         return 130
     except TidewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report(showcase, console)
+    print_report(showcase, console)
+    print(json.dumps(showcase.to_json()), flush=True)
     return 0 if showcase.steered.summary.requests_lost == 0 else 1
 
 

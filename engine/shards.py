@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
@@ -68,6 +69,7 @@ def kv_bytes_per_block(
     return block_size * model.kv_bytes_per_token(last - first, heads)
 
 
+@lru_cache(maxsize=4096)
 def num_kv_blocks(spec: ClusterSpec, parallel: ParallelConfig) -> int:
     """KV blocks a replica can hold: the least over its ranks of what the weights leave free.
 

@@ -148,4 +148,5 @@ class ColumnTraffic:
         return self._ledger.settle(self._interval, now_s, switched_bytes)
 
     def interval_info(self) -> dict[str, Any]:
-        return {"traffic": self._interval}
+        assert self._interval is not None, "observe first"
+        return {"traffic": self._interval.to_dict()}

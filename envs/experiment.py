@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controller.build import build_pipeline, load_profiled_cluster, pipeline_facts
 from controller.decision import DecisionConfig, DecisionPipeline
+from controller.planner import Planner
 from controller.workload import fit_typing
 from engine.cluster import SloSpec, WorkloadTyping
 from engine.config import validate
@@ -214,9 +215,13 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     return Experiment(config, cluster, kinds, source, capacity, default_key)
 
 
-def build_env(experiment: Experiment) -> ServingEnv:
-    """A training environment: load, window, first deployment and profile drawn per episode."""
+def build_env(experiment: Experiment, planner: Planner | None = None) -> ServingEnv:
+    """A training environment: load, window, first deployment and profile drawn per episode.
+
+    `planner`: one to share, since its caches hold no history and serve all environments.
+    """
     config, pipeline = experiment.config, experiment.pipeline()
+    pipeline.planner = planner or pipeline.planner
     keys, first = static_keys(pipeline.planner), config.env.initial
 
     def make_trace(rng: np.random.Generator) -> Trace:
@@ -226,14 +231,16 @@ def build_env(experiment: Experiment) -> ServingEnv:
     def draw_key(rng: np.random.Generator) -> str:
         return str(rng.choice(keys)) if first == ANY else first
 
-    return ServingEnv(
-        surrogate_parts(pipeline, make_trace, draw_key, spread=config.env.spread, slo=config.slo)
+    parts = surrogate_parts(
+        pipeline, make_trace, draw_key, spread=config.env.spread, slo=config.slo, columns=True
     )
+    return ServingEnv(parts)
 
 
 def build_venv(experiment: Experiment) -> ServingVecEnv:
     """`num_envs` training environments; the learner seeds them."""
-    return ServingVecEnv([lambda: build_env(experiment)] * experiment.config.env.num_envs)
+    planner = experiment.pipeline().planner
+    return ServingVecEnv([lambda: build_env(experiment, planner)] * experiment.config.env.num_envs)
 
 
 def build_evaluation(

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import httpx
 import numpy as np
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+from openai import APIError, APIStatusError, AsyncOpenAI
 
 from engine.cluster import RequestStatus
 from envs.workload import Trace
@@ -148,7 +149,7 @@ class Replay:
             reason = f"HTTP {error.status_code}: {error.message}"
             if error.status_code in REJECTING_STATUS:
                 status = RequestStatus.REJECTED
-        except (APIConnectionError, APIError) as error:
+        except (APIError, httpx.HTTPError) as error:  # the latter when a stream breaks
             reason = str(error) or type(error).__name__
         self._record(index, arrival_s, clock, status, tokens, reason)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from controller.records import TickRecord
 from controller.remote import RemoteCluster
 from controller.remote_control import RemoteControl
@@ -21,7 +23,7 @@ from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
 from engine.errors import InvalidRequestError, UnavailableError
 from envs.processes import ServerProcess, start_server
 from envs.replay import Replay, ReplaySummary, build_replay
-from envs.workload import Trace
+from envs.workload import Trace, WorkloadConfig, generate
 
 ENGINE_READY = r"ready: (?P<url>\S+) grpc (?P<grpc>\S+) model (?P<model>\S+)"
 CONTROLLER_READY = r"ready:.* grpc (?P<grpc>\S+)"
@@ -70,6 +72,14 @@ class RunReport:
     switches: tuple[SwitchTicket, ...]
     decision_ids: frozenset[str]
     reasons: tuple[str, ...]  # why requests were rejected or lost, each once
+
+
+def demo_traffic(duration_s: float, seed: int) -> Trace:
+    """Generated traffic whose mix changes every few seconds, so that a short window shows it."""
+    config = WorkloadConfig(
+        mean_rate_per_s=4.0, cycle_s=60.0, regime_s=15.0, burst_gap_s=60.0, burst_s=5.0
+    )
+    return generate(config, duration_s, np.random.default_rng(seed))
 
 
 def cut_window(

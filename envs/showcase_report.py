@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from engine.cluster import SwitchPhase, SwitchTicket
 from envs.showcase import RunReport
+from envs.terminal import switch_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +84,12 @@ def _rows(runs: list[RunReport]) -> list[tuple[str, list[str]]]:
         ("switches", [str(len(run.switches)) for run in runs]),
         ("duration", [f"{x.duration_s:.1f} s" for x in s]),
     ]
+
+
+def print_report(showcase: Showcase, console: Console) -> None:
+    """The table, every switch with the decision that made it, and why requests went unanswered."""
+    console.print(summary_table(showcase))
+    for ticket in showcase.steered.switches:
+        console.print(switch_text(ticket), markup=False, soft_wrap=True)
+    for reason in showcase.steered.reasons:
+        console.print(f"not answered: {reason}", markup=False, soft_wrap=True)

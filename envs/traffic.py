@@ -149,13 +149,12 @@ def fastest_key(planner: Planner, capacity: Capacity, load: float) -> str:
 
 
 def load_window(
-    source: Source, window: Trace, rate_per_s: float, rng: np.random.Generator
+    window: Trace, mean_rate_per_s: float, rate_per_s: float, rng: np.random.Generator
 ) -> Trace:
-    """A window resampled so that the whole source would have a mean of `rate_per_s`."""
+    """A window resampled so that a source with a mean of `mean_rate_per_s` gets `rate_per_s`."""
     if not len(window):
         return window
-    share = window.mean_rate_per_s / source.trace.mean_rate_per_s
-    return window.resample(rate_per_s * share, rng)
+    return window.resample(rate_per_s * window.mean_rate_per_s / mean_rate_per_s, rng)
 
 
 def draw_window(
@@ -168,23 +167,32 @@ def draw_window(
         return drawn.scale_lengths(source.shaping.length_factor, source.max_tokens)
     latest_s = max(source.trace.duration_s - duration_s, 0.0)
     window = source.window(float(rng.uniform(0.0, latest_s)), duration_s)
-    return load_window(source, window, rate_per_s, rng)
+    return load_window(window, source.trace.mean_rate_per_s, rate_per_s, rng)
 
 
 def evaluation_windows(
     source: Source, rate_per_s: float, number: int, duration_s: float, seeds: Sequence[int]
 ) -> tuple[Trace, ...]:
-    """`number` windows evenly spaced over the source, resampled once per seed; of a generator,
-    `number` fresh ones per seed."""
-    spare_s = max(source.trace.duration_s - duration_s, 0.0)
-    starts = np.linspace(0.0, spare_s, number) if number > 1 else [spare_s / 2]
-    windows = []
-    for seed in seeds:
-        for index, start_s in enumerate(starts):
-            rng = np.random.default_rng((seed, index))
-            if source.generator is not None:
-                windows.append(draw_window(source, rate_per_s, duration_s, rng))
-            else:
-                window = source.window(float(start_s), duration_s)
-                windows.append(load_window(source, window, rate_per_s, rng))
-    return tuple(windows)
+    """Windows in the middle of `number` equal parts of the source, resampled once per seed so that
+    their mean rate together is `rate_per_s`; of a generator, `number` fresh ones per seed.
+
+    Raises InvalidRequestError when a window is longer than its part, or all are empty.
+    """
+    streams = [np.random.default_rng((seed, i)) for seed in seeds for i in range(number)]
+    if source.generator is not None:
+        return tuple(draw_window(source, rate_per_s, duration_s, rng) for rng in streams)
+    part_s = source.trace.duration_s / number
+    if duration_s > part_s * (1 + 1e-9):
+        raise InvalidRequestError(
+            f"{number} windows of {duration_s:g} s do not fit {source.trace.duration_s:g} s of "
+            "trace; take fewer, shorter or more days."
+        )
+    starts = [(i + 0.5) * part_s - duration_s / 2 for i in range(number)]
+    windows = [source.window(start_s, duration_s) for start_s in starts]
+    mean_rate_per_s = sum(map(len, windows)) / (number * duration_s)
+    if not mean_rate_per_s:
+        raise InvalidRequestError("no request arrives in any of the windows; choose other days.")
+    return tuple(
+        load_window(window, mean_rate_per_s, rate_per_s, rng)
+        for window, rng in zip(windows * len(seeds), streams, strict=True)
+    )

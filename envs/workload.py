@@ -96,6 +96,7 @@ class Trace:
         is_repeat = np.concatenate([[False], index[1:] == index[:-1]])[: len(index)]
         shift_s = rng.uniform(-1, 1, len(index)) * ratio / self.mean_rate_per_s
         arrival_s = self.arrival_s[index] + np.where(is_repeat, shift_s, 0.0)
+        arrival_s = self.duration_s - np.abs(self.duration_s - np.abs(arrival_s))  # no heap at ends
         arrival_s = np.clip(arrival_s, 0.0, np.nextafter(self.duration_s, 0.0))
         order = np.argsort(arrival_s, kind="stable")
         chosen = index[order]

@@ -44,6 +44,9 @@ class TrafficColumns:
     prompt_tokens: Ints  # [E]
     output_tokens: Ints  # [E]
 
+    def to_dict(self) -> dict[str, NDArray[Any]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @classmethod
     def join(cls, parts: list[TrafficColumns]) -> TrafficColumns:
         """One span after another."""

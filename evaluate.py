@@ -1,0 +1,80 @@
+"""Judge a policy off-line, against rules, on a trace: `python evaluate.py --policy CHECKPOINT`.
+
+Every policy meets the same windows of traffic on the surrogate. The trace's days are cut, lengths
+scaled to the model's context, and the rate resampled to a share of best static capacity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from engine.errors import TidewrightError
+from envs.comparison import compare, print_table, reporter
+from envs.setting import SettingOptions, build_setting
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python evaluate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--policy", type=Path, required=True, help="checkpoint folder that train.py wrote")
+    add("--trace", type=Path, help="trace CSV, plain or gzip'd (default: embedded generator)")
+    add("--days", help="first-last day of the trace, 86400 s each, from 1 (default: all)")
+    add("--load", type=float, help="share of best static capacity (default: as trained)")
+    add("--compress", type=float, help="time runs so many times faster (default: as trained)")
+    add("--length-factor", type=float, help="multiplies lengths (default: as trained)")
+    add("--profile", type=Path, help="measured cluster JSON (default: as trained)")
+    add("--initial", help="first deployment, e.g. 4xtp1pp1 (default: the checkpoint's)")
+    add("--windows", type=int, default=6, help="windows, evenly spaced (default: 6)")
+    add("--window-s", type=float, default=3600.0, help="seconds of a window (default: 3600)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the resampling (default: 0)")
+    add("--json", type=Path, help="also write the result to this file")
+    add("-P", "--progress", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = SettingOptions(
+        trace=args.trace,
+        days=args.days,
+        load=args.load,
+        compress=args.compress,
+        length_factor=args.length_factor,
+        profile=args.profile,
+        initial=args.initial,
+        num_windows=args.windows,
+        window_s=args.window_s,
+        seeds=tuple(args.seeds),
+    )
+    setting = build_setting(args.policy, options)
+    found = compare(
+        setting.policy,
+        setting.pipeline,
+        setting.windows,
+        setting.slo,
+        setting.initial_key,
+        reporter(args.progress),
+    )
+    print("\n".join(setting.notes))
+    print_table(found, f"from {setting.initial_key}")
+    summary = json.dumps(setting.facts | found.to_json())
+    if args.json is not None:
+        args.json.write_text(summary + "\n")
+    print(summary)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(parse(argv))
+    except TidewrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The environment: Gymnasium's contract, determinism, accounting, and the fast path's equality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+
+import envs  # noqa: F401 (registers the environment)
+from controller.build import build_pipeline
+from controller.decision import DecisionConfig
+from engine.cluster import (
+    RequestOutcome,
+    RequestStatus,
+    SloSpec,
+    WorkloadType,
+    WorkloadTyping,
+)
+from engine.profile import ProfiledCluster
+from envs.build import surrogate_parts
+from envs.reward import RewardLedger
+from envs.serving_env import ServingEnv, meets_slo
+from envs.vec_env import ServingVecEnv
+from envs.workload import RequestType, Trace, WorkloadConfig, generate
+
+TYPING = WorkloadTyping(
+    (WorkloadType("short", 12.0, 20.0), WorkloadType("long", 120.0, 40.0)), (0.6, 0.4)
+)
+TYPES = (RequestType("short", 12, 20), RequestType("long", 120, 40))
+STEPS = 12
+MakeEnv = Callable[..., ServingEnv]
+
+
+@pytest.fixture
+def make_env(small_cluster: ProfiledCluster) -> MakeEnv:
+    """make_env(rate_per_s, **options of surrogate_parts)."""
+
+    def make(rate_per_s: float = 40.0, **options: Any) -> ServingEnv:
+        config = WorkloadConfig(types=TYPES, mean_rate_per_s=rate_per_s, max_tokens=250)
+        decision = DecisionConfig(grid_s=5.0, min_dwell_s=5.0, max_candidates=8)
+        pipeline = build_pipeline(small_cluster, TYPING, decision)
+
+        def traffic(rng: np.random.Generator) -> Trace:
+            return generate(config, STEPS * 5.0, rng)
+
+        return ServingEnv(surrogate_parts(pipeline, traffic, "4xtp1pp1", **options))
+
+    return make
+
+
+def drawn_actions(env: ServingEnv, seed: int) -> Callable[[], int]:
+    rng = np.random.default_rng(seed)
+    return lambda: int(rng.choice(np.flatnonzero(env.action_masks())))
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space.*")
+@pytest.mark.parametrize("columns", [False, True])
+def test_gymnasium_accepts_it(make_env: MakeEnv, columns: bool) -> None:
+    check_env(make_env(columns=columns), skip_render_check=True)
+
+
+def test_is_registered() -> None:
+    env = gymnasium.make("tidewright/Surrogate-v0", episode_s=60.0)
+    flat, _ = env.reset(seed=3)
+    assert env.observation_space.contains(flat)
+    flat, reward, terminated, _, _ = env.step(0)
+    assert env.observation_space.contains(flat)
+    assert np.isfinite(reward)
+    assert not terminated
+    env.close()
+
+
+def test_same_seed_same_episode(make_env: MakeEnv) -> None:
+    def run(seed: int) -> tuple[list[float], list[float], str]:
+        env = make_env(spread=0.1)
+        env.reset(seed=seed)
+        act, rewards, sums = drawn_actions(env, 0), [], []
+        for _ in range(STEPS):
+            flat, reward, _, _, info = env.step(act())
+            rewards.append(reward)
+            sums.append(float(flat.sum()))
+        return rewards, sums, info["decision"].decision_id
+
+    assert run(5) == run(5)
+    assert run(5) != run(6)
+
+
+def test_episode_is_truncated_and_accounts_for_every_request(make_env: MakeEnv) -> None:
+    env = make_env()
+    env.reset(seed=1)
+    act, outcomes, arrived, rewards, switches = drawn_actions(env, 1), [], 0, [], 0
+    for step in range(STEPS):
+        _, reward, terminated, truncated, info = env.step(act())
+        assert (terminated, truncated) == (False, step == STEPS - 1)
+        assert info["at_s"] == pytest.approx(5.0 * (step + 1))
+        outcomes += info["outcomes"]
+        arrived += info["arrived"]
+        rewards.append(reward)
+        switches += info["ticket"] is not None
+        assert (info["decision"].plan is None) == (info["ticket"] is None)
+    assert switches > 0
+    record = env.record()
+    assert record.outcomes == tuple(outcomes)
+    assert len(record.outcomes) + len(record.unfinished_arrivals_s) == arrived
+    assert record.rewards == tuple(rewards)
+    assert record.num_switches == switches
+    assert all(o.status is RequestStatus.FINISHED for o in outcomes)
+
+
+def test_rewards_are_those_of_the_ledger(make_env: MakeEnv) -> None:
+    """A second way to the same sum: all outcomes at once, when every request has ended."""
+    env = make_env(rate_per_s=15.0)
+    env.reset(seed=2)
+    rng, ledger = np.random.default_rng(2), RewardLedger(env.parts.reward)
+    total, moved, outcomes = 0.0, 0, []
+    for _ in range(STEPS):
+        action = int(rng.choice(np.flatnonzero(env.action_masks())))
+        _, reward, _, _, info = env.step(action)
+        total += reward
+        moved += info["decision"].plan.weight_bytes if info["ticket"] else 0
+        outcomes += info["outcomes"]
+    submitted = env.parts.make_trace(np.random.default_rng(2)).requests()
+    for request in submitted:
+        ledger.admit(request)
+    assert ledger.settle(outcomes, 5.0 * STEPS, moved) == pytest.approx(total)
+
+
+def test_illegal_action_keeps(make_env: MakeEnv) -> None:
+    env = make_env()
+    env.reset(seed=0)
+    illegal = np.flatnonzero(~env.action_masks())
+    assert len(illegal)
+    _, _, _, _, info = env.step(int(illegal[-1]))
+    assert info["ticket"] is None
+    assert info["decision"].vetoes
+
+
+def test_switch_masks_everything_but_keep_while_it_dwells(make_env: MakeEnv) -> None:
+    env = make_env()
+    env.reset(seed=0)
+    while env.step(drawn_actions(env, 4)())[4]["ticket"] is None:
+        pass
+    assert env.prepared is not None
+    assert env.prepared.snapshot.epoch == 1
+    assert env.action_masks()[0]
+
+
+@pytest.mark.parametrize("rate_per_s", [20.0, 150.0])
+def test_columns_equal_events(make_env: MakeEnv, rate_per_s: float) -> None:
+    """The fast path: same observations, masks, rewards and switches, also under overload."""
+    plain, fast = make_env(rate_per_s, spread=0.1), make_env(rate_per_s, spread=0.1, columns=True)
+    for seed in (7, 8):
+        first, _ = plain.reset(seed=seed)
+        np.testing.assert_allclose(fast.reset(seed=seed)[0], first, rtol=1e-6)
+        act, switches = drawn_actions(plain, seed), 0
+        for _ in range(STEPS):
+            action = act()
+            one, other = plain.step(action), fast.step(action)
+            np.testing.assert_allclose(other[0], one[0], rtol=1e-5, atol=1e-6)
+            assert other[1] == pytest.approx(one[1], rel=1e-9, abs=1e-9)
+            assert (plain.action_masks() == fast.action_masks()).all()
+            assert other[4]["arrived"] == one[4]["arrived"]
+            assert len(other[4]["traffic"]["finish_s"]) == len(one[4]["outcomes"])
+            assert other[4]["decision"].executed_key == one[4]["decision"].executed_key
+            switches += one[4]["ticket"] is not None
+        assert switches > 0
+        assert plain.cluster is not None
+        assert fast.cluster is not None
+        assert plain.cluster.snapshot() == fast.cluster.snapshot()
+
+
+def test_slo_by_hand() -> None:
+    done = RequestOutcome("r", RequestStatus.FINISHED, 0.0, 0.5, 1.5, 10, 11)  # TPOT 0.1 s
+    assert meets_slo(SloSpec(), done)
+    assert meets_slo(SloSpec(0.5, 0.1), done)
+    assert not meets_slo(SloSpec(0.4, 0.2), done)
+    assert not meets_slo(SloSpec(0.6, 0.09), done)
+    rejected = RequestOutcome("r", RequestStatus.REJECTED, 0.0, None, 0.0, 10, 0)
+    assert not meets_slo(SloSpec(), rejected)
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_vec_env_equals_its_environments(make_env: MakeEnv) -> None:
+    venv, alone = ServingVecEnv([make_env] * 2), make_env()
+    venv.seed(11)
+    flats = venv.reset()
+    first, _ = alone.reset(seed=12)  # the second environment's seed
+    np.testing.assert_array_equal(flats[1], first)
+    for step in range(STEPS):
+        flats, rewards, dones, infos = venv.step(np.zeros(2, np.int64))
+        flat, reward, _, truncated, _ = alone.step(0)
+        assert rewards[1] == pytest.approx(reward)
+        assert dones.tolist() == [step == STEPS - 1] * 2
+        seen = infos[1]["terminal_observation"] if truncated else flats[1]
+        np.testing.assert_array_equal(seen, flat)
+        assert infos[1]["TimeLimit.truncated"] == truncated
+    assert not np.array_equal(flats[1], flat), "a new episode has begun"
+    venv.close()
+    assert all(env.cluster is None for env in venv.envs)
+
+
+def test_maskable_ppo_learns_on_it(make_env: MakeEnv) -> None:
+    venv = ServingVecEnv([lambda: make_env(20.0, columns=True)] * 2)
+    assert is_masking_supported(venv)
+    model = MaskablePPO("MlpPolicy", venv, n_steps=8, batch_size=8, n_epochs=1, seed=0)
+    model.learn(32)
+    masks = get_action_masks(venv)
+    assert masks.shape == (2, 8)
+    assert masks[:, 0].all()
+    action, _ = model.predict(venv.reset(), action_masks=get_action_masks(venv))
+    assert action.shape == (2,)
+    venv.close()

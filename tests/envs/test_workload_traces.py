@@ -1,0 +1,211 @@
+"""Traces in memory and on disk, and the generator."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cluster import Request
+from engine.errors import InvalidRequestError
+from envs.traces import load_trace, read_trace
+from envs.workload import RequestType, Trace, WorkloadConfig, fit_lengths, generate, statistics
+
+NORMALISED = "timestamp_s,input_tokens,output_tokens\n0.000,4808,10\n0.052,3180,8\n7.500,1,1\n"
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+    "2023-11-16 23:59:59.9799600,4808,10\r\n"
+    "2023-11-17 00:00:00.0319600,3180,8\r\n"
+    "2023-11-17 00:00:07.4799600,1,1\r\n"
+)
+AZURE_2024 = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2024-05-12 01:00:00+00:00,4808,10\n"
+    "2024-05-12 01:00:00.052000+00:00,3180,8\n"
+    "2024-05-12 03:00:07.500000+02:00,1,1\n"
+)
+
+
+def simple_trace() -> Trace:
+    return Trace(np.array([0.0, 1.0, 2.5, 9.0]), np.array([10, 20, 30, 40]), np.array([1, 2, 3, 4]))
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("text", [NORMALISED, AZURE, AZURE_2024], ids=["own", "azure", "azure2024"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_formats_are_recognised(tmp_path: Path, text: str, zipped: bool) -> None:
+    path = tmp_path / "trace.csv"  # the name says nothing of gzip
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    requests = list(read_trace(path))
+    assert [r.arrival_s for r in requests] == pytest.approx([0.0, 0.052, 7.5], abs=1e-6)
+    assert [(r.prompt_tokens, r.output_tokens) for r in requests] == [(4808, 10), (3180, 8), (1, 1)]
+    trace = load_trace(path)
+    assert trace.requests() == requests
+    assert trace.duration_s == pytest.approx(7.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ("abc,1,1", ["column timestamp_s", "'abc'", "seconds"]),
+        ("nan,1,1", ["column timestamp_s", "'nan'"]),
+        ("0.01,1,1", ["column timestamp_s", "'0.01'", "not below the row before"]),
+        ("9,1.5,1", ["column input_tokens", "'1.5'", "whole number"]),
+        ("9,0,1", ["column input_tokens", "'0'", "at least 1"]),
+        ("9,1,-3", ["column output_tokens", "'-3'"]),
+        ("9,1", ["2 columns", "expected 3"]),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path: Path, row: str, named: list[str]) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(NORMALISED[: NORMALISED.index("7.500")] + row + "\n")
+    read = read_trace(path)
+    assert [next(read).request_id, next(read).request_id] == ["r0", "r1"]  # streamed
+    with pytest.raises(InvalidRequestError) as error:
+        next(read)
+    for part in ("bad.csv", "line 4", *named):
+        assert part in str(error.value), part
+    with pytest.raises(InvalidRequestError):
+        load_trace(path)
+
+
+def test_malformed_azure_time(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(AZURE.replace("2023-11-17 00:00:07", "2023-11-77 00:00:07"))
+    with pytest.raises(InvalidRequestError, match=r"line 4, column TIMESTAMP: got '2023-11-77"):
+        load_trace(path)
+
+
+@pytest.mark.parametrize("content", ["", "a,b,c\n1,2,3\n", "timestamp_s,input_tokens\n"])
+def test_unknown_headers(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "what.csv"
+    path.write_text(content)
+    with pytest.raises(InvalidRequestError, match=r"line 1: the header is .* expected 'timestamp"):
+        load_trace(path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"nowhere\.csv cannot be read"):
+        load_trace(tmp_path / "nowhere.csv")
+    cut = tmp_path / "cut.csv.gz"
+    cut.write_bytes(gzip.compress(NORMALISED.encode() * 50)[:60])
+    with pytest.raises(InvalidRequestError, match="damaged"):
+        load_trace(cut)
+    empty = tmp_path / "empty.csv"
+    empty.write_text("timestamp_s,input_tokens,output_tokens\n")
+    with pytest.raises(InvalidRequestError, match="no requests"):
+        load_trace(empty)
+
+
+# ---------------------------------------------------------------- in memory
+
+
+def test_window_and_compress_by_hand() -> None:
+    window = simple_trace().window(1.0, 1.5)
+    assert window.arrival_s.tolist() == [0.0]  # 2.5 is its open end
+    assert (window.duration_s, window.mean_rate_per_s) == (1.5, 1 / 1.5)
+    assert simple_trace().window(1.0, 8.0).prompt_tokens.tolist() == [20, 30]
+    fast = simple_trace().compress_time(2.0)
+    assert fast.arrival_s.tolist() == [0.0, 0.5, 1.25, 4.5]
+    assert fast.duration_s == 4.5
+    assert simple_trace().requests("x")[1] == Request("x1", 1.0, 20, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), min_size=1),
+    factor=st.floats(0.001, 3.0),
+    longest=st.integers(2, 5000),
+)
+def test_scaled_lengths_fit(lengths: list[tuple[int, int]], factor: float, longest: int) -> None:
+    prompt, output = np.array(lengths).T
+    trace = Trace(np.arange(float(len(lengths))), prompt, output)
+    scaled = trace.scale_lengths(factor, longest)
+    total = scaled.prompt_tokens + scaled.output_tokens
+    assert (total <= longest).all()
+    assert min(scaled.prompt_tokens.min(), scaled.output_tokens.min()) >= 1
+    fits = (prompt * factor >= 1) & (output * factor >= 1) & (total < longest)
+    assert (abs(scaled.prompt_tokens - prompt * factor)[fits] <= 0.5).all()
+
+
+def test_too_long_pairs_shrink_in_proportion() -> None:
+    prompt, output = fit_lengths(np.array([300.0, 5.0]), np.array([100.0, 7000.0]), 100)
+    assert (prompt.tolist(), output.tolist()) == ([75, 1], [25, 99])
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 4.6])
+def test_resample_keeps_the_shape_over_time(factor: float) -> None:
+    config = WorkloadConfig(mean_rate_per_s=10.0, cycle_s=1200.0, cycle_amplitude=0.8)
+    source = generate(config, 2400.0, np.random.default_rng(1))
+    target = factor * source.mean_rate_per_s
+    found = source.resample(target, np.random.default_rng(2))
+    assert found.mean_rate_per_s == pytest.approx(target, rel=0.05)
+    assert found.duration_s == source.duration_s
+    assert (np.diff(found.arrival_s) >= 0).all()
+    assert 0 <= found.arrival_s.min() <= found.arrival_s.max() < 2400.0
+    before, after = (np.histogram(t.arrival_s, 24)[0] for t in (source, found))
+    assert np.corrcoef(before, after)[0, 1] > 0.95
+    assert np.median(found.prompt_tokens) == pytest.approx(np.median(source.prompt_tokens), rel=0.1)
+    assert len(np.unique(found.arrival_s)) == len(found)
+
+
+def test_resample_of_nothing() -> None:
+    with pytest.raises(InvalidRequestError):
+        simple_trace().window(3.0, 1.0).resample(1.0, np.random.default_rng(0))
+
+
+# ---------------------------------------------------------------- the generator
+
+
+def test_generator_is_deterministic_and_sorted() -> None:
+    config = WorkloadConfig(max_tokens=512)
+    one, same, other = (generate(config, 300.0, np.random.default_rng(s)) for s in (1, 1, 2))
+    assert one.requests() == same.requests() != other.requests()
+    assert (np.diff(one.arrival_s) >= 0).all()
+    assert one.arrival_s.max() <= 300.0
+    assert (one.prompt_tokens + one.output_tokens <= 512).all()
+
+
+def test_generator_without_movement_is_poisson_with_lognormal_lengths() -> None:
+    flat = WorkloadConfig(
+        types=(RequestType("only", 100, 50, 0.5, 0.6),),
+        mean_rate_per_s=20.0,
+        cycle_amplitude=0.0,
+        level_sigma=0.0,
+        burst_factor=1.0,
+    )
+    trace = generate(flat, 6000.0, np.random.default_rng(3))
+    found = statistics(trace)
+    assert trace.mean_rate_per_s == pytest.approx(20.0, rel=0.02)
+    assert found.iat_cv == pytest.approx(1.0, abs=0.03)
+    assert found.idc_60s == pytest.approx(1.0, abs=0.5)
+    assert found.prompt_tokens[0] == pytest.approx(100, rel=0.02)
+    p90 = 50 * np.exp(0.6 * 1.2816)  # the standard normal's 90th percentile
+    assert found.output_tokens[1] == pytest.approx(p90, rel=0.03)
+
+
+def test_generator_moves_rates_and_mix() -> None:
+    trace = generate(WorkloadConfig(), 6 * 3600.0, np.random.default_rng(0))
+    assert statistics(trace).idc_60s > 20  # far from Poisson
+    long_output = trace.output_tokens > 150
+    shares = [long_output[trace.arrival_s // 600 == w].mean() for w in range(36)]
+    assert np.std(shares) > 0.1
+
+
+def test_statistics_by_hand() -> None:
+    arrival_s = np.array([0.0, 10.0, 20.0, 70.0, 119.0])
+    trace = Trace(arrival_s, np.arange(1, 6), np.arange(1, 6), 120.0)
+    found = statistics(trace)
+    assert (found.mean_per_min, found.peak_per_min) == (2.5, 3.0)
+    assert found.idc_60s == pytest.approx(0.25 / 2.5)
+    gaps = np.array([10, 10, 50, 49])
+    assert found.iat_cv == pytest.approx(gaps.std() / gaps.mean())
+    assert found.prompt_tokens[0] == 3.0
+    with pytest.raises(InvalidRequestError):
+        statistics(trace.window(0.0, 15.0))
