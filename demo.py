@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from envs.showcase import TrainedPool
     from envs.showcase_report import Showcase
     from envs.workload import Trace
-
-MAX_MODEL_LEN = 512  # tokens
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,32 +33,32 @@ def parse_args() -> argparse.Namespace:
     add("--speed", type=float, default=1.0, help="trace seconds per replay second (default 1)")
     add("--length-factor", type=float, default=0.2, help="on token counts (default 0.2)")
     add("--policy", type=Path, default=Path("policies/artifacts/demo"), help="checkpoint folder")
-    add("--deployment", default="4xtp1pp1", help="to start with (default 4xtp1pp1)")
+    add("--deployment", help="to start with and to keep (default: the one for the mean load)")
     add("--seed", type=int, default=0, help="of generator and prompts (default 0)")
     add("--skip-keep", action="store_true", help="leave out the comparison run")
     return parser.parse_args()
 
 
-def load_window(args: argparse.Namespace, console: Console) -> Trace:
+def load_window(args: argparse.Namespace, max_tokens: int, console: Console) -> Trace:
     """The replayed trace; says how it was made."""
     from envs.showcase import cut_window, demo_traffic
     from envs.traces import load_trace
 
     span_s = args.start + args.seconds * args.speed
     whole = load_trace(args.trace) if args.trace else demo_traffic(span_s, args.seed)
-    trace = cut_window(
-        whole, args.start, args.seconds, args.speed, args.length_factor, MAX_MODEL_LEN
-    )
+    trace = cut_window(whole, args.start, args.seconds, args.speed, args.length_factor, max_tokens)
     console.print(
         f"{len(trace)} requests in {args.seconds:g} s from {args.trace or 'the generator'}, from "
         f"second {args.start:g} on, {args.speed:g} trace seconds per second; lengths times "
-        f"{args.length_factor:g}, at most {MAX_MODEL_LEN} tokens per request.",
+        f"{args.length_factor:g}, at most {max_tokens} tokens per request.",
         soft_wrap=True,
     )
     return trace
 
 
-async def run(args: argparse.Namespace, trace: Trace, console: Console) -> Showcase:
+async def run(
+    args: argparse.Namespace, pool: TrainedPool, trace: Trace, console: Console
+) -> Showcase:
     from envs.showcase import RunReport, ShowcaseConfig, run_once
     from envs.showcase_report import Showcase
     from envs.terminal import build_view
@@ -71,7 +70,7 @@ async def run(args: argparse.Namespace, trace: Trace, console: Console) -> Showc
     config = ShowcaseConfig(
         policy=args.policy,
         run_dir=Path("runs/demo"),
-        engine_args=("--deployment", args.deployment, "--max-model-len", str(MAX_MODEL_LEN)),
+        engine_args=pool.engine_args(args.deployment),
         seed=args.seed,
     )
 
@@ -91,11 +90,14 @@ def main() -> int:
     from rich.console import Console
 
     from engine.errors import TidewrightError
+    from envs.showcase import read_trained_pool
     from envs.showcase_report import print_report
 
     console = Console()
     try:
-        showcase = asyncio.run(run(args, load_window(args, console), console))
+        pool = read_trained_pool(args.policy)
+        trace = load_window(args, pool.max_model_len, console)
+        showcase = asyncio.run(run(args, pool, trace, console))
     except asyncio.CancelledError:
         console.print("Stopped; no process is left.")
         return 130

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +21,7 @@ from controller.records import TickRecord
 from controller.remote import RemoteCluster
 from controller.remote_control import RemoteControl
 from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
-from engine.errors import InvalidRequestError, UnavailableError
+from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
 from envs.processes import ServerProcess, start_server
 from envs.replay import Replay, ReplaySummary, build_replay
 from envs.workload import Trace, WorkloadConfig, generate
@@ -39,8 +40,58 @@ class ShowcaseConfig:
     policy: Path
     run_dir: Path  # logs of both servers, decision logs
     engine_args: tuple[str, ...] = ()
-    controller_args: tuple[str, ...] = ()
     seed: int = 0  # of prompts
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedPool:
+    """The pool that a policy was trained for, as its checkpoint tells."""
+
+    deployment: str  # the one that suits the mean load
+    max_model_len: int  # tokens
+    num_workers: int
+    device_memory_bytes: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def engine_args(self, deployment: str | None = None) -> tuple[str, ...]:
+        """Options of `python -m engine` for the same pool."""
+        return (
+            *("--deployment", deployment or self.deployment),
+            *("--num-workers", str(self.num_workers)),
+            *("--device-memory-mb", str(self.device_memory_bytes / 1e6)),
+            *("--block-size", str(self.block_size)),
+            *("--max-model-len", str(self.max_model_len)),
+            *("--max-num-seqs", str(self.max_num_seqs)),
+            *("--max-num-batched-tokens", str(self.max_num_batched_tokens)),
+        )
+
+
+def read_trained_pool(policy: Path) -> TrainedPool:
+    """From the checkpoint's manifest. Raises CheckpointError."""
+    try:
+        manifest = json.loads((policy / "manifest.json").read_text())
+        spec = manifest["cluster"]["spec"]
+        return TrainedPool(
+            deployment=manifest["default_deployment"],
+            max_model_len=spec["model"]["max_model_len"],
+            num_workers=spec["num_devices"],
+            device_memory_bytes=spec["device_memory_bytes"],
+            block_size=spec["block_size"],
+            max_num_seqs=spec["max_num_seqs"],
+            max_num_batched_tokens=spec["max_num_batched_tokens"],
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"no policy checkpoint at {policy} ({error.strerror}); give the folder that train.py "
+            "wrote."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the manifest of {policy} does not describe the pool it was trained for ({error}); "
+            "train it again."
+        ) from error
 
 
 @dataclass(slots=True)
@@ -129,7 +180,6 @@ async def running_pool(config: ShowcaseConfig, mode: str) -> AsyncIterator[Pool]
         arguments = [
             *("controller", "--engine", ready["grpc"], "--grpc-port", "0", "--mode", mode),
             *("--policy", str(config.policy), "--log", str(run_dir / "decisions.jsonl")),
-            *config.controller_args,
         ]
         controller = stack.enter_context(
             running_server("controller", arguments, run_dir / "controller.log")
