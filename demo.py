@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--trace", type=Path, help="CSV, gzipped or not (default: the embedded generator)")
     add("--start", type=float, default=0.0, help="of the window in the trace, s (default 0)")
-    add("--seconds", type=float, default=75.0, help="length of the replay, s (default 75)")
+    add("--seconds", type=float, default=60.0, help="length of the replay, s (default 60)")
     add("--speed", type=float, default=1.0, help="trace seconds per replay second (default 1)")
     add("--length-factor", type=float, default=0.2, help="on token counts (default 0.2)")
     add("--policy", type=Path, default=Path("policies/artifacts/demo"), help="checkpoint folder")

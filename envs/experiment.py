@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import subprocess
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +130,13 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> ExperimentConfig:
     for key, value in overrides.items():
         if value is not None:
             _set(values, key.split("."), value)
-    return validate(ExperimentConfig, values, str(path))
+    config = validate(ExperimentConfig, values, str(path))
+    if config.ppo.group_size < 1 or config.env.num_envs % config.ppo.group_size:
+        raise InvalidRequestError(
+            f"env.num_envs must be a multiple of ppo.group_size in {path}, got "
+            f"{config.env.num_envs} and {config.ppo.group_size}."
+        )
+    return config
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -215,16 +223,19 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     return Experiment(config, cluster, kinds, source, capacity, default_key)
 
 
-def build_env(experiment: Experiment, planner: Planner | None = None) -> ServingEnv:
+def build_env(experiment: Experiment, planner: Planner | None = None, group: int = 0) -> ServingEnv:
     """A training environment: load, window, first deployment and profile drawn per episode.
 
     `planner`: one to share, since its caches hold no history and serve all environments.
+    Environments of one group meet the same traffic in their n-th episode.
     """
     config, pipeline = experiment.config, experiment.pipeline()
     pipeline.planner = planner or pipeline.planner
     keys, first = static_keys(pipeline.planner), config.env.initial
+    episode = itertools.count()
 
-    def make_trace(rng: np.random.Generator) -> Trace:
+    def make_trace(_: np.random.Generator) -> Trace:
+        rng = np.random.default_rng((config.seed, group, next(episode)))
         rate_per_s = float(rng.uniform(*config.workload.load)) * experiment.capacity.rate_per_s
         return draw_window(experiment.source, rate_per_s, config.env.episode_s, rng)
 
@@ -238,9 +249,10 @@ def build_env(experiment: Experiment, planner: Planner | None = None) -> Serving
 
 
 def build_venv(experiment: Experiment) -> ServingVecEnv:
-    """`num_envs` training environments; the learner seeds them."""
-    planner = experiment.pipeline().planner
-    return ServingVecEnv([lambda: build_env(experiment, planner)] * experiment.config.env.num_envs)
+    """`num_envs` training environments in groups of `group_size`; the learner seeds them."""
+    config, planner = experiment.config, experiment.pipeline().planner
+    groups = [i // config.ppo.group_size for i in range(config.env.num_envs)]
+    return ServingVecEnv([partial(build_env, experiment, planner, group) for group in groups])
 
 
 def build_evaluation(

@@ -39,6 +39,8 @@ class PpoConfig:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are scaled down to this norm
     target_kl: float | None = 0.03  # stop a rollout's updates beyond 1.5 times this KL
+    group_size: int = 1  # environments in a row that meet the same traffic; their mean reward at
+    # each decision is subtracted: a baseline for what no policy decides (Mao et al. 2019, 4.2)
     normalise_reward: bool = True  # divide by the running std of the discounted return
     hidden_size: int = 64  # width of every layer
     keep_weight: float = 1.0  # initial preference for keep, see NetworkConfig
@@ -96,6 +98,7 @@ class NormalizedVecEnv(VecEnvWrapper):
 
     def __init__(self, venv: VecEnv, normalizer: ObservationNormalizer, config: PpoConfig) -> None:
         super().__init__(venv)
+        assert venv.num_envs % config.group_size == 0, (venv.num_envs, config.group_size)
         self._normalizer, self._config = normalizer, config
         self._returns = np.zeros(venv.num_envs)
         self._moments = RunningMoments(1)
@@ -109,12 +112,20 @@ class NormalizedVecEnv(VecEnvWrapper):
             if info.get("terminal_observation") is not None:
                 last = np.asarray(info["terminal_observation"], np.float32)
                 info["terminal_observation"] = self._normalizer.normalise(last)
-        scaled = self._scale(rewards, dones) if self._config.normalise_reward else rewards
+        scaled = self._relative(rewards)
+        if self._config.normalise_reward:
+            scaled = self._scale(scaled, dones)
         return self._observe(np.asarray(observations, np.float32)), scaled, dones, infos
 
     def _observe(self, flat: Floats) -> Floats:
         self._normalizer.update(flat)
         return self._normalizer.normalise(flat)
+
+    def _relative(self, rewards: Any) -> Any:
+        if self._config.group_size == 1:
+            return rewards
+        groups = np.asarray(rewards).reshape(-1, self._config.group_size)
+        return (groups - groups.mean(axis=1, keepdims=True)).ravel()
 
     def _scale(self, rewards: Any, dones: Any) -> Any:
         """Rewards over the std of the running discounted return; the mean is left alone."""

@@ -79,6 +79,7 @@ class SurrogateSwitch:
         state = host.state
         for _, row, blocks in self._moves:
             state.replicas[row]["free_blocks"] += blocks
+            kernel.wake(state.replicas[row], now_s)  # one that stays may have lacked them
         if self._is_bound:
             host.drop_rows(self.coming)
         for replica in self.leaving:

@@ -141,6 +141,25 @@ def test_full_switch_holds_arrivals_back(small_cluster: ProfiledCluster) -> None
     assert surrogate.snapshot().num_finished == 3
 
 
+def test_cancelling_wakes_a_replica_that_had_no_blocks_left(
+    small_cluster: ProfiledCluster,
+) -> None:
+    """Three sequences of 13 blocks each reserve 39 of the 40 blocks of the one replica that
+    stays; its own sequence cannot grow past its first block until the switch is cancelled."""
+    slow = replace(small_cluster, profile=replace(small_cluster.profile, pause_overhead_s=5.0))
+    surrogate = build(slow)
+    ticket_id = switch(surrogate, "1xtp1pp1")
+    submit(surrogate, [(5, 15), (170, 60), (170, 60), (170, 60)], 1e9)  # the first goes soon
+    surrogate.submit(Request("stays", 0.19, 10, 30))
+    surrogate.advance(2.0)
+    stats = surrogate.snapshot().replicas[0]
+    assert (stats.num_running, stats.num_waiting, stats.kv_blocks_used) == (0, 1, 39)
+    surrogate.cancel(ticket_id)
+    surrogate.check_integrity()
+    surrogate.advance(30.0)
+    assert surrogate.snapshot().num_finished == 5
+
+
 def test_fork_goes_its_own_way(small_cluster: ProfiledCluster) -> None:
     surrogate = build(small_cluster)
     submit(surrogate, [(50, 30)] * 40, 80.0)

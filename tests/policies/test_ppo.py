@@ -8,7 +8,8 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from policies.base import Observation, ObservationSpec
-from policies.ppo import PpoConfig, TrainingResult, train
+from policies.normalizer import ObservationNormalizer
+from policies.ppo import NormalizedVecEnv, PpoConfig, TrainingResult, train
 
 SPEC = ObservationSpec(("bias",), ("is_keep", "worth"), 4, 15.0)
 EPISODE = 32
@@ -116,3 +117,33 @@ def test_an_interrupt_keeps_what_was_learned() -> None:
     result = train(PickTheBest(16, 0), CONFIG, SPEC, 0, report=stop)
     assert result.interrupted
     assert result.num_timesteps == pytest.approx(1024, abs=512)
+
+
+def test_group_baseline_by_hand() -> None:
+    """Rewards of groups of four become deviations from their group's mean."""
+    config = PpoConfig(group_size=4, normalise_reward=False)
+    venv = NormalizedVecEnv(PickTheBest(32, seed=0), ObservationNormalizer(SPEC), config)
+    bare = PickTheBest(32, seed=0)
+    venv.reset()
+    bare.reset()
+    bare.step_async(np.zeros(32, int))
+    raw = bare.step_wait()[1]
+    assert 0 < raw.sum() < 32
+    relative = venv.step(np.zeros(32, int))[1]
+    for first in range(0, 32, 4):
+        mean = sum(raw[first : first + 4]) / 4
+        np.testing.assert_allclose(relative[first : first + 4], raw[first : first + 4] - mean)
+
+
+def test_scaled_rewards_keep_their_sign_and_have_unit_returns() -> None:
+    venv = NormalizedVecEnv(
+        PickTheBest(64, seed=0), ObservationNormalizer(SPEC), PpoConfig(gamma=0.5)
+    )
+    venv.reset()
+    returns, seen = np.zeros(64), []
+    for _ in range(EPISODE - 1):
+        rewards = venv.step(np.zeros(64, int))[1]
+        assert (rewards >= 0).all()
+        returns = 0.5 * returns + rewards
+        seen.append(returns.std())
+    assert np.mean(seen[10:]) == pytest.approx(1.0, rel=0.2)
