@@ -16,6 +16,7 @@ from engine.cluster import (
     SwitchPlan,
     SwitchTicket,
 )
+from engine.errors import UnavailableError
 from engine.wire import error_of, from_proto, to_proto
 from protos import engine_pb2, engine_pb2_grpc
 
@@ -29,7 +30,11 @@ class RemoteCluster:
         timeout_s: float = 5.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        options = [("grpc.max_receive_message_length", 64 << 20)]
+        options = [
+            ("grpc.max_receive_message_length", 64 << 20),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted engine is found in a second
+        ]
         self._channel = (
             grpc.insecure_channel(target, options)
             if credentials is None
@@ -44,6 +49,8 @@ class RemoteCluster:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as error:
             raise error_of(error) from error
+        except ValueError as error:  # what grpc says of a channel that was closed
+            raise UnavailableError("this RemoteCluster is closed; open another one.") from error
 
     def _describe(self) -> Any:
         if self._description is None:
@@ -76,7 +83,7 @@ class RemoteCluster:
         """Start the switch and return its first state; it goes on without this call."""
         request = engine_pb2.ApplySwitchRequest()
         to_proto(plan, request.plan)
-        states = self._stub.ApplySwitch(request, timeout=self._timeout_s)
+        states = self._call(self._stub.ApplySwitch, request)
         try:
             return from_proto(SwitchTicket, next(states).ticket)
         except grpc.RpcError as error:

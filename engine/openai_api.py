@@ -8,9 +8,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,7 +23,20 @@ from engine.request import SamplingParams
 from engine.runtime import EngineRuntime, RequestStream
 from engine.tokenizer import IncrementalDecoder, Tokenizer
 
-UNSUPPORTED = ("logprobs", "top_logprobs", "best_of", "suffix", "tools", "response_format", "echo")
+# Fields that would change the answer, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "logprobs": (),
+    "top_logprobs": (),
+    "best_of": (1,),
+    "suffix": (),
+    "tools": (),
+    "response_format": ({"type": "text"},),
+    "echo": (),
+    "logit_bias": (),
+    "presence_penalty": (),
+    "frequency_penalty": (),
+    "repetition_penalty": (1,),
+}
 RETRY_AFTER_S = 1
 
 
@@ -52,13 +65,53 @@ class GenerationBody(BaseModel):
     stream_options: StreamOptions | None = None
     n: int = 1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, given: Any) -> Any:
+        """OpenAI's clients may send null for whatever they leave out."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
 
 class CompletionBody(GenerationBody):
     prompt: str | list[str] | list[int] | list[list[int]]
 
 
+class TextPart(BaseModel):
+    """A piece of a message; images and sound are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """Further fields, such as `name`, go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] = ""
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates expect one string."""
+        parts = (
+            self.content
+            if isinstance(self.content, list)
+            else [TextPart(type="text", text=self.content)]
+        )
+        return (self.model_extra or {}) | {
+            "role": self.role,
+            "content": "".join(part.text for part in parts),
+        }
+
+
 class ChatBody(GenerationBody):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
@@ -162,6 +215,7 @@ class OpenAIServer:
             exception_handlers={
                 TidewrightError: _tidewright_error,
                 HTTPException: _http_error,
+                Exception: _internal_error,
             },
         )
 
@@ -193,7 +247,7 @@ class OpenAIServer:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        prompt = self._tokenizer.apply_chat_template(body.messages)
+        prompt = self._tokenizer.apply_chat_template([m.for_template() for m in body.messages])
         room = self._runtime.spec.model.max_model_len - len(prompt)
         wanted = body.max_completion_tokens or body.max_tokens or max(room, 1)
         return await self._generate(request, body, [prompt], wanted, chat=True)
@@ -210,9 +264,11 @@ class OpenAIServer:
         if body.model not in ("", self._model_name):
             raise HTTPException(404, f"this engine serves {self._model_name!r}, not {body.model!r}")
         extras = body.model_extra or {}
-        given = [name for name in UNSUPPORTED if extras.get(name)]
+        given = [n for n, no in UNSUPPORTED.items() if extras.get(n) and extras[n] not in no]
         if given or body.n != 1:
             raise InvalidRequestError(f"{(given or ['n > 1'])[0]} is not supported; leave it out.")
+        if "" in body.stops:
+            raise InvalidRequestError("a stop string is empty; leave it out or give a text.")
         return body
 
     def _prompts(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
@@ -237,7 +293,6 @@ class OpenAIServer:
         if not prompts:
             raise InvalidRequestError("prompt is empty; give at least one.")
         request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-        stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=body.temperature,
@@ -265,7 +320,9 @@ class OpenAIServer:
             for stream in streams:
                 stream.cancel()
             raise
-        chunks = _merge([text_chunks(s, i, self._tokenizer, stops) for i, s in enumerate(streams)])
+        chunks = _merge(
+            [text_chunks(s, i, self._tokenizer, body.stops) for i, s in enumerate(streams)]
+        )
         usage = Usage(prompt_tokens=sum(len(p) for p in prompts))
         form = _ResponseForm(request_id, self._model_name, chat, len(prompts))
         if body.stream:
@@ -394,6 +451,11 @@ async def _tidewright_error(request: Request, error: Exception) -> Response:
     status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     return JSONResponse(_error_json(error), status, headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """A bug of ours: Starlette logs it; the client gets the shape that it can read."""
+    return JSONResponse(_error_json(RuntimeError("internal error; see the engine's log")), 500)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

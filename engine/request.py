@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
+
+from engine.errors import InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,24 @@ class SamplingParams:
     seed: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+
+
+INT64 = 2**63  # numbers go to the leaders as signed 64-bit integers
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Raise InvalidRequestError when a value is out of range; whichever door it came through."""
+    expected = (
+        ("max_tokens", 1 <= params.max_tokens < INT64, "at least 1"),
+        ("temperature", 0 <= params.temperature < inf, "a finite number, 0 (greedy) or more"),
+        ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", 0 <= params.top_k < INT64, "0 (all tokens) or more"),
+        ("seed", -INT64 <= params.seed < INT64, "a signed 64-bit integer"),
+        ("stop_token_ids", all(0 <= i < INT64 for i in params.stop_token_ids), "token ids"),
+    )
+    for name, holds, wanted in expected:
+        if not holds:
+            raise InvalidRequestError(f"{name} is {getattr(params, name)}; expected {wanted}.")
 
 
 class SequenceStatus(StrEnum):

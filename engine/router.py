@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.cluster import Routing
+from engine.errors import InvalidRequestError
+
+SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,24 @@ class ReplicaLoad:
     num_devices: int
     num_outstanding: int  # requests sent there and not ended
     capacity_tokens: int  # longest sequence its KV cache can hold
+
+
+def check_routing(routing: Routing) -> None:
+    """Raise InvalidRequestError unless `shares` can be taken for any prompt length."""
+    if len(set(routing.replica_ids)) != len(routing.replica_ids):
+        raise InvalidRequestError(f"routing names a replica twice: {routing.replica_ids}.")
+    if list(routing.prompt_edges) != sorted(set(routing.prompt_edges)):
+        raise InvalidRequestError(f"prompt edges must rise, got {routing.prompt_edges}.")
+    if routing.weights and any(len(row) != len(routing.weights) for row in routing.posterior):
+        raise InvalidRequestError(
+            f"each posterior row needs {len(routing.weights)} entries, one per workload type."
+        )
+    for name, rows in (("weights", routing.weights), ("posterior", routing.posterior)):
+        for i, row in enumerate(rows):
+            if not all(share >= 0 for share in row) or abs(sum(row) - 1) > SUM_TOLERANCE:
+                raise InvalidRequestError(
+                    f"routing {name} row {i} is {row}; expected shares of 0 or more that sum to 1."
+                )
 
 
 def shares(routing: Routing, replicas: Sequence[ReplicaLoad], prompt_tokens: int) -> list[float]:

@@ -58,9 +58,10 @@ from engine.messages import (
     Tokens,
     TokenUpdate,
 )
+from engine.migration.check import check_plan
 from engine.migration.switch import Switch, rank_spec
-from engine.request import SamplingParams
-from engine.router import ReplicaLoad, pick
+from engine.request import SamplingParams, check_sampling
+from engine.router import ReplicaLoad, check_routing, pick
 from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -265,8 +266,7 @@ class EngineRuntime:
             raise InvalidRequestError(
                 f"a prompt token is outside the vocabulary [0, {model.vocab_size})."
             )
-        if params.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {params.max_tokens}, it must be at least 1.")
+        check_sampling(params)
         if len(self._requests) >= self._max_queue:
             raise OverloadedError(
                 f"{len(self._requests)} requests are in the engine, max_queue is "
@@ -466,7 +466,7 @@ class EngineRuntime:
                 f"the plan was made for epoch {plan.expected_epoch}, the current one is "
                 f"{self.epoch}; plan again from a new snapshot."
             )
-        self.spec.check(plan.target.configs)
+        check_plan(self.spec, self.deployment, plan)
         now_s = self.now_s()
         ticket = SwitchTicket(
             ticket_id=f"switch-{len(self._tickets):04d}",
@@ -561,6 +561,7 @@ class EngineRuntime:
         )
 
     def set_routing(self, routing: Routing) -> None:
+        check_routing(routing)
         current = {r.replica_id for r in self.deployment.replicas}
         if set(routing.replica_ids) != current:
             raise StaleEpochError(

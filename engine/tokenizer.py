@@ -59,7 +59,7 @@ class Tokenizer:
                 bos_token=self._bos,
                 eos_token=self._eos,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # it runs on user data
             raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
         return self.encode(text, add_special_tokens=False)
 

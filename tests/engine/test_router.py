@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.cluster import Routing
-from engine.router import ReplicaLoad, pick, shares
+from engine.errors import InvalidRequestError
+from engine.router import ReplicaLoad, check_routing, pick, shares
 
 
 def load(replica_id: int, outstanding: int = 0, devices: int = 1, tokens: int = 100) -> ReplicaLoad:
@@ -44,3 +45,21 @@ def test_routing_of_the_wrong_shape_is_refused() -> None:
         Routing((0, 1), ((1.0,),), (), ((1.0,),))
     with pytest.raises(ValueError, match="2 buckets"):
         Routing((0,), ((1.0,),), (10,), ((1.0,),))
+
+
+@pytest.mark.parametrize(
+    ("routing", "expected"),
+    [
+        (Routing((1, 1)), "names a replica twice"),
+        (Routing((1, 2), ((0.5, 0.6),), (), ((1.0,),)), "weights row 0"),
+        (Routing((1, 2), ((1.5, -0.5),), (), ((1.0,),)), "weights row 0"),
+        (Routing((1, 2), ((float("nan"), 1.0),), (), ((1.0,),)), "weights row 0"),
+        (Routing((1,), ((1.0,),), (), ((0.5,),)), "posterior row 0"),
+        (Routing((1,), ((1.0,),), (), ((),)), "needs 1 entries"),
+        (Routing((1,), ((1.0,),), (9, 9), ((1.0,),) * 3), "must rise"),
+    ],
+)
+def test_a_routing_that_cannot_be_followed_is_refused(routing: Routing, expected: str) -> None:
+    check_routing(Routing((1, 2), ((0.3, 0.7),), (9,), ((1.0,),) * 2))
+    with pytest.raises(InvalidRequestError, match=expected):
+        check_routing(routing)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openai import APIStatusError, OpenAI
 
 from controller.remote import RemoteCluster
-from engine.cluster import KvCostParams, Routing, SwitchPhase, parse_deployment_key
+from engine.cluster import KvCostParams, Routing, SwitchPhase, Transfer, parse_deployment_key
 from engine.errors import InvalidRequestError, NotFoundError, StaleEpochError, UnavailableError
 from engine.migration.plan import plan_switch
 from engine.wire import error_of
@@ -142,6 +142,12 @@ def test_several_prompts_keep_their_order(client: OpenAI) -> None:
         ({"prompt": "x", "logprobs": 3}, 400, "logprobs is not supported"),
         ({"prompt": "x", "model": "gpt"}, 404, "serves 'tiny'"),
         ({}, 400, "prompt"),
+        ({"prompt": "x", "seed": 2**70}, 400, "seed is .* signed 64-bit"),
+        ({"prompt": "x", "stop_token_ids": [2**70]}, 400, "stop_token_ids"),
+        ({"prompt": "x", "max_tokens": 2**70}, 400, "max_tokens"),
+        ({"prompt": "x", "stop": ["a", ""]}, 400, "stop string is empty"),
+        ({"prompt": "x", "presence_penalty": 1.5}, 400, "presence_penalty is not supported"),
+        ({"prompt": "x", "logit_bias": {"5": 100}}, 400, "logit_bias is not supported"),
     ],
 )
 def test_bad_requests_get_openai_errors(
@@ -150,6 +156,45 @@ def test_bad_requests_get_openai_errors(
     response = httpx.post(f"{served.url}/v1/completions", json=body)
     assert response.status_code == status
     assert re.search(message, response.json()["error"]["message"])
+
+
+def test_a_refused_request_takes_no_place(served: Served, remote: RemoteCluster) -> None:
+    """max_queue is 8: ten refusals in a row would fill it, were they kept."""
+    before = remote.snapshot()
+    for _ in range(10):
+        body = {"prompt": "x", "max_tokens": 2, "seed": 2**70}
+        assert httpx.post(f"{served.url}/v1/completions", json=body).status_code == 400
+    body = {"prompt": "x", "max_tokens": 2}
+    assert httpx.post(f"{served.url}/v1/completions", json=body).status_code == 200
+    after = remote.snapshot()
+    assert after.num_arrived - before.num_arrived == 11
+    assert after.num_rejected - before.num_rejected == 10
+    assert after.num_finished - before.num_finished == 1
+
+
+def test_null_and_neutral_values_ask_for_nothing(served: Served) -> None:
+    names = ("temperature", "top_p", "n", "stream", "seed", "stop", "stop_token_ids", "logprobs")
+    body = {"prompt": "x", "max_tokens": 2, "best_of": 1, "presence_penalty": 0.0}
+    response = httpx.post(
+        f"{served.url}/v1/completions", json=body | dict.fromkeys(names), timeout=20
+    )
+    assert response.status_code == 200, response.text
+
+
+def test_chat_content_may_come_in_parts(client: OpenAI, served: Served) -> None:
+    def answer(content: Any) -> str | None:
+        message: Any = {"role": "user", "content": content}
+        made = client.chat.completions.create(
+            model="tiny", messages=[message], max_tokens=6, temperature=0
+        )
+        return made.choices[0].message.content
+
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert answer(parts) == answer("hello")
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    response = httpx.post(f"{served.url}/v1/chat/completions", json={"messages": [image]})
+    assert response.status_code == 400
+    assert "content" in response.json()["error"]["message"]
 
 
 def test_overload_is_told_with_retry_after(served: Served, client: OpenAI) -> None:
@@ -206,6 +251,52 @@ def test_generate_without_prompt_is_refused_by_name(stub: Any) -> None:
     with pytest.raises(grpc.RpcError) as error:
         list(stub.Generate(engine_pb2.GenerateRequest(), timeout=10))
     assert isinstance(error_of(error.value), InvalidRequestError)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": float("nan")},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 5.0},
+        {"top_k": -3},
+        {"stop_token_ids": [-1]},
+    ],
+)
+def test_generate_refuses_what_http_refuses(stub: Any, sampling: dict[str, Any]) -> None:
+    params = engine_pb2.SamplingParams(max_tokens=2, **sampling)
+    request = engine_pb2.GenerateRequest(text="x", sampling=params)
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Generate(request, timeout=10))
+    error = error_of(raised.value)
+    assert isinstance(error, InvalidRequestError)
+    assert next(iter(sampling)) in str(error)
+
+
+def test_a_bad_routing_or_plan_changes_nothing(client: OpenAI, remote: RemoteCluster) -> None:
+    before = remote.snapshot()
+    ids = tuple(r.replica_id for r in before.deployment.replicas)
+    share = (1 / len(ids),) * len(ids)
+    with pytest.raises(InvalidRequestError, match="posterior row needs 1 entries"):
+        remote.set_routing(Routing(ids, (share,), (), ((),)))
+    target = parse_deployment_key("2xtp2pp1")
+    plan = plan_switch(
+        remote.spec, before.deployment, before.epoch, target, KvCostParams(1e9, 1e4, 0.01)
+    )
+    lost = Transfer("no such tensor", None, 0, 1, 0, 1, 4)
+    with pytest.raises(InvalidRequestError, match="does not need it"):
+        remote.apply(replace(plan, transfers=(*plan.transfers, lost)))
+    assert remote.snapshot().routing == before.routing
+    assert not remote.snapshot().switch_in_flight
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=2).usage is not None
+
+
+def test_a_closed_client_says_so(served: Served) -> None:
+    cluster = RemoteCluster(served.target)
+    cluster.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        cluster.snapshot()
 
 
 def test_health_and_reflection(served: Served) -> None:

@@ -1,0 +1,67 @@
+"""Pure: whether a SwitchPlan that came from outside gives every new rank exactly what it needs.
+
+Checksums compare a copy with its source; a tensor that no transfer brings has none, so a plan with
+a gap would commit and serve from whatever the storage held. Hence the check before the switch.
+"""
+
+from __future__ import annotations
+
+from engine.cluster import ClusterSpec, Deployment, SwitchPlan, Transfer
+from engine.errors import InfeasibleError, InvalidRequestError
+from engine.migration.plan import Held, check_memory, held_shards
+from engine.shards import Shard
+
+
+def check_plan(spec: ClusterSpec, current: Deployment, plan: SwitchPlan) -> None:
+    """Raises InfeasibleError when the target does not fit the cluster, InvalidRequestError when
+    the transfers are not exactly the intervals that its ranks need and do not hold."""
+    spec.check(plan.target.configs)
+    unknown = sorted(plan.target.devices - set(range(spec.num_devices)))
+    if unknown:
+        raise InfeasibleError(
+            f"the plan uses devices {unknown}, the cluster has 0..{spec.num_devices - 1}."
+        )
+    for parallel in set(plan.target.configs):
+        check_memory(spec, parallel)
+    held, needs = held_shards(spec.model, current), held_shards(spec.model, plan.target)
+    arriving: dict[tuple[int, str], list[Transfer]] = {}
+    for transfer in plan.transfers:
+        _check_transfer(transfer, held, needs)
+        arriving.setdefault((transfer.dst, transfer.tensor), []).append(transfer)
+    for device, shards in needs.items():
+        for tensor, need in shards.items():
+            have = held.get(device, {}).get(tensor)
+            _check_tiling(device, need, have, arriving.get((device, tensor), []))
+
+
+def _check_transfer(transfer: Transfer, held: dict[int, Held], needs: dict[int, Held]) -> None:
+    need = needs.get(transfer.dst, {}).get(transfer.tensor)
+    source = held.get(transfer.src, {}).get(transfer.tensor)
+    what = f"transfer of {transfer.tensor!r} [{transfer.start}, {transfer.stop})"
+    if need is None:
+        raise InvalidRequestError(f"{what}: device {transfer.dst} does not need it.")
+    if source is None or not source.start <= transfer.start < transfer.stop <= source.stop:
+        raise InvalidRequestError(f"{what}: device {transfer.src} does not hold that interval.")
+    nbytes = need.nbytes * (transfer.stop - transfer.start) // (need.stop - need.start)
+    if (transfer.dim, transfer.nbytes) != (need.dim, nbytes):
+        raise InvalidRequestError(
+            f"{what} has dim {transfer.dim} and {transfer.nbytes} bytes, expected dim {need.dim} "
+            f"and {nbytes} bytes."
+        )
+
+
+def _check_tiling(device: int, need: Shard, have: Shard | None, moved: list[Transfer]) -> None:
+    """What is held and what arrives must cover [need.start, need.stop) without gap or overlap."""
+    pieces = [(t.start, t.stop) for t in moved]
+    if have is not None and max(have.start, need.start) < min(have.stop, need.stop):
+        pieces.append((max(have.start, need.start), min(have.stop, need.stop)))
+    at = need.start
+    for start, stop in sorted(pieces):
+        if start != at:
+            break
+        at = stop
+    if at != need.stop or sum(stop - start for start, stop in pieces) != need.stop - need.start:
+        raise InvalidRequestError(
+            f"device {device} needs {need.tensor!r} [{need.start}, {need.stop}), the plan brings "
+            f"or keeps {sorted(pieces)}; plan again with plan_switch."
+        )
