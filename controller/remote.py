@@ -17,6 +17,7 @@ from engine.cluster import (
     SwitchTicket,
 )
 from engine.errors import UnavailableError
+from engine.grpc_server import MAX_MESSAGE_BYTES
 from engine.wire import error_of, from_proto, to_proto
 from protos import engine_pb2, engine_pb2_grpc
 
@@ -31,7 +32,7 @@ class RemoteCluster:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         options = [
-            ("grpc.max_receive_message_length", 64 << 20),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted engine is found in a second
         ]

@@ -6,8 +6,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.cluster import Routing
+from engine.cluster import ClusterSpec, Replica, Routing
 from engine.errors import InvalidRequestError
+from engine.shards import num_kv_blocks
 
 SUM_TOLERANCE = 1e-6
 
@@ -20,6 +21,16 @@ class ReplicaLoad:
     num_devices: int
     num_outstanding: int  # requests sent there and not ended
     capacity_tokens: int  # longest sequence its KV cache can hold
+
+
+def load_of(spec: ClusterSpec, replica: Replica, num_outstanding: int) -> ReplicaLoad:
+    """A replica as the router sees it."""
+    return ReplicaLoad(
+        replica_id=replica.replica_id,
+        num_devices=replica.parallel.num_devices,
+        num_outstanding=num_outstanding,
+        capacity_tokens=num_kv_blocks(spec, replica.parallel) * spec.block_size,
+    )
 
 
 def check_routing(routing: Routing) -> None:

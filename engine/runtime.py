@@ -61,7 +61,7 @@ from engine.messages import (
 from engine.migration.check import check_plan
 from engine.migration.switch import Switch, rank_spec
 from engine.request import SamplingParams, check_sampling
-from engine.router import ReplicaLoad, check_routing, pick
+from engine.router import check_routing, load_of, pick
 from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -291,12 +291,7 @@ class EngineRuntime:
     def _dispatch(self, request: _Request) -> None:
         """Send a request to the replica the router picks, or hold it while none may take it."""
         loads = [
-            ReplicaLoad(
-                r.replica_id,
-                r.parallel.num_devices,
-                self.num_outstanding(r.replica_id),
-                num_kv_blocks(self.spec, r.parallel) * self.spec.block_size,
-            )
+            load_of(self.spec, r, self.num_outstanding(r.replica_id))
             for r in self.deployment.replicas
             if r.replica_id not in self._on_hold
         ]

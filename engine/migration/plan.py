@@ -8,6 +8,7 @@ same matching for device mapping).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -218,13 +219,19 @@ def plan_transfers(
     return tuple(transfers)
 
 
-def _port_seconds(transfers: Iterable[Transfer], link_bytes_per_s: float) -> float:
-    """Largest load of any port, in seconds: no schedule over these transfers can be shorter."""
-    sent: dict[int, int] = {}
-    received: dict[int, int] = {}
+def _port_bytes(transfers: Iterable[Transfer]) -> tuple[Counter[int], Counter[int]]:
+    """Bytes (sent, received) by device."""
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
     for t in transfers:
-        sent[t.src] = sent.get(t.src, 0) + t.nbytes
-        received[t.dst] = received.get(t.dst, 0) + t.nbytes
+        sent[t.src] += t.nbytes
+        received[t.dst] += t.nbytes
+    return sent, received
+
+
+def link_seconds(transfers: Iterable[Transfer], link_bytes_per_s: float) -> float:
+    """Largest load of any port, in seconds: no schedule over these transfers can be shorter."""
+    sent, received = _port_bytes(transfers)
     return max([0, *sent.values(), *received.values()]) / link_bytes_per_s
 
 
@@ -245,9 +252,7 @@ def plan_switch(
     placed = place(spec, current, target, dead_devices)
     transfers = plan_transfers(spec.model, current, placed)
     nbytes = sum(t.nbytes for t in transfers)
-    received: dict[int, int] = {}
-    for t in transfers:
-        received[t.dst] = received.get(t.dst, 0) + t.nbytes
+    _, received = _port_bytes(transfers)
     return SwitchPlan(
         target=placed,
         expected_epoch=epoch,
@@ -255,7 +260,7 @@ def plan_switch(
         kv=kv,
         weight_bytes=nbytes,
         lower_bound_bytes=nbytes,
-        predicted_s=overhead_s + _port_seconds(transfers, spec.link_bytes_per_s),
+        predicted_s=overhead_s + link_seconds(transfers, spec.link_bytes_per_s),
         lower_bound_s=max([0, *received.values()]) / spec.link_bytes_per_s,
         decision_id=decision_id,
     )
@@ -271,7 +276,7 @@ def _switch_cost(
     changed = placed.devices - {d for r in kept for d in r.placement.devices}
     return SwitchCost(
         weight_bytes=sum(t.nbytes for t in transfers),
-        seconds=_port_seconds(transfers, spec.link_bytes_per_s),
+        seconds=link_seconds(transfers, spec.link_bytes_per_s),
         devices_changed=len(changed),
     )
 

@@ -43,7 +43,7 @@ from engine.messages import (
 )
 from engine.migration.kv import kv_move_bytes, kv_moves
 from engine.migration.plan import Binding, bind_sequence
-from engine.router import ReplicaLoad, pick
+from engine.router import load_of, pick
 from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,6 @@ class Switch:
 
     def _choose(self, states: Iterable[SequenceState]) -> list[int]:
         """The router's rule without weights, over the new deployment."""
-        spec = self.host.spec
         outstanding = {
             r.replica_id: 0 if r in self.coming else self.host.num_outstanding(r.replica_id)
             for r in self.plan.target.replicas
@@ -267,12 +266,7 @@ class Switch:
         chosen = []
         for state in states:
             loads = [
-                ReplicaLoad(
-                    r.replica_id,
-                    r.parallel.num_devices,
-                    outstanding[r.replica_id],
-                    num_kv_blocks(spec, r.parallel) * spec.block_size,
-                )
+                load_of(self.host.spec, r, outstanding[r.replica_id])
                 for r in self.plan.target.replicas
             ]
             prompt = len(state.prompt_token_ids)

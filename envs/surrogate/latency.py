@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cluster import ParallelConfig, Transfer
+from engine.cluster import ParallelConfig
 from engine.profile import ServingProfile
 
 COEFFICIENTS = ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "stage_share")
@@ -17,13 +17,3 @@ def step_coefficients(profile: ServingProfile) -> dict[ParallelConfig, NDArray[n
         model.parallel: np.array([getattr(model, name) for name in COEFFICIENTS])
         for model in profile.steps
     }
-
-
-def link_seconds(transfers: tuple[Transfer, ...], link_bytes_per_s: float) -> float:
-    """Seconds that the busiest port needs for these transfers, sent or received."""
-    sent: dict[int, int] = {}
-    received: dict[int, int] = {}
-    for transfer in transfers:
-        sent[transfer.src] = sent.get(transfer.src, 0) + transfer.nbytes
-        received[transfer.dst] = received.get(transfer.dst, 0) + transfer.nbytes
-    return max([0, *sent.values(), *received.values()]) / link_bytes_per_s

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.cluster import Deployment, SwitchPhase, SwitchPlan, SwitchTicket
-from engine.migration.plan import Binding, bind_sequence
+from engine.migration.plan import Binding, bind_sequence, link_seconds
 from engine.profile import ServingProfile
 from envs.surrogate import kernel
-from envs.surrogate.latency import link_seconds
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster

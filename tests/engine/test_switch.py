@@ -99,13 +99,6 @@ def plan_to(runtime: EngineRuntime, key: str, kv: KvCostParams = MIGRATE) -> Swi
     return plan_switch(runtime.spec, runtime.deployment, runtime.epoch, target, kv)
 
 
-async def ended(runtime: EngineRuntime, ticket: SwitchTicket) -> SwitchTicket:
-    async with asyncio.timeout(60):
-        async for state in runtime.watch_ticket(ticket.ticket_id):
-            ticket = state
-    return ticket
-
-
 async def serve(
     runtime: EngineRuntime,
     references: list[Reference],
@@ -129,7 +122,7 @@ async def serve(
 
     async with asyncio.timeout(60):
         outputs = await asyncio.gather(*(collect(i) for i in range(len(streams))))
-    return list(outputs), await ended(runtime, ticket) if ticket is not None else None
+    return list(outputs), await runtime.ended(ticket.ticket_id) if ticket is not None else None
 
 
 def assert_identical(references: list[Reference], outputs: list[list[int]]) -> int:
@@ -190,9 +183,9 @@ def test_seeded_sampling_survives_a_switch(engine: EngineCluster, plain_model: A
             tokens += chunk.token_ids
             if len(tokens) == 9:
                 ticket = runtime.apply(plan_to(runtime, "1xtp2pp2"))
-        assert (await ended(runtime, ticket)).phase is SwitchPhase.DONE
+        assert (await runtime.ended(ticket.ticket_id)).phase is SwitchPhase.DONE
         back = runtime.apply(plan_to(runtime, "4xtp1pp1"))
-        assert (await ended(runtime, back)).phase is SwitchPhase.DONE
+        assert (await runtime.ended(back.ticket_id)).phase is SwitchPhase.DONE
         return tokens
 
     assert engine.run(run(), 120) == expected
@@ -238,7 +231,7 @@ def test_cancel_before_commit_keeps_the_old_deployment(engine: EngineCluster) ->
         with pytest.raises(SwitchInProgressError, match=ticket.ticket_id):
             runtime.apply(plan_to(runtime, "1xtp4pp1"))
         runtime.cancel(ticket.ticket_id)
-        return await ended(runtime, ticket)
+        return await runtime.ended(ticket.ticket_id)
 
     assert engine.run(run(), 120).phase is SwitchPhase.CANCELLED
     assert runtime.deployment.key == "4xtp1pp1"
@@ -275,7 +268,7 @@ def test_a_stale_plan_is_refused(engine: EngineCluster) -> None:
 
     async def run() -> None:
         for key in ("2xtp2pp1", "4xtp1pp1"):
-            await ended(runtime, runtime.apply(plan_to(runtime, key)))
+            await runtime.ended(runtime.apply(plan_to(runtime, key)).ticket_id)
         with pytest.raises(StaleEpochError, match="plan again"):
             runtime.apply(plan)
 

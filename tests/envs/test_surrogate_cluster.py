@@ -17,10 +17,9 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.errors import InfeasibleError, InvalidRequestError
-from engine.migration.plan import plan_switch
+from engine.migration.plan import link_seconds, plan_switch
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
-from envs.surrogate.latency import link_seconds
 
 MIGRATE = KvCostParams(1e15, 1.0, 0.01)  # moving is free, computing dear
 RECOMPUTE = KvCostParams(1.0, 1e15, 0.01)
