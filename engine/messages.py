@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from engine.cluster import ParallelConfig, Transfer
-from engine.request import SamplingParams, StepInput
+from engine.request import SamplingParams, StepInput, StepOutput, TokenLogprobs
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, frozen=True):
@@ -53,12 +53,19 @@ class KvMove(msgspec.Struct, array_like=True, frozen=True):
 
 
 class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
-    """The index-th output token of a request; `finish_reason` is "", "stop" or "length"."""
+    """The index-th output token of a request; `finish_reason` is "", "stop" or "length".
+
+    `logprobs` holds the token's own last, on the first token after those of the prompt; the two
+    counts are given with the last token.
+    """
 
     request_id: str
     index: int
     token_id: int
     finish_reason: str = ""
+    logprobs: list[TokenLogprobs] = []
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache had
 
 
 # Engine -> worker: calls, each answered by one Reply with the same call_id.
@@ -236,4 +243,4 @@ encode = _encoder.encode
 decode_to_worker: Any = msgspec.msgpack.Decoder(ToWorker).decode
 decode_to_engine: Any = msgspec.msgpack.Decoder(ToEngine).decode
 decode_step: Any = msgspec.msgpack.Decoder(StepInput).decode
-decode_sampled: Any = msgspec.msgpack.Decoder(tuple[int, list[int | None]]).decode
+decode_output: Any = msgspec.msgpack.Decoder(StepOutput).decode

@@ -21,7 +21,7 @@ from engine.messages import (
     RankSpec,
     SequenceState,
     TokenUpdate,
-    decode_sampled,
+    decode_output,
     decode_step,
     encode,
 )
@@ -116,7 +116,7 @@ class Follower:
         if pending is not None:
             self._sending.append(pending)
         if self._outputs is not None:
-            self._outputs.send(encode((step.step_id, result)))
+            self._outputs.send(encode(result))
         while len(self._sending) > self.state.spec.parallel.pp:
             self._sending.popleft()[0].wait()
         return True
@@ -184,13 +184,13 @@ class Replica:
         if self._depth > 1:
             if not self.inputs.poll(wait_ms):
                 return None
-            step_id, sampled = decode_sampled(self.inputs.recv())
-            assert step_id == batch.step_id, (step_id, batch.step_id)
+            output = decode_output(self.inputs.recv())
+            assert output.step_id == batch.step_id, (output.step_id, batch.step_id)
             result[0].wait()  # the hidden states have left
         else:
-            sampled = result
+            output = result
         self._in_flight.popleft()
-        return [_token_update(u) for u in self.scheduler.update(batch, sampled)]
+        return [_token_update(u) for u in self.scheduler.update(batch, output.tokens)]
 
     # ---------------------------------------------------------------- requests and switches
 

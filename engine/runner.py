@@ -13,7 +13,7 @@ from engine.attention import build_forward_context
 from engine.cluster import ParallelConfig
 from engine.kv_cache import KvCache
 from engine.model import AllReduce, ShardedModel
-from engine.request import StepInput
+from engine.request import StepInput, StepOutput
 from engine.sampler import sample
 from engine.shards import Shard, rank_shards
 from engine.weights import CheckpointReader, read_model_spec
@@ -64,12 +64,12 @@ class ModelRunner:
         self.model.bind(weights)
 
     @torch.inference_mode()
-    def execute(self, step: StepInput, hidden: Tensor | None) -> Tensor | list[int | None] | None:
+    def execute(self, step: StepInput, hidden: Tensor | None) -> Tensor | StepOutput | None:
         """Run one step through this stage.
 
         `hidden` [T, hidden_size] comes from the previous stage; None on the first. Returns hidden
-        states [T, hidden_size] before the last stage; there, on tp rank 0, a token id per
-        sequence (None where `step.samples` is None), and None on the other tp ranks.
+        states [T, hidden_size] before the last stage; there, on tp rank 0, the step's output,
+        and None on the other tp ranks.
         """
         assert (hidden is None) == self.model.is_first, self.rank
         if hidden is None:
@@ -80,7 +80,7 @@ class ModelRunner:
             return hidden
         return self._sample(step, hidden) if self.model.samples else None
 
-    def _sample(self, step: StepInput, hidden: Tensor) -> list[int | None]:
+    def _sample(self, step: StepInput, hidden: Tensor) -> StepOutput:
         tokens: list[int | None] = [None] * len(step.samples)
         drawn = [(b, spec) for b, spec in enumerate(step.samples) if spec is not None]
         if drawn:
@@ -89,7 +89,7 @@ class ModelRunner:
             ids = sample(self.model.logits(hidden[rows]), [spec for _, spec in drawn])
             for (b, _), token in zip(drawn, ids, strict=True):
                 tokens[b] = token
-        return tokens
+        return StepOutput(step.step_id, tokens)
 
 
 def load_weights(model_dir: Path, runner: ModelRunner) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from engine.attention import build_forward_context
 from engine.block_manager import BlockManager
 from engine.cluster import ParallelConfig
 from engine.errors import InfeasibleError
-from engine.request import SampleSpec, SamplingParams, Sequence, StepInput
+from engine.request import SampleSpec, SamplingParams, Sequence, StepInput, StepOutput
 from engine.runner import ModelRunner, load_weights
 from engine.scheduler import BatchScheduler
 from engine.tiny_model import cached_tiny_model
@@ -105,7 +105,7 @@ class RankThreads:
         with torch.inference_mode():
             return self.stage(self.parallel.pp - 1)[0].model.logits(inputs)
 
-    def execute(self, step: StepInput) -> list[int | None]:
+    def execute(self, step: StepInput) -> StepOutput:
         hidden: Tensor | None = None
         for stage in range(self.parallel.pp):
             runners = self.stage(stage)
@@ -240,8 +240,8 @@ def test_the_last_stage_samples_where_asked(tiny: Path) -> None:
     first = two_sequences(256)[1][0]
     step = replace(first, samples=[None, greedy])
     with closing(RankThreads(tiny, ParallelConfig(2, 2), num_blocks=10)) as ranks:
-        assert ranks.execute(step) == [None, int(ranks.logits(step)[-1].argmax())]
-        assert ranks.execute(first) == [None, None]
+        assert ranks.execute(step).tokens == [None, int(ranks.logits(step)[-1].argmax())]
+        assert ranks.execute(first).tokens == [None, None]
 
 
 @pytest.mark.parametrize("key", [(1, 1), (2, 2)])
@@ -259,7 +259,7 @@ def test_generation_equals_transformers(tiny: Path, key: tuple[int, int]) -> Non
         while scheduler.has_work:
             batch = scheduler.schedule()
             assert batch is not None
-            scheduler.update(batch, ranks.execute(batch.to_step_input()))
+            scheduler.update(batch, ranks.execute(batch.to_step_input()).tokens)
             scheduler.check_integrity()
     assert sum(seq.num_preemptions for seq in seqs) > 0
     plain = AutoModelForCausalLM.from_pretrained(tiny).eval()
