@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.attention import build_forward_context
 from engine.cluster import ParallelConfig
+from engine.decode_kernel import DTYPES, decode_kernel
 from engine.kv_cache import KvCache
 from engine.model import AllReduce, ShardedModel
 from engine.request import StepInput, StepOutput
@@ -24,7 +25,7 @@ class ModelRunner:
     that two generations can share what did not change.
 
     `dtype` is a torch name such as "float32". `tp_all_reduce` sums a tensor over the tp ranks of
-    this rank's stage, in place; None for tp = 1.
+    this rank's stage, in place; None for tp = 1. `plain` keeps to torch's operations only.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ModelRunner:
         dtype: str,
         device: str,
         tp_all_reduce: AllReduce | None = None,
+        plain: bool = False,
     ) -> None:
         self.spec = read_model_spec(model_dir, dtype)
         self.spec.check(parallel)
@@ -53,6 +55,10 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
+        in_place = self.device.type == "cpu" and self.dtype in DTYPES and not plain
+        group = self.spec.num_heads // self.spec.num_kv_heads
+        several = torch.get_num_threads() > 1
+        self._kernel = decode_kernel(self.spec.head_dim, group, several) if in_place else None
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -74,7 +80,7 @@ class ModelRunner:
         assert (hidden is None) == self.model.is_first, self.rank
         if hidden is None:
             hidden = torch.tensor(step.token_ids, device=self.device)
-        context = build_forward_context(step, self.kv, self.model.first_layer)
+        context = build_forward_context(step, self.kv, self.model.first_layer, self._kernel)
         hidden = self.model.forward(hidden, context)
         if not self.model.is_last:
             return hidden
