@@ -6,7 +6,6 @@ on the CPU by a kernel that reads the cache in place, prefill chunks one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.decode_kernel import decode_attention
 from engine.kv_cache import KvCache
 from engine.request import StepInput
 
@@ -55,13 +55,19 @@ class ForwardContext:
     positions: Tensor  # [T], context position of each token
     decode: DecodeGroup | None
     prefill: tuple[PrefillChunk, ...]
-    kernel: Callable[..., None] | None = None  # see engine.decode_kernel; None: the plain path
+    plain: bool = False  # torch's operations only
+    parallel: bool = False  # the CPU kernel may use several threads
 
 
 def build_forward_context(
-    step: StepInput, kv: KvCache, first_layer: int, kernel: Callable[..., None] | None = None
+    step: StepInput,
+    kv: KvCache,
+    first_layer: int,
+    plain: bool = False,
+    parallel: bool = False,
 ) -> ForwardContext:
-    """Index tensors of a step, on the cache's device."""
+    """Index tensors of a step, on the cache's device. A cache elsewhere than on the CPU has the
+    plain path only."""
     device, size = kv.data.device, kv.block_size
     starts, lengths = np.array(step.starts), np.array(step.lengths)
     widths = np.fromiter(map(len, step.block_tables), np.int64, len(step.block_tables))
@@ -90,7 +96,8 @@ def build_forward_context(
         positions=torch.from_numpy(positions).to(device),
         decode=group if len(group.rows) else None,
         prefill=chunks,
-        kernel=kernel,
+        plain=plain or kv.arrays is None,
+        parallel=parallel,
     )
 
 
@@ -118,7 +125,7 @@ def paged_attention(
     context.kv.write(layer, context.slot_mapping, k, v)
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if context.decode is not None:
-        decode = decode_plain if context.kernel is None else decode_in_place
+        decode = decode_plain if context.plain else decode_in_place
         decode(context, context.decode, layer, q, scaling, sliding_window, output)
     for chunk in context.prefill:
         part = slice(chunk.start, chunk.stop)
@@ -138,11 +145,10 @@ def decode_in_place(
     output: Tensor,
 ) -> None:
     """Fill the group's rows of output [T, Hq, d] by the CPU kernel."""
-    assert context.kernel is not None
     whole = q.dtype is torch.float32
     out = output if whole else torch.empty(q.shape, dtype=torch.float32)
     keys, values = context.kv.arrays[:, layer]
-    context.kernel(
+    decode_attention(
         q.float().contiguous().numpy(),
         keys,
         values,
@@ -151,8 +157,9 @@ def decode_in_place(
         group.offsets,
         group.contexts,
         window or 0,
-        np.float32(scaling),
+        scaling,
         out.numpy(),
+        context.parallel,
     )
     if not whole:
         rows = torch.from_numpy(group.rows)

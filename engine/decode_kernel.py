@@ -1,13 +1,11 @@
 """Decode attention over the paged cache on the CPU: one pass over keys and values where they lie.
 
-Compiled by numba, once per head shape and number format, and kept on disk. The plain path beside
-it is `engine.attention.decode_plain`, which copies every context together for torch's attention.
+Compiled by numba, once per number format, and kept on disk. The plain path beside it is
+`engine.attention.decode_plain`, which copies every context together for torch's attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,9 +50,6 @@ def _widen_compiled(x):  # type: ignore[no-untyped-def]
             * (f32(1) if x >= 0 else f32(-1))
         )
     return lambda x: x
-
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
@@ -110,41 +105,68 @@ def _mix(values, scores, table, block_size, kv_heads, group, d, first, context, 
             at += d
 
 
-@lru_cache
-def decode_kernel(head_dim: int, queries_per_kv: int, parallel: bool) -> Callable[..., None]:
-    """The kernel for one head shape: kernel(query, keys, values, rows, tables, offsets, contexts,
-    window, scaling, out).
-
-    query, out [T, Hq, d] float32; keys, values [blocks, block_size, Hkv, d] as `as_array` gives
-    them. Row rows[s] of query and out belongs to sequence s, whose block table starts at
-    tables[offsets[s]], and which sees its last min(contexts[s], window) tokens; window 0 is none.
-    `parallel` spreads the sequences over numba's threads.
-    """
+def _attend(  # type: ignore[no-untyped-def]
+    query, keys, values, rows, tables, offsets, contexts, window, scaling, out
+):
+    block_size, kv_heads = keys.shape[1], keys.shape[2]
+    num_heads, head_dim = query.shape[1], query.shape[2]
+    flat_keys, flat_values = keys.reshape(-1), values.reshape(-1)
+    flat_query, flat_out = query.reshape(-1), out.reshape(-1)
     # unsigned indices: numba would test signed ones for negative values in the innermost loops
-    d, group = u64(head_dim), u64(queries_per_kv)
+    d, group, size = u64(head_dim), u64(num_heads // kv_heads), u64(num_heads * head_dim)
+    for s in prange(rows.shape[0]):
+        context = contexts[s]
+        first = max(0, context - window) if window > 0 else 0
+        table = tables[offsets[s] :]
+        q, mixed = np.empty(num_heads * head_dim, f32), np.empty(num_heads * head_dim, f32)
+        scores = np.empty(num_heads * context, f32)
+        base = u64(rows[s]) * size
+        for i in range(size):
+            q[i] = flat_query[base + i] * scaling
+        _score(flat_keys, q, table, block_size, kv_heads, group, d, first, context, scores)
+        _normalise(scores, num_heads, first, context)
+        _mix(flat_values, scores, table, block_size, kv_heads, group, d, first, context, mixed)
+        for i in range(size):
+            flat_out[base + i] = mixed[i]
 
-    @njit(fastmath=True, nogil=True, error_model="numpy", parallel=parallel, cache=True)
-    def kernel(  # type: ignore[no-untyped-def]
-        query, keys, values, rows, tables, offsets, contexts, window, scaling, out
-    ):
-        block_size, kv_heads, num_heads = keys.shape[1], keys.shape[2], query.shape[1]
-        flat_keys, flat_values = keys.reshape(-1), values.reshape(-1)
-        flat_query, flat_out = query.reshape(-1), out.reshape(-1)
-        size = u64(num_heads) * d
-        for s in prange(rows.shape[0]):
-            context = contexts[s]
-            first = max(0, context - window) if window > 0 else 0
-            table = tables[offsets[s] :]
-            q, mixed = np.empty(num_heads * head_dim, f32), np.empty(num_heads * head_dim, f32)
-            scores = np.empty(num_heads * context, f32)
-            base = u64(rows[s]) * size
-            for i in range(size):
-                q[i] = flat_query[base + i] * scaling
-            _score(flat_keys, q, table, block_size, kv_heads, group, d, first, context, scores)
-            _normalise(scores, num_heads, first, context)
-            _mix(flat_values, scores, table, block_size, kv_heads, group, d, first, context, mixed)
-            for i in range(size):
-                flat_out[base + i] = mixed[i]
 
-    compiled: Callable[..., None] = kernel
-    return compiled
+_OPTIONS: dict[str, Any] = {
+    "fastmath": True,
+    "nogil": True,
+    "error_model": "numpy",
+    "cache": True,
+}
+_KERNELS: dict[bool, Any] = {
+    parallel: njit(parallel=parallel, **_OPTIONS)(_attend) for parallel in (False, True)
+}
+
+
+def decode_attention(
+    query: NDArray[np.float32],
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    rows: NDArray[np.int64],
+    tables: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    contexts: NDArray[np.int64],
+    window: int,
+    scaling: float,
+    out: NDArray[np.float32],
+    parallel: bool = False,
+) -> None:
+    """Attention of sequences with one query token each.
+
+    query, out [T, Hq, d]; keys, values [blocks, block_size, Hkv, d] as `as_array` gives them. Row
+    rows[s] of query and out belongs to sequence s, whose block table starts at
+    tables[offsets[s]], and which sees the last min(contexts[s], window) of its contexts[s] tokens;
+    window 0 is none. Other rows of out stay as they are. `parallel` spreads the sequences over
+    numba's threads.
+    """
+    attend = _KERNELS[parallel]
+    attend(query, keys, values, rows, tables, offsets, contexts, window, f32(scaling), out)
+
+
+def compile_for(keys: NDArray[Any], parallel: bool) -> None:
+    """Compile, or load from the disk, what caches like `keys` need: seconds the first time."""
+    none, nothing = np.zeros(0, np.int64), np.zeros((0, 1, 1), f32)
+    decode_attention(nothing, keys, keys, none, none, none, none, 0, 1.0, nothing, parallel)

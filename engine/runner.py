@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.attention import build_forward_context
 from engine.cluster import ParallelConfig
-from engine.decode_kernel import DTYPES, decode_kernel
+from engine.decode_kernel import compile_for
 from engine.kv_cache import KvCache
 from engine.model import AllReduce, ShardedModel
 from engine.request import StepInput, StepOutput
@@ -25,7 +25,8 @@ class ModelRunner:
     that two generations can share what did not change.
 
     `dtype` is a torch name such as "float32". `tp_all_reduce` sums a tensor over the tp ranks of
-    this rank's stage, in place; None for tp = 1. `plain` keeps to torch's operations only.
+    this rank's stage, in place; None for tp = 1. `num_threads` is how many compute here; `plain`
+    keeps to torch's operations.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ModelRunner:
         dtype: str,
         device: str,
         tp_all_reduce: AllReduce | None = None,
+        num_threads: int = 1,
         plain: bool = False,
     ) -> None:
         self.spec = read_model_spec(model_dir, dtype)
@@ -55,10 +57,9 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
-        in_place = self.device.type == "cpu" and self.dtype in DTYPES and not plain
-        group = self.spec.num_heads // self.spec.num_kv_heads
-        several = torch.get_num_threads() > 1
-        self._kernel = decode_kernel(self.spec.head_dim, group, several) if in_place else None
+        self._plain, self._parallel = plain, num_threads > 1
+        if self.kv.arrays is not None and not plain:
+            compile_for(self.kv.arrays[0, 0], self._parallel)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -80,7 +81,9 @@ class ModelRunner:
         assert (hidden is None) == self.model.is_first, self.rank
         if hidden is None:
             hidden = torch.tensor(step.token_ids, device=self.device)
-        context = build_forward_context(step, self.kv, self.model.first_layer, self._kernel)
+        context = build_forward_context(
+            step, self.kv, self.model.first_layer, self._plain, self._parallel
+        )
         hidden = self.model.forward(hidden, context)
         if not self.model.is_last:
             return hidden

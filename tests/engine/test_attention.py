@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention import build_forward_context, paged_attention
-from engine.decode_kernel import decode_kernel
 from engine.kv_cache import KvCache
 from engine.request import StepInput
 
@@ -36,7 +35,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | N
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("plain", [True, False])
 def test_chunks_and_decodes_in_one_batch(window: int | None, plain: bool) -> None:
-    kernel = None if plain else decode_kernel(DIM, HEADS // KV_HEADS, parallel=False)
     generator = torch.Generator().manual_seed(0)
     totals, tables = [14, 9, 1, 11], [[7, 2, 5, 0], [1, 3, 8], [4], [6, 10, 9]]
     cuts = [[5, 13, 14], [9], [1], [10, 11]]  # where each sequence's steps end
@@ -52,7 +50,7 @@ def test_chunks_and_decodes_in_one_batch(window: int | None, plain: bool) -> Non
         stops = [cuts[b][round_number] for b in live]
         lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
         step = make_step([tables[b] for b in live], starts, lengths)
-        context = build_forward_context(step, cache, first_layer=5, kernel=kernel)
+        context = build_forward_context(step, cache, first_layer=5, plain=plain)
         flat = [
             torch.cat([x[b][s:e] for b, s, e in zip(live, starts, stops, strict=True)])
             .transpose(0, 1)
@@ -106,8 +104,8 @@ def test_the_kernel_gives_what_the_plain_path_gives(
         for h in (HEADS, KV_HEADS, KV_HEADS)
     )
     outputs = []
-    for kernel in (None, decode_kernel(DIM, HEADS // KV_HEADS, parallel)):
-        context = build_forward_context(step, cache, first_layer=6, kernel=kernel)
+    for plain in (True, False):
+        context = build_forward_context(step, cache, 6, plain, parallel)
         out, _ = paged_attention(
             Layer(), q, k, v, None, 0.3, sliding_window=window, forward_context=context
         )
