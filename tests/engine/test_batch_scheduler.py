@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import ScheduledBatch
 from engine.block_manager import BlockManager
 from engine.errors import InfeasibleError
 from engine.request import SamplingParams, Sequence, SequenceStatus, StepInput
-from engine.scheduler import BatchScheduler, ScheduledBatch
+from engine.scheduler import BatchScheduler
 
 EOS = 99
 
@@ -22,9 +23,9 @@ def make_sequence(
     return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens, **params), arrival_s)  # type: ignore[arg-type]
 
 
-def make_scheduler(num_blocks: int = 16, **changes: int) -> BatchScheduler:
+def make_scheduler(num_blocks: int = 16, caching: bool = True, **changes: int) -> BatchScheduler:
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64} | changes
-    return BatchScheduler(BlockManager(num_blocks, 4), eos_token_id=EOS, **limits)
+    return BatchScheduler(BlockManager(num_blocks, 4, caching), eos_token_id=EOS, **limits)
 
 
 def shape(batch: ScheduledBatch | None) -> list[tuple[str, int, int, bool]]:
@@ -89,7 +90,7 @@ def test_prefill_is_chunked_and_decodes_go_first() -> None:
     assert batch is not None
     updates = scheduler.update(batch, [3, None])
     assert [(u.request_id, u.token_id, u.index, u.finish_reason) for u in updates] == [
-        ("a", 3, 0, None)
+        ("a", 3, 0, "")
     ]
     assert shape(scheduler.schedule()) == [("a", 5, 1, True), ("b", 11, 9, True)]
 
@@ -125,7 +126,7 @@ def test_a_sequence_in_flight_is_skipped() -> None:
 
 
 def test_the_latest_arrival_is_preempted_and_comes_back_in_front() -> None:
-    scheduler = make_scheduler(num_blocks=4)  # 16 tokens
+    scheduler = make_scheduler(num_blocks=4, caching=False)  # 16 tokens
     for name, arrival in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
         scheduler.add(make_sequence(name, 7, max_tokens=8, arrival_s=arrival))
     batch = scheduler.schedule()
@@ -165,21 +166,21 @@ def test_sequences_in_flight_are_never_preempted() -> None:
     ("params", "token", "reason"),
     [
         ({}, EOS, "stop"),
-        ({"ignore_eos": True}, EOS, None),
+        ({"ignore_eos": True}, EOS, ""),
         ({"stop_token_ids": (5,), "ignore_eos": True}, 5, "stop"),
-        ({}, 5, None),
+        ({}, 5, ""),
         ({"max_tokens": 1}, 5, "length"),
     ],
 )
-def test_finishing(params: dict[str, object], token: int, reason: str | None) -> None:
+def test_finishing(params: dict[str, object], token: int, reason: str) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_sequence("a", 3, **params))  # type: ignore[arg-type]
     batch = scheduler.schedule()
     assert batch is not None
     (update,) = scheduler.update(batch, [token])
     assert update.finish_reason == reason
-    assert scheduler.has_work == (reason is None)
-    assert scheduler.block_manager.num_used == (1 if reason is None else 0)
+    assert scheduler.has_work == (not reason)
+    assert scheduler.block_manager.num_used == (0 if reason else 1)
 
 
 def test_the_context_ends_at_max_model_len() -> None:

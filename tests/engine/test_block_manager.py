@@ -25,7 +25,13 @@ def test_allocate_and_free_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("tables", "word"),
-    [([[0]], "nobody"), ([[0, 1], [1]], "more than once"), ([[0, 1, 9]], "unknown")],
+    [
+        ([[0]], "nobody"),
+        ([[0, 1], [1]], "in 2 tables"),
+        ([[0, 1, 1]], "more than once"),
+        ([[0, 1, 2]], "both free"),
+        ([[0, 1, 9]], "unknown"),
+    ],
 )
 def test_integrity_names_what_is_wrong(tables: list[list[int]], word: str) -> None:
     manager = BlockManager(num_blocks=4, block_size=16)
