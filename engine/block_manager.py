@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import blake2b
 from itertools import takewhile
 
-from engine import request
+from engine.request import Sequence
 
 _ROOT = b""  # stands before the first block of every sequence
 
 
-def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
     """256-bit BLAKE2b of a full block's tokens and of its parent's hash (b"" for a first block):
     as wide as needed for nobody to find two prompts that share one."""
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=32).digest()
 
 
-def block_hashes(seq: request.Sequence, num_blocks: int, block_size: int) -> list[bytes]:
+def block_hashes(seq: Sequence, num_blocks: int, block_size: int) -> list[bytes]:
     """Hashes of the first `num_blocks` blocks of a sequence that has the tokens to fill them;
     each is computed once and kept with the sequence."""
     known = seq.block_hashes
@@ -57,6 +57,8 @@ class BlockManager:
         self._num_references = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}  # its inverse
+        self.prefix_cache_queries = 0  # tokens looked up, and found, as vLLM counts them: once a
+        self.prefix_cache_hits = 0  # request, not again after a preemption
 
     @property
     def num_free(self) -> int:
@@ -72,7 +74,7 @@ class BlockManager:
         """Blocks that hold `num_tokens` tokens of one sequence."""
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, num_blocks: int, beside: Sequence[int] = ()) -> bool:
+    def can_allocate(self, num_blocks: int, beside: Iterable[int] = ()) -> bool:
         """Whether `num_blocks` could be taken after the cached blocks `beside` are shared."""
         unreferenced = sum(not self._num_references[block] for block in beside)
         return num_blocks <= self.num_free - unreferenced
@@ -91,7 +93,7 @@ class BlockManager:
         self._num_references[block] = 1
         return block
 
-    def free(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: list[int]) -> None:
         """Hand a table back, its last block first: free ones are reused in the table's order, and
         of cached ones the end of a prefix goes before its beginning, which more prompts share."""
         for block in reversed(blocks):
@@ -103,7 +105,58 @@ class BlockManager:
                 else:
                     self._free.append(block)
 
-    # ---------------------------------------------------------------- prefix caching
+    # ---------------------------------------------------------------- tables of sequences
+
+    def admit(self, seq: Sequence, budget_tokens: int) -> bool:
+        """Give a sequence without blocks its cached prefix, which counts as computed, and room for
+        its next tokens, at most `budget_tokens`; nothing happens unless all of it fits."""
+        cached = self._cached_prefix(seq)
+        start = len(cached) * self.block_size
+        missing = self.blocks_needed(min(seq.num_tokens, start + budget_tokens)) - len(cached)
+        if not self.can_allocate(missing, beside=cached):
+            return False
+        self.share(cached)
+        seq.block_table = cached + self.allocate(missing)
+        seq.num_computed_tokens = start
+        if self._looks_up(seq) and not seq.num_preemptions and not seq.output_token_ids:
+            seq.num_cached_tokens = start
+            self.prefix_cache_queries += seq.num_tokens
+            self.prefix_cache_hits += start
+        return True
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Extend a table to hold `num_tokens`; nothing happens unless all of it fits."""
+        missing = self.blocks_needed(num_tokens) - len(seq.block_table)
+        if missing > 0:
+            if not self.can_allocate(missing):
+                return False
+            seq.block_table += self.allocate(missing)
+        return True
+
+    def release(self, seq: Sequence) -> None:
+        """Free a sequence's whole table."""
+        self.free(seq.block_table)
+        seq.block_table = []
+
+    def cache_computed(self, seq: Sequence, start: int) -> None:
+        """Make those blocks matchable that were filled by computing tokens from `start` on."""
+        first, stop = start // self.block_size, seq.num_computed_tokens // self.block_size
+        if first < stop and self.enable_prefix_caching:
+            hashes = block_hashes(seq, stop, self.block_size)
+            self.register(seq.block_table[first:stop], hashes[first:])
+
+    def _looks_up(self, seq: Sequence) -> bool:
+        """Prompt tokens whose log probabilities are asked for must all be computed."""
+        return self.enable_prefix_caching and not seq.awaits_prompt_logprobs
+
+    def _cached_prefix(self, seq: Sequence) -> list[int]:
+        """Cached blocks to begin with; the last token is computed in any case, for its logits."""
+        if not self._looks_up(seq):
+            return []
+        num_blocks = (seq.num_tokens - 1) // self.block_size
+        return self.match(block_hashes(seq, num_blocks, self.block_size))
+
+    # ---------------------------------------------------------------- cached blocks
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """Cached blocks of the longest prefix of `hashes` that is here; `share` them at once."""
@@ -129,7 +182,7 @@ class BlockManager:
 
     # ---------------------------------------------------------------- checks
 
-    def check_integrity(self, live_tables: Iterable[Sequence[int]]) -> None:
+    def check_integrity(self, live_tables: Iterable[list[int]]) -> None:
         """Raise AssertionError unless each block is free once, reusable once, or referenced by
         exactly as many live tables as its count; and unless hashes and blocks match one to one."""
         references = Counter[int]()

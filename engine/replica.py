@@ -209,8 +209,8 @@ class Replica:
             running_context_tokens=scheduler.running_context_tokens,
             kv_blocks_used=scheduler.block_manager.num_used,
             num_preemptions_total=scheduler.num_preemptions_total,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
+            prefix_cache_queries=scheduler.block_manager.prefix_cache_queries,
+            prefix_cache_hits=scheduler.block_manager.prefix_cache_hits,
         )
 
     def close(self) -> None:

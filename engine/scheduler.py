@@ -11,7 +11,7 @@ from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
 
 from engine.batch import ScheduledBatch, ScheduledItem
-from engine.block_manager import BlockManager, block_hashes
+from engine.block_manager import BlockManager
 from engine.errors import InfeasibleError
 from engine.messages import TokenUpdate
 from engine.request import Sequence, SequenceStatus, TokenLogprobs
@@ -54,8 +54,6 @@ class BatchScheduler:
         self._num_steps = 0
         self.waiting_prompt_tokens = 0
         self.num_preemptions_total = 0
-        self.prefix_cache_queries = 0  # tokens looked up, and found, as vLLM counts them: once a
-        self.prefix_cache_hits = 0  # request, not again after a preemption
 
     # ---------------------------------------------------------------- what is there
 
@@ -103,7 +101,7 @@ class BatchScheduler:
         assert self._covers(seq), seq.request_id
         self._register(seq)
         insort(self._running, seq, key=_order)
-        self._cache_blocks(seq, 0)
+        self.block_manager.cache_computed(seq, 0)
 
     def abort(self, request_id: str) -> bool:
         """Drop a sequence and free its blocks, at its next update if it is in flight.
@@ -117,15 +115,6 @@ class BatchScheduler:
         else:
             self._remove(self._live[request_id])
         return True
-
-    def drain_all(self) -> list[Sequence]:
-        """Remove every sequence, in arrival order. Their block tables stay as they are and go to
-        the caller, who owns those blocks from now on. No batch may be in flight."""
-        assert not self._in_flight, self._in_flight
-        drained = self.sequences()
-        self._running, self._waiting, self._live = [], [], {}
-        self.waiting_prompt_tokens = 0
-        return drained
 
     def _check_fits(self, seq: Sequence) -> None:
         assert seq.prompt_token_ids, seq.request_id
@@ -156,17 +145,13 @@ class BatchScheduler:
             self._waiting.remove(seq)
             self.waiting_prompt_tokens -= len(seq.prompt_token_ids)
         del self._live[seq.request_id]
-        self._release_blocks(seq)
+        self.block_manager.release(seq)
         seq.status = SequenceStatus.FINISHED
 
     def _wait(self, seq: Sequence) -> None:
         seq.status, seq.num_computed_tokens = SequenceStatus.WAITING, 0
         insort(self._waiting, seq, key=_order)
         self.waiting_prompt_tokens += len(seq.prompt_token_ids)
-
-    def _release_blocks(self, seq: Sequence) -> None:
-        self.block_manager.free(seq.block_table)
-        seq.block_table = []
 
     # ---------------------------------------------------------------- a step
 
@@ -206,11 +191,7 @@ class BatchScheduler:
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Grow a running sequence's table to hold `num_tokens`, preempting later ones."""
-        blocks = self.block_manager
-        while (missing := blocks.blocks_needed(num_tokens) - len(seq.block_table)) > 0:
-            if blocks.can_allocate(missing):
-                seq.block_table += blocks.allocate(missing)
-                break
+        while not self.block_manager.grow(seq, num_tokens):
             victim = self._victim(seq)
             if victim is None:
                 return False  # sequences in flight may give their blocks back: wait for them
@@ -229,7 +210,7 @@ class BatchScheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)
-        self._release_blocks(seq)
+        self.block_manager.release(seq)
         seq.pending_logprobs.clear()
         seq.num_preemptions += 1
         self.num_preemptions_total += 1
@@ -242,7 +223,7 @@ class BatchScheduler:
             and budget > 0
             and len(items) < max_items
             and len(self._running) < self.max_num_seqs
-            and self._admit(seq := self._waiting[0], budget)
+            and self.block_manager.admit(seq := self._waiting[0], budget)
         ):
             del self._waiting[0]
             self.waiting_prompt_tokens -= len(seq.prompt_token_ids)
@@ -251,51 +232,6 @@ class BatchScheduler:
             items.append(item := _next_item(seq, budget))
             budget -= item.num_tokens
         return items
-
-    def _admit(self, seq: Sequence, budget: int) -> bool:
-        """Give a waiting sequence its cached prefix and blocks for its next `budget` tokens at
-        most; nothing happens unless all of it fits."""
-        blocks = self.block_manager
-        cached = self._cached_prefix(seq)
-        start = len(cached) * blocks.block_size
-        stop = min(seq.num_tokens, start + budget)
-        missing = blocks.blocks_needed(stop) - len(cached)
-        if not blocks.can_allocate(missing, beside=cached):
-            return False
-        blocks.share(cached)
-        seq.block_table = cached + blocks.allocate(missing)
-        seq.num_computed_tokens = start
-        self._count_lookup(seq)
-        return True
-
-    # ---------------------------------------------------------------- prefix caching
-
-    def _looks_up(self, seq: Sequence) -> bool:
-        """Prompt tokens whose log probabilities are asked for must all be computed."""
-        return self.block_manager.enable_prefix_caching and not seq.awaits_prompt_logprobs
-
-    def _cached_prefix(self, seq: Sequence) -> list[int]:
-        """Cached blocks to begin with; the last token is computed in any case, for its logits."""
-        if not self._looks_up(seq):
-            return []
-        blocks = self.block_manager
-        num_blocks = (seq.num_tokens - 1) // blocks.block_size
-        return blocks.match(block_hashes(seq, num_blocks, blocks.block_size))
-
-    def _count_lookup(self, seq: Sequence) -> None:
-        if not self._looks_up(seq) or seq.num_preemptions or seq.output_token_ids:
-            return
-        seq.num_cached_tokens = seq.num_computed_tokens
-        self.prefix_cache_queries += seq.num_tokens
-        self.prefix_cache_hits += seq.num_computed_tokens
-
-    def _cache_blocks(self, seq: Sequence, start: int) -> None:
-        """Make blocks matchable that were filled by computing tokens from `start` on."""
-        blocks = self.block_manager
-        first, stop = start // blocks.block_size, seq.num_computed_tokens // blocks.block_size
-        if first < stop and blocks.enable_prefix_caching:
-            hashes = block_hashes(seq, stop, blocks.block_size)
-            blocks.register(seq.block_table[first:stop], hashes[first:])
 
     # ---------------------------------------------------------------- after a step
 
@@ -316,7 +252,7 @@ class BatchScheduler:
                 self._remove(seq)
                 continue
             seq.num_computed_tokens = item.start + item.num_tokens
-            self._cache_blocks(seq, item.start)
+            self.block_manager.cache_computed(seq, item.start)
             if logprobs:
                 seq.pending_logprobs += logprobs.get(index, ())
             if item.samples:
@@ -327,9 +263,7 @@ class BatchScheduler:
     def _append(self, seq: Sequence, token_id: int) -> TokenUpdate:
         seq.output_token_ids.append(token_id)
         index, reason = len(seq.output_token_ids) - 1, self._finish_reason(seq, token_id)
-        logprobs = seq.pending_logprobs
-        if logprobs:
-            seq.pending_logprobs = []
+        logprobs, seq.pending_logprobs = seq.pending_logprobs, []
         if not reason:
             return TokenUpdate(seq.request_id, index, token_id, "", logprobs)
         self._remove(seq)

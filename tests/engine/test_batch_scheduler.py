@@ -1,84 +1,25 @@
-"""The batch scheduler by hand, and against an imitation of the paged KV cache: every token that a
-step would attend to must be found in the cache, at the place the block table says."""
+"""The batch scheduler by hand, and against an imitation of the paged KV cache."""
 
 from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imitated_cache import (
+    EOS,
+    ImitatedCache,
+    make_scheduler,
+    make_sequence,
+    reference,
+    run_all,
+    shape,
+)
 
 from engine.batch import ScheduledBatch
-from engine.block_manager import BlockManager
 from engine.errors import InfeasibleError
-from engine.request import SamplingParams, Sequence, SequenceStatus, StepInput
-from engine.scheduler import BatchScheduler
-
-EOS = 99
-
-
-def make_sequence(
-    name: str, num_prompt: int, max_tokens: int = 4, arrival_s: float = 0.0, **params: object
-) -> Sequence:
-    prompt = [(7 * i + sum(map(ord, name))) % 50 for i in range(num_prompt)]
-    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens, **params), arrival_s)  # type: ignore[arg-type]
-
-
-def make_scheduler(num_blocks: int = 16, caching: bool = True, **changes: int) -> BatchScheduler:
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64} | changes
-    return BatchScheduler(BlockManager(num_blocks, 4, caching), eos_token_id=EOS, **limits)
-
-
-def shape(batch: ScheduledBatch | None) -> list[tuple[str, int, int, bool]]:
-    assert batch is not None
-    return [(i.seq.request_id, i.start, i.num_tokens, i.samples) for i in batch.items]
-
-
-def next_token(tokens: list[int]) -> int:
-    """A model whose next token depends on every token and its place; never EOS."""
-    return sum((i + 1) * t for i, t in enumerate(tokens)) % 97
-
-
-class ImitatedCache:
-    """Runs steps on a dictionary slot -> token in place of tensors."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.slots: dict[int, int] = {}
-
-    def execute(self, step: StepInput) -> list[int | None]:
-        sampled: list[int | None] = []
-        row = 0
-        for table, start, length, spec in zip(
-            step.block_tables, step.starts, step.lengths, step.samples, strict=True
-        ):
-            for position in range(start, start + length):
-                self.slots[self._slot(table, position)] = step.token_ids[row]
-                row += 1
-            context = [self.slots[self._slot(table, p)] for p in range(start + length)]
-            sampled.append(None if spec is None else next_token(context))
-        assert row == len(step.token_ids)
-        return sampled
-
-    def _slot(self, table: list[int], position: int) -> int:
-        return table[position // self.block_size] * self.block_size + position % self.block_size
-
-
-def reference(prompt: list[int], max_tokens: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
-
-
-def run_all(scheduler: BatchScheduler, cache: ImitatedCache, pp: int = 1) -> None:
-    in_flight: deque[tuple[ScheduledBatch, list[int | None]]] = deque()
-    while scheduler.has_work:
-        while len(in_flight) < pp and (batch := scheduler.schedule()) is not None:
-            in_flight.append((batch, cache.execute(batch.to_step_input())))
-            scheduler.check_integrity()
-        assert in_flight, "work is left and nothing can be scheduled"
-        scheduler.update(*in_flight.popleft())
-        scheduler.check_integrity()
+from engine.migration.arrivals import Arrivals, state_of
+from engine.migration.kv import take_copies
+from engine.request import SequenceStatus
 
 
 def test_prefill_is_chunked_and_decodes_go_first() -> None:
@@ -187,7 +128,7 @@ def test_the_context_ends_at_max_model_len() -> None:
     scheduler = make_scheduler(max_model_len=10)
     seq = make_sequence("a", 7, max_tokens=50)
     scheduler.add(seq)
-    run_all(scheduler, ImitatedCache(4))
+    run_all(scheduler, ImitatedCache())
     assert seq.output_token_ids == reference(seq.prompt_token_ids, 3)
 
 
@@ -216,32 +157,28 @@ def test_abort_waiting_running_and_in_flight() -> None:
     assert scheduler.block_manager.num_used == 0
 
 
-def test_drain_and_adopt_carry_sequences_to_another_scheduler() -> None:
+def test_sequences_go_on_in_another_scheduler() -> None:
     old, new = make_scheduler(), make_scheduler(max_num_batched_tokens=6)
-    old_cache, new_cache = ImitatedCache(4), ImitatedCache(4)
-    seqs = [make_sequence(n, 9, max_tokens=6, arrival_s=float(i)) for i, n in enumerate("abc")]
-    for seq in seqs:
-        old.add(seq)
+    old_cache, new_cache = ImitatedCache(), ImitatedCache()
+    for i, name in enumerate("abc"):
+        old.add(make_sequence(name, 9, max_tokens=6, arrival_s=float(i)))
     batch = old.schedule()
     assert batch is not None
     old.update(batch, old_cache.execute(batch.to_step_input()))  # b is half prefilled, c waits
     new.block_manager.allocate(2)  # so that the tables must differ
-    drained = old.drain_all()
-    assert [s.request_id for s in drained] == ["a", "b", "c"]
-    assert not old.has_work
-    old.block_manager.check_integrity(s.block_table for s in drained)
-    for seq in reversed(drained):
-        if seq.status is SequenceStatus.WAITING:
-            new.add(seq)
-            continue
-        source, seq.block_table = seq.block_table, new.block_manager.allocate(len(seq.block_table))
-        for old_block, new_block in zip(source, seq.block_table, strict=True):
-            for offset in range(4):
-                if (slot := old_block * 4 + offset) in old_cache.slots:
-                    new_cache.slots[new_block * 4 + offset] = old_cache.slots[slot]
-        new.adopt(seq)
+    moving = [state_of(seq) for seq in old.sequences()]
+    assert [(s.request_id, s.num_computed_tokens) for s in moving] == [("a", 9), ("b", 7), ("c", 0)]
+    arrivals = Arrivals(new)
+    tables, blocks_to_fill = arrivals.reserve(moving[:2])
+    to_fill = set(blocks_to_fill)
+    for state, table in zip(moving, tables, strict=False):
+        new_cache.copy_blocks(old_cache, *take_copies(state.block_table, table, to_fill))
+    new.add(make_sequence("c", 9, max_tokens=6, arrival_s=2.0))
+    arrivals.adopt()
     new.block_manager.free([0, 1])
-    assert [s.request_id for s in new.sequences()] == ["a", "b", "c"]
+    new.check_integrity()
+    seqs = new.sequences()
+    assert [s.request_id for s in seqs] == ["a", "b", "c"]
     run_all(new, new_cache)
     assert [s.output_token_ids for s in seqs] == [reference(s.prompt_token_ids, 6) for s in seqs]
 
@@ -261,7 +198,7 @@ def test_every_sequence_ends_with_its_own_tokens(
     seqs = [make_sequence(f"r{i}", n, m, float(i)) for i, (n, m) in enumerate(lengths)]
     for seq in seqs:
         scheduler.add(seq)
-    run_all(scheduler, ImitatedCache(4), pp)
+    run_all(scheduler, ImitatedCache(), pp)
     for seq, (_, max_tokens) in zip(seqs, lengths, strict=True):
         assert seq.output_token_ids == reference(seq.prompt_token_ids, max_tokens)
         assert seq.status is SequenceStatus.FINISHED
@@ -277,7 +214,7 @@ def test_every_sequence_ends_with_its_own_tokens(
 def test_aborts_at_any_time_leave_the_others_alone(
     lengths: list[tuple[int, int]], aborts: list[tuple[int, int]], pp: int
 ) -> None:
-    scheduler, cache = make_scheduler(num_blocks=9), ImitatedCache(4)
+    scheduler, cache = make_scheduler(num_blocks=9), ImitatedCache()
     seqs = [make_sequence(f"r{i}", n, m, float(i)) for i, (n, m) in enumerate(lengths)]
     for seq in seqs:
         scheduler.add(seq)
