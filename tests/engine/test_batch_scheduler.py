@@ -235,3 +235,86 @@ def test_aborts_at_any_time_leave_the_others_alone(
         if seq.request_id not in gone:
             assert seq.output_token_ids == reference(seq.prompt_token_ids, max_tokens)
     assert scheduler.block_manager.num_used == 0
+
+
+# ---------------------------------------------------------------- micro-batches of a pipeline
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+def test_every_stage_has_its_share_of_the_sequences(pp: int) -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=16, num_stages=pp)
+    seqs = [make_sequence(f"r{i}", 1, 40, float(i), ignore_eos=True) for i in range(10)]
+    for seq in seqs:
+        scheduler.add(seq)
+    in_flight: deque[ScheduledBatch] = deque()
+    found: list[list[int]] = []
+    for _ in range(6 * pp):
+        while len(in_flight) < pp and (batch := scheduler.schedule()) is not None:
+            in_flight.append(batch)
+        found.append([len(batch.items) for batch in in_flight])
+        batch = in_flight.popleft()
+        scheduler.update(batch, [7] * len(batch.items))
+    for later in found[3 * pp :]:
+        assert (len(later), sum(later), max(later)) == (pp, 10, -(-10 // pp))
+    lengths = [len(seq.output_token_ids) for seq in seqs]
+    assert max(lengths) - min(lengths) <= 2  # nobody is passed over
+
+
+def test_shares_even_out_when_sequences_end() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=16, num_stages=2)
+    for i in range(8):
+        scheduler.add(make_sequence(f"r{i}", 1, 40, float(i), ignore_eos=True))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    for name in ("r0", "r1", "r2"):  # three of the first batch's four
+        assert scheduler.abort(name)
+    in_flight = deque([first, second])
+    for _ in range(4):
+        batch = in_flight.popleft()
+        scheduler.update(batch, [7] * len(batch.items))
+        following = scheduler.schedule()
+        assert following is not None
+        in_flight.append(following)
+    assert sorted(len(batch.items) for batch in in_flight) == [2, 3]
+
+
+def test_prompts_that_wait_for_blocks_do_not_widen_a_share() -> None:
+    scheduler = make_scheduler(num_blocks=8, caching=False, max_num_seqs=8, num_stages=2)
+    for i in range(4):
+        scheduler.add(make_sequence(f"r{i}", 4, 3, float(i), ignore_eos=True))  # one block each
+    for i in range(4, 12):
+        scheduler.add(make_sequence(f"r{i}", 16, 3, float(i)))  # four blocks
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [item.num_tokens for item in batch.items] == [4, 4, 4, 4]
+    scheduler.update(batch, [7] * 4)
+    first, second = scheduler.schedule(), scheduler.schedule()  # now two blocks each
+    assert shape(first) == [("r0", 4, 1, True), ("r1", 4, 1, True)]
+    assert shape(second) == [("r2", 4, 1, True), ("r3", 4, 1, True)]
+    assert scheduler.num_waiting == 8
+
+
+# ---------------------------------------------------------------- aborts free blocks in one step
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_an_abort_frees_blocks_at_the_latest_with_the_step_in_flight(pp: int) -> None:
+    scheduler = make_scheduler(num_blocks=16, max_num_batched_tokens=8, num_stages=pp)
+    scheduler.add(make_sequence("a", 12))  # two chunks
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert scheduler.block_manager.num_used == 2
+    assert scheduler.abort("a")  # inside its prompt and in flight
+    assert scheduler.schedule() is None
+    assert scheduler.block_manager.num_used == 2
+    assert scheduler.update(batch, [None]) == []
+    assert (scheduler.block_manager.num_used, scheduler.has_work) == (0, False)
+    scheduler.check_integrity()
+    scheduler.add(make_sequence("b", 12))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.update(batch, [None])
+    assert scheduler.abort("b")  # running, between two steps
+    assert (scheduler.block_manager.num_used, scheduler.has_work) == (0, False)
+    scheduler.check_integrity()
