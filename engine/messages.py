@@ -205,7 +205,7 @@ class LeaderStats(msgspec.Struct, array_like=True, frozen=True):
     running_context_tokens: int = 0
     kv_blocks_used: int = 0
     num_preemptions_total: int = 0
-    prefix_cache_queries: int = 0  # tokens looked up in the prefix cache, and found there
+    prefix_cache_queries: int = 0  # prompt tokens looked up, in total
     prefix_cache_hits: int = 0
 
 
