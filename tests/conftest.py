@@ -44,12 +44,14 @@ def tiny_spec(tiny_model_dir: Path) -> ClusterSpec:
 
 @pytest.fixture(scope="session")
 def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., Any]:
-    """open_engine(key): a context manager that gives an `EngineCluster` of four workers."""
+    """open_engine(key): a context manager that gives an `EngineCluster` of four workers. Options
+    are an executor, a ChannelConfig, and fields of WorkerConfig by name."""
+    from engine.channel import ChannelConfig
     from engine.executor import LocalExecutor, WorkerConfig
     from engine.facade import EngineCluster
     from engine.runtime import EngineRuntime, make_run_dir
 
-    def build(key: str) -> EngineRuntime:
+    def build(key: str, executor: Any, channel: ChannelConfig, fields: Any) -> EngineRuntime:
         run_dir, spec = make_run_dir(), tiny_spec
         workers = [
             WorkerConfig(
@@ -63,15 +65,26 @@ def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., A
                 max_num_seqs=spec.max_num_seqs,
                 max_num_batched_tokens=spec.max_num_batched_tokens,
                 eos_token_ids=(),
+                host=channel.host,
+                keys=channel.keys,
+                **fields,
             )
             for device in range(spec.num_devices)
         ]
         initial = dense_deployment(parse_deployment_key(key))
-        return EngineRuntime(spec, initial, LocalExecutor(), workers, run_dir, max_queue=100)
+        return EngineRuntime(
+            spec, initial, executor, workers, run_dir, max_queue=100, channel_config=channel
+        )
 
     @contextmanager
-    def opened(key: str = "4xtp1pp1") -> Iterator[EngineCluster]:
-        with EngineCluster(lambda: build(key)) as cluster:
+    def opened(
+        key: str = "4xtp1pp1",
+        executor: Any = None,
+        channel: ChannelConfig | None = None,
+        **fields: Any,
+    ) -> Iterator[EngineCluster]:
+        executor, channel = executor or LocalExecutor(), channel or ChannelConfig()
+        with EngineCluster(lambda: build(key, executor, channel, fields)) as cluster:
             yield cluster
 
     return opened
