@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.channel import ChannelConfig
-from engine.cluster import ClusterSpec, dense_deployment, parse_deployment_key
+from engine.cluster import ClusterSpec, Deployment, dense_deployment, parse_deployment_key
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.executor import Executor, LocalExecutor, WorkerConfig
-from engine.migration.plan import check_memory
+from engine.migration.plan import check_memory, place
 from engine.runtime import EngineRuntime, make_run_dir
 from engine.sockets import make_curve_keys
 from engine.tiny_model import cached_tiny_model
@@ -117,9 +117,10 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
         )
         for device in range(config.num_workers)
     ]
+    several = spec.devices_per_node < spec.num_devices
     return EngineRuntime(
         spec,
-        dense_deployment(configs),
+        place(spec, Deployment(()), configs) if several else dense_deployment(configs),
         executor,
         workers,
         run_dir,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from engine.executor import STOP_TIMEOUT_S, OnDeath, WorkerConfig
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # of all actors: each imports torch once
 POLL_S = 0.2
+CONNECT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80_000_000  # of a cluster of our own; nothing is put there
+MAX_RUN_DIR = 32  # Ray adds some 70 characters for its sockets, which may have 107
 LOOPBACK = "127.0.0.1"
 
 
@@ -52,7 +55,16 @@ class RayWorker:
     def run(self, config: WorkerConfig) -> None:
         from engine.worker import Worker
 
+        threading.Thread(target=_die_with_node, name="node-watch", daemon=True).start()
         Worker(config).run()
+
+
+def _die_with_node() -> None:
+    """End this process when its raylet has: Ray's own exit waits for the running task, for ever."""
+    raylet = os.getppid()
+    while os.getppid() == raylet:
+        time.sleep(POLL_S)
+    os._exit(1)
 
 
 class RayExecutor:
@@ -73,7 +85,7 @@ class RayExecutor:
 
     def start(self, configs: Sequence[WorkerConfig], on_death: OnDeath) -> None:
         with self._lock:
-            self._connect(len(configs))
+            self._connect(len(configs), configs[0].run_dir)
             self._place(len(configs))
             self._start_actors(configs)
             for config in configs:
@@ -85,15 +97,17 @@ class RayExecutor:
             )
             self._watcher.start()
 
-    def _connect(self, num_devices: int) -> None:
+    def _connect(self, num_devices: int, run_dir: str) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
+        _check_address(self._config.address)
         options: dict[str, Any] = {"address": self._config.address}
         if not self._config.address:
             options = {"address": "local", "include_dashboard": False}
             options |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": num_devices}
+            if len(run_dir) <= MAX_RUN_DIR:
+                options["_temp_dir"] = f"{run_dir}/ray"  # goes with the engine
         try:
             ray.init(**options, log_to_driver=True, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -212,6 +226,20 @@ class RayExecutor:
         self._actors, self._groups, self._running = {}, [], {}
         ray.shutdown()
         self._connected = False
+
+
+def _check_address(address: str) -> None:
+    """Raise UnavailableError when nobody listens at host:port; Ray itself would wait for long."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local", or empty
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UnavailableError(
+            f"no Ray cluster answers at {address} ({error}); check --ray-address, or start one "
+            "with 'ray start --head'."
+        ) from error
 
 
 def _log_end(device: int, reference: Any) -> None:
