@@ -113,6 +113,7 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=_eos_token_ids(model_dir),
             enable_prefix_caching=config.enable_prefix_caching,
+            num_threads=config.threads_per_worker,
             host=channel.host,
             keys=channel.keys,
         )

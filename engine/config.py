@@ -28,6 +28,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of weights and KV cache"
     )
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads that a worker computes with")
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where ranks compute: cpu, or cuda (workers share GPUs in turn)"
     )

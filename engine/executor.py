@@ -41,6 +41,7 @@ class WorkerConfig:
     eos_token_ids: tuple[int, ...]
     group_timeout_s: float = 30.0
     enable_prefix_caching: bool = True
+    num_threads: int = 1
     engine_endpoint: str = ""  # set by the engine when its socket is bound
     host: str = ""
     keys: CurveKeys | None = None

@@ -119,6 +119,7 @@ class MigrationCalls:
             config.dtype,
             str(self._groups.device),
             groups.all_reduce if spec.parallel.tp > 1 else None,
+            num_threads=config.num_threads,
         )
         if call.from_disk:
             weights = load_weights(Path(config.model_dir), runner)
