@@ -52,6 +52,7 @@ class Architecture:
     norm: str = "norm"
     norm_bias: bool = False
     position_offset: int | None = None  # of a learned position embedding; None: rotary
+    free_heads: bool = True  # whether config.json may choose head_dim and the KV heads
     head_count: str = ""  # attribute of a layer that counts attention heads, of this rank then
     inner_key: str = "intermediate_size"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -133,6 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="final_layer_norm",
         norm_bias=True,
         position_offset=2,
+        free_heads=False,
         head_count="self_attn.num_heads",
         inner_key="ffn_dim",
         defaults={"enable_bias": True, "tie_word_embeddings": True},
@@ -221,7 +223,7 @@ def read_sizes(architecture: Architecture, config: Config, where: object) -> Siz
     missing = [key for key in wanted if key not in config]
     if missing:
         raise CheckpointError(f"{where} lacks {', '.join(missing)}; it is not a complete config.")
-    values = {**architecture.defaults, **config}
+    values = {**architecture.defaults, **config} if architecture.free_heads else {}
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     return Sizes(
         num_layers=int(config["num_hidden_layers"]),
