@@ -165,8 +165,8 @@ def test_kv_copies_fill_every_layer_and_head_of_every_rank_once(
 # Live
 
 
-NUM_TOKENS = 120  # a small model ends fewer before a switch has begun to move them
-CYCLE = ("1xtp4pp1", "4xtp1pp1", "2xtp2pp1", "1xtp4pp1", "1xtp2pp2", "1xtp4pp1", "1xtp1pp4")
+NUM_TOKENS = 64  # with fewer, this small model ends before a switch has begun to move them
+CYCLE = ("4xtp1pp1", "1xtp4pp1", "2xtp2pp1", "1xtp4pp1")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def references(model_dir: Path) -> list[Reference]:
             )
             top = plain(out).logits[0, length - 1 : -1].topk(2).values
         tokens = out[0, length:].tolist()
-        assert len(set(tokens)) > 30
+        assert len(set(tokens)) > 20
         found.append(Reference(prompt, tokens, (top[:, 0] - top[:, 1]).tolist()))
     return found
 
@@ -235,7 +235,7 @@ def open_engine(model_dir: Path, key: str) -> Iterator[EngineCluster]:
 async def serve_through_a_switch(
     runtime: EngineRuntime, references: list[Reference], key: str
 ) -> tuple[list[list[int]], SwitchTicket]:
-    """Greedy requests; the switch starts at the first one's seventh token."""
+    """Greedy requests; the switch starts at the first one's third token."""
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     streams = [runtime.generate(f"{key}-{i}", r.prompt, params) for i, r in enumerate(references)]
     tickets: list[SwitchTicket] = []
@@ -244,7 +244,7 @@ async def serve_through_a_switch(
         tokens: list[int] = []
         async for chunk in streams[index]:
             tokens += chunk.token_ids
-            if index == 0 and not tickets and len(tokens) >= 7:
+            if index == 0 and not tickets and len(tokens) >= 3:
                 plan = plan_switch(
                     runtime.spec, runtime.deployment, runtime.epoch, parse_deployment_key(key),
                     MIGRATE,
