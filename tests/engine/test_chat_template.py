@@ -1,4 +1,4 @@
-"""Chat templates as checkpoints have them, against what transformers renders from the same files."""
+"""Chat templates as checkpoints have them, against what transformers renders from them."""
 
 import json
 from pathlib import Path
