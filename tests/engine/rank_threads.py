@@ -51,6 +51,7 @@ VARIANTS: dict[str, Callable[[], PretrainedConfig]] = {
         ),
     ),
     "llama-linear-rope": lambda: LlamaConfig(**SHAPES, rope_parameters=_rope("linear")),
+    "llama-dynamic-rope": lambda: LlamaConfig(**SHAPES, rope_parameters=_rope("dynamic")),
     "llama-yarn": lambda: LlamaConfig(
         **SHAPES, rope_parameters=_rope("yarn", original_max_position_embeddings=64)
     ),
