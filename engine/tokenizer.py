@@ -29,11 +29,11 @@ class Tokenizer:
             raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
         config_path = model_dir / "tokenizer_config.json"
         config = json.loads(config_path.read_text()) if config_path.exists() else {}
-        self._bos, self._eos = (_content(config.get(k)) for k in ("bos_token", "eos_token"))
-        self._template: str | None = config.get("chat_template")
+        self._special = {k: _content(v) for k, v in config.items() if k.endswith("_token")}
+        self._template = _default_template(config.get("chat_template"))
         template_path = model_dir / "chat_template.jinja"
-        if self._template is None and template_path.exists():
-            self._template = template_path.read_text()
+        if template_path.exists():  # where newer checkpoints keep it, and what counts there
+            self._template = template_path.read_text(encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -49,15 +49,19 @@ class Tokenizer:
             raise InvalidRequestError(
                 "this model has no chat template; use /v1/completions, or serve a chat model."
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             text = environment.from_string(self._template).render(
                 messages=list(messages),
                 add_generation_prompt=True,
-                bos_token=self._bos,
-                eos_token=self._eos,
+                tools=None,
+                documents=None,
+                **self._special,
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:  # it runs on user data
             raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
@@ -68,8 +72,20 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Like transformers' filter: jinja2's own would escape for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 def _content(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else token or ""
+
+
+def _default_template(found: Any) -> str | None:
+    """A tokenizer config has one template, or a list of named ones."""
+    if isinstance(found, list):
+        return {t["name"]: t["template"] for t in found}.get("default")
+    return None if found is None else str(found)
 
 
 class IncrementalDecoder:
