@@ -11,7 +11,7 @@ TRACE ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench protos check-protos format model train-quick clean
+.PHONY: help setup demo test test-ray check bench protos check-protos format model train-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -34,6 +34,9 @@ demo: $(STAMP) ## engine, controller and a replayed trace, live; TRACE=FILE for 
 
 test: $(STAMP) ## the whole default test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+test-ray: $(STAMP) ## workers as Ray actors on a local cluster of two nodes; about a minute
+	$(BIN)/python -m pytest tests/engine/test_ray_executor.py -m '' $(ARGS)
 
 check: $(STAMP) check-protos ## format, lint, types, import rules, stubs up to date
 	$(BIN)/ruff format --check $(SOURCES)

@@ -190,6 +190,7 @@ class RayExecutor:
                 device = self._running.pop(reference)
                 if not self._stop.is_set():
                     _log_end(device, reference)
+                    self.kill(device)  # "unavailable" may come back; the engine is done with it
                     on_death(device)
 
     def pid(self, device: int) -> int:
