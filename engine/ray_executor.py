@@ -43,7 +43,7 @@ class RayWorker:
     """The actor. `run` is a worker's whole life; the rest is asked before."""
 
     def __init__(self) -> None:
-        import engine.worker  # noqa: F401  the slow import, while the engine still waits for it
+        import engine.preload  # noqa: F401  the slow import, while the engine still waits for it
 
     def where(self) -> tuple[int, str, str]:
         """(process id, node id, the node's own address)."""
