@@ -13,7 +13,8 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench protos check-protos format model train-quick clean
+.PHONY: help setup demo test test-slow test-ray check bench protos check-protos format model \
+  train-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +40,8 @@ test: $(STAMP) ## the whole default test suite
 
 test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before
 	$(BIN)/python -m pytest -m slow $(ARGS)
+test-ray: $(STAMP) ## workers as Ray actors on a local cluster of two nodes; about a minute
+	$(BIN)/python -m pytest tests/engine/test_ray_executor.py -m '' $(ARGS)
 
 check: $(STAMP) check-protos ## format, lint, types, import rules, stubs up to date
 	$(BIN)/ruff format --check $(SOURCES)

@@ -81,9 +81,15 @@ def _profile(path: Path | None) -> dict[str, Any] | None:
 
 
 def build_channel_config(config: EngineConfig) -> ChannelConfig:
-    """`ipc://` for local workers; `tcp://` with fresh CURVE keys for those of Ray."""
+    """`ipc://` for local workers; `tcp://` with fresh CURVE keys for those of Ray. Raises
+    InvalidRequestError for an address that nobody can connect to."""
     if config.executor == "local":
         return ChannelConfig(heartbeat_timeout_s=config.heartbeat_timeout_s)
+    if config.channel_host in ("", "*", "0.0.0.0", "::"):
+        raise InvalidRequestError(
+            f"channel_host is {config.channel_host!r}, which is no address to connect to; give "
+            "one of this machine's own."
+        )
     keys = None if config.trusted_network else make_curve_keys()
     return ChannelConfig(config.channel_host, keys, config.heartbeat_timeout_s)
 

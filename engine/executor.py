@@ -85,7 +85,7 @@ class LocalExecutor:
 
     def start(self, configs: Sequence[WorkerConfig], on_death: OnDeath) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["engine.worker"])
+        context.set_forkserver_preload(["engine.preload"])
         for config in configs:
             process = context.Process(
                 target=_enter, args=(config,), name=f"worker-{config.device}", daemon=True
