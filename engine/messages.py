@@ -56,7 +56,7 @@ class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
     """The index-th output token of a request; `finish_reason` is "", "stop" or "length".
 
     `logprobs` holds the token's own last, on the first token after those of the prompt; the two
-    counts are given with the last token.
+    counts are given with the last token, the wait before the first step with the first.
     """
 
     request_id: str
@@ -66,6 +66,7 @@ class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs] = []
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had
+    queue_s: float | None = None  # from submission to its first step; None: not measured
 
 
 # Engine -> worker: calls, each answered by one Reply with the same call_id.
@@ -202,6 +203,8 @@ class LeaderStats(msgspec.Struct, array_like=True, frozen=True):
     running_context_tokens: int = 0
     kv_blocks_used: int = 0
     num_preemptions_total: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens looked up, in total
+    prefix_cache_hits: int = 0
 
 
 class Tokens(Message, frozen=True):

@@ -34,7 +34,7 @@ class EngineMetrics:
         self._tpot = self._histogram("request_time_per_output_token_seconds", "Time per token.")
         self._latency = self._histogram("e2e_request_latency_seconds", "Arrival to last token.")
         self.registry.register(self)
-        runtime.listeners.append(self._on_event)
+        runtime.requests.on_end.append(lambda ended: self._observe(ended.outcome))
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"vllm:{name}", text, ["model_name"], registry=self.registry)
