@@ -51,6 +51,15 @@ class EngineConfig(BaseModel):
     drain_timeout_s: float = Field(
         10.0, ge=0, description="seconds that running requests get at shutdown"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of stderr: text, or json, which also has a line per ended request"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log lines to show: debug, info, warning or error"
+    )
+    otlp_traces_endpoint: str = Field(
+        "", description="OTLP gRPC endpoint for one span per request, e.g. http://localhost:4317"
+    )
 
 
 def load_config(kind: type[Model], path: Path | None, overrides: Mapping[str, Any]) -> Model:
