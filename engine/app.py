@@ -37,7 +37,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bindhttp_server(host: str, port: int) -> socket.socket:
+def bind_http(host: str, port: int) -> socket.socket:
     """A listening socket. Raises UnavailableError when the port cannot be had."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -77,7 +77,7 @@ def stop_on_signal(loop: asyncio.AbstractEventLoop) -> Stop:
 async def serve(config: EngineConfig) -> None:
     """Run until a signal; every started thing is closed on every way out."""
     stop = stop_on_signal(asyncio.get_running_loop())
-    sock = bindhttp_server(config.host, config.port)
+    sock = bind_http(config.host, config.port)
     try:
         model_dir = resolve_model(config.model, config.seed)
         tokenizer = Tokenizer(model_dir)

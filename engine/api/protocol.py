@@ -240,12 +240,24 @@ def parse_body(kind: type[Body], data: bytes) -> Body:
     try:
         return kind.model_validate_json(data).check()
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            raise InvalidRequestError(f"the body is not JSON: {first['ctx']['error']}.") from None
-        where = ".".join(str(part) for part in first["loc"])
-        name = str(first["loc"][0]) if first["loc"] else None
-        if name in _EXPECTED and first["type"] != "missing":
-            raise InvalidRequestError(f"{name}: {_EXPECTED[name]}.", param=name) from None
-        what = "image and sound content is not supported" if "type" in where else first["msg"]
-        raise InvalidRequestError(f"{where or 'the body'}: {what}.", param=name) from None
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> InvalidRequestError:
+    """The first fault, in one sentence."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequestError(f"the body is not JSON: {first['ctx']['error']}.")
+    where = ".".join(str(part) for part in first["loc"])
+    name = str(first["loc"][0]) if first["loc"] else None
+    if name in _EXPECTED and first["type"] != "missing":
+        return InvalidRequestError(f"{name}: {_EXPECTED[name]}.", param=name)
+    parts = [e for e in errors if e["loc"][-1:] == ("type",)]
+    if name == "messages" and parts:
+        return InvalidRequestError(
+            f"a message has a part of type {parts[0]['input']!r}; only text is supported, images "
+            "and sound are not.",
+            param=name,
+        )
+    return InvalidRequestError(f"{where or 'the body'}: {first['msg']}.", param=name)
