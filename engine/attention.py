@@ -1,18 +1,22 @@
 """Paged attention for transformers' decoders: reads and writes a rank's KV cache.
 
-One step is a flat batch [1, heads, T, head_dim]: decoding sequences contribute one token each and
-are attended together, prefill chunks one by one.
+One step is a flat batch [1, heads, T, head_dim]: sequences with one token are attended together,
+on the CPU by a kernel that reads the cache in place, prefill chunks one by one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from engine.decode_kernel import decode_attention
 from engine.kv_cache import KvCache
 from engine.request import StepInput
 
@@ -21,12 +25,13 @@ ATTENTION_NAME = "tidewright_paged"
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """The D sequences with one token: `rows` [D] of the flat batch, block tables [D, N] padded
-    with block 0, and the last visible position [D]."""
+    """The D sequences with one token: `rows` [D] of the flat batch, tokens each sees [D], and all
+    block tables one after another, sequence s from offsets[s] on."""
 
-    rows: Tensor
-    block_tables: Tensor
-    positions: Tensor
+    rows: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    tables: NDArray[np.int64]
+    offsets: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +55,50 @@ class ForwardContext:
     positions: Tensor  # [T], context position of each token
     decode: DecodeGroup | None
     prefill: tuple[PrefillChunk, ...]
+    plain: bool = False  # torch's operations only
+    parallel: bool = False  # the CPU kernel may use several threads
 
 
-def build_forward_context(step: StepInput, kv: KvCache, first_layer: int) -> ForwardContext:
-    """Index tensors of a step, on the cache's device."""
+def build_forward_context(
+    step: StepInput,
+    kv: KvCache,
+    first_layer: int,
+    plain: bool = False,
+    parallel: bool = False,
+) -> ForwardContext:
+    """Index tensors of a step, on the cache's device. A cache elsewhere than on the CPU has the
+    plain path only."""
     device, size = kv.data.device, kv.block_size
-    tables = [torch.tensor(table, dtype=torch.long) for table in step.block_tables]
-    positions, slots, chunks = [], [], []
-    decode_rows: list[int] = []
-    decode_tables: list[Tensor] = []
-    row = 0
-    for table, start, length in zip(tables, step.starts, step.lengths, strict=True):
-        where = torch.arange(start, start + length)
-        table = table[: -(-(start + length) // size)]
-        positions.append(where)
-        slots.append(table[where // size] * size + where % size)
-        if length == 1:
-            decode_rows.append(row)
-            decode_tables.append(table)
-        else:
-            chunks.append(PrefillChunk(row, row + length, start, table.to(device)))
-        row += length
-    all_positions = torch.cat(positions).to(device)
+    starts, lengths = np.array(step.starts), np.array(step.lengths)
+    widths = np.fromiter(map(len, step.block_tables), np.int64, len(step.block_tables))
+    tables = np.fromiter(chain.from_iterable(step.block_tables), np.int64, widths.sum())
+    offsets, rows = np.cumsum(widths) - widths, np.cumsum(lengths) - lengths
+    owner = np.repeat(np.arange(len(starts)), lengths)
+    positions = np.arange(len(owner)) - rows[owner] + starts[owner]
+    slots = tables[offsets[owner] + positions // size] * size + positions % size
+    single = lengths == 1
+    chunks = tuple(
+        PrefillChunk(
+            start=int(rows[b]),
+            stop=int(rows[b] + lengths[b]),
+            context=int(starts[b]),
+            block_table=torch.from_numpy(
+                tables[offsets[b] : offsets[b] - (-(starts[b] + lengths[b]) // size)]
+            ).to(device),
+        )
+        for b in np.flatnonzero(~single)
+    )
+    group = DecodeGroup(rows[single], starts[single] + 1, tables, offsets[single])
     return ForwardContext(
         kv=kv,
         first_layer=first_layer,
-        slot_mapping=torch.cat(slots).to(device),
-        positions=all_positions,
-        decode=_decode_group(decode_rows, decode_tables, all_positions),
-        prefill=tuple(chunks),
+        slot_mapping=torch.from_numpy(slots).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        decode=group if len(group.rows) else None,
+        prefill=chunks,
+        plain=plain or kv.arrays is None,
+        parallel=parallel,
     )
-
-
-def _decode_group(rows: list[int], tables: list[Tensor], positions: Tensor) -> DecodeGroup | None:
-    if not rows:
-        return None
-    index = torch.tensor(rows, device=positions.device)
-    width = max(len(table) for table in tables)
-    padded = torch.stack([pad(table, (0, width - len(table))) for table in tables])
-    return DecodeGroup(index, padded.to(positions.device), positions[index])
 
 
 def paged_attention(
@@ -115,32 +125,77 @@ def paged_attention(
     context.kv.write(layer, context.slot_mapping, k, v)
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if context.decode is not None:
-        rows, tables = context.decode.rows, context.decode.block_tables
-        k, v = context.kv.gather(layer, tables.flatten())
-        output[rows] = _decode(q[rows], k, v, context.decode, scaling, sliding_window)
+        decode = decode_plain if context.plain else decode_in_place
+        decode(context, context.decode, layer, q, scaling, sliding_window, output)
     for chunk in context.prefill:
         part = slice(chunk.start, chunk.stop)
-        k, v = context.kv.gather(layer, chunk.block_table)
-        output[part] = _prefill(q[part], k, v, chunk.context, scaling, sliding_window)
+        own = (k[part], v[part])
+        seen = own if chunk.context == 0 else context.kv.gather(layer, chunk.block_table)
+        output[part] = _prefill(q[part], *seen, chunk.context, scaling, sliding_window)
     return output.unsqueeze(0), None
 
 
-def _decode(
-    q: Tensor, k: Tensor, v: Tensor, group: DecodeGroup, scaling: float, window: int | None
-) -> Tensor:
-    """q [D, Hq, d] against each sequence's own context, k and v [D * S, Hkv, d]. The query heads
+def decode_in_place(
+    context: ForwardContext,
+    group: DecodeGroup,
+    layer: int,
+    q: Tensor,
+    scaling: float,
+    window: int | None,
+    output: Tensor,
+) -> None:
+    """Fill the group's rows of output [T, Hq, d] by the CPU kernel."""
+    whole = q.dtype is torch.float32
+    out = output if whole else torch.empty(q.shape, dtype=torch.float32)
+    keys, values = context.kv.arrays[:, layer]
+    decode_attention(
+        q.float().contiguous().numpy(),
+        keys,
+        values,
+        group.rows,
+        group.tables,
+        group.offsets,
+        group.contexts,
+        window or 0,
+        scaling,
+        out.numpy(),
+        context.parallel,
+    )
+    if not whole:
+        rows = torch.from_numpy(group.rows)
+        output[rows] = out[rows].to(output.dtype)
+
+
+def decode_plain(
+    context: ForwardContext,
+    group: DecodeGroup,
+    layer: int,
+    q: Tensor,
+    scaling: float,
+    window: int | None,
+    output: Tensor,
+) -> None:
+    """The same by torch's attention over gathered contexts, padded to the longest. The query heads
     that share a KV head ride as its query positions, so keys and values are not repeated."""
-    size, heads, dim = q.shape[0], k.shape[1], q.shape[2]
-    k, v = (x.view(size, -1, heads, dim).transpose(1, 2) for x in (k, v))  # [D, Hkv, S, d]
-    at, last = torch.arange(k.shape[2], device=q.device), group.positions[:, None]
-    seen = at <= last
+    device, size = q.device, context.kv.block_size
+    rows = torch.from_numpy(group.rows).to(device)
+    width = -(-int(group.contexts.max()) // size)
+    at = np.minimum(group.offsets[:, None] + np.arange(width), len(group.tables) - 1)
+    used = np.arange(width) * size < group.contexts[:, None]
+    padded = torch.from_numpy(np.where(used, group.tables[at], 0)).to(device)  # [D, width]
+    k, v = context.kv.gather(layer, padded.flatten())
+    heads, dim = k.shape[1], k.shape[2]
+    k, v = (x.view(len(rows), -1, heads, dim).transpose(1, 2) for x in (k, v))  # [D, Hkv, S, d]
+    position = torch.arange(k.shape[2], device=device)
+    seen_until = torch.from_numpy(group.contexts).to(device)[:, None]
+    seen = position < seen_until
     if window is not None:
-        seen &= at > last - window
-    grouped = q.view(size, heads, -1, dim)  # [D, Hkv, Hq / Hkv, d]
+        seen &= position >= seen_until - window
+    grouped = q[rows].view(len(rows), heads, -1, dim)  # [D, Hkv, Hq / Hkv, d]
     out = scaled_dot_product_attention(
         grouped, k, v, attn_mask=seen[:, None, None, :], scale=scaling
     )
-    return out.flatten(1, 2)
+    output[rows] = out.flatten(1, 2)
 
 
 def _prefill(

@@ -37,7 +37,7 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
     return ClusterSpec(
         num_devices=config.num_workers,
         devices_per_node=config.num_workers,
-        device_memory_bytes=round(config.device_memory_mb * 1e6),
+        device_memory_bytes=round(config.device_memory_mb * 1e6 * config.gpu_memory_utilization),
         link_bytes_per_s=config.link_gb_per_s * 1e9,
         block_size=config.block_size,
         model=model,
@@ -85,6 +85,7 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=_eos_token_ids(model_dir),
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         for device in range(config.num_workers)
     ]

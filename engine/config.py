@@ -32,6 +32,13 @@ class EngineConfig(BaseModel):
     device_memory_mb: float = Field(
         40.0, gt=0, description="megabytes (1e6) per worker for weights and KV cache"
     )
+    gpu_memory_utilization: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of device_memory_mb that weights and KV cache may take; the rest is "
+        "for activations (which on the CPU come from elsewhere, hence all of it)",
+    )
     link_gb_per_s: float = Field(
         1.0, gt=0, description="gigabytes (1e9) per second between two workers, for planning"
     )
@@ -41,6 +48,9 @@ class EngineConfig(BaseModel):
     )
     max_num_seqs: int = Field(32, ge=1, description="sequences a replica runs at once")
     max_num_batched_tokens: int = Field(256, ge=1, description="tokens of one step of a replica")
+    enable_prefix_caching: bool = Field(
+        True, description="keep KV blocks of finished requests for prompts that begin alike"
+    )
     max_queue: int = Field(1000, ge=1, description="requests in the engine before it says 429")
     host: str = Field("127.0.0.1", description="address of both servers")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")
@@ -107,12 +117,14 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> Non
         "--config", type=Path, metavar="FILE", help="YAML or JSON with any of these"
     )
     for name, field in kind.model_fields.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            metavar=name.rsplit("_", 1)[-1].upper(),
-            help=f"{field.description} (default: {field.default})".replace("%", "%%"),
-        )
+        flag = f"--{name.replace('_', '-')}"
+        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        if field.annotation is bool:  # --x and --no-x
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, dest=name, action=action, help=text)
+        else:
+            metavar = name.rsplit("_", 1)[-1].upper()
+            parser.add_argument(flag, dest=name, metavar=metavar, help=text)
 
 
 def parse_config(parser: argparse.ArgumentParser, kind: type[Model], argv: list[str]) -> Model:

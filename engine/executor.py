@@ -30,6 +30,7 @@ class WorkerConfig:
     max_num_batched_tokens: int
     eos_token_ids: tuple[int, ...]
     group_timeout_s: float = 30.0
+    enable_prefix_caching: bool = True
 
 
 class Executor(Protocol):

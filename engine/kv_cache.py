@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from engine.decode_kernel import as_array
 
 
 class KvCache:
@@ -28,6 +31,8 @@ class KvCache:
     ) -> None:
         shape = (2, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        # the same memory for compiled kernels, which run on the CPU only
+        self.arrays: Any = as_array(self.data) if self.data.device.type == "cpu" else None
         self._gathered = torch.empty(0, dtype=dtype, device=device)  # grows; one per cache
 
     @property

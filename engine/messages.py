@@ -25,6 +25,8 @@ class SequenceState(msgspec.Struct, array_like=True, frozen=True):
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     block_table: list[int] = []
+    num_cached_tokens: int = 0
+    pending_logprobs: list[TokenLogprobs] = []  # of a prompt whose prefill has begun
 
 
 class RankSpec(msgspec.Struct, array_like=True, frozen=True):
@@ -133,7 +135,7 @@ class Resume(Message, frozen=True):
 
 class ImportSequences(Message, frozen=True):
     """Leader: reserve blocks for sequences about to arrive. The reply has a table for each, empty
-    where no room was left."""
+    where no room was left, and the blocks of them that hold nothing yet."""
 
     call_id: int
     replica_id: int
@@ -191,6 +193,7 @@ class Reply(Message, frozen=True):
     error: str = ""
     sequences: list[SequenceState] = []
     block_tables: list[list[int]] = []
+    blocks_to_fill: list[int] = []
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import zmq
 
+from engine.batch import ScheduledBatch
 from engine.cluster import ParallelConfig
 from engine.messages import (
     LeaderStats,
@@ -25,37 +26,13 @@ from engine.messages import (
     decode_step,
     encode,
 )
+from engine.migration.arrivals import Arrivals, sequence_of, state_of
 from engine.parallel import ParallelState
-from engine.request import Sequence, SequenceStatus, StepInput
+from engine.request import StepInput
 from engine.runner import ModelRunner
-from engine.scheduler import BatchScheduler, ScheduledBatch, SequenceUpdate
+from engine.scheduler import BatchScheduler
 
 DRAIN_TIMEOUT_MS = 10_000
-
-
-def sequence_of(state: SequenceState) -> Sequence:
-    """A waiting sequence with the tokens of `state` and no blocks."""
-    return Sequence(
-        request_id=state.request_id,
-        prompt_token_ids=list(state.prompt_token_ids),
-        params=state.params,
-        arrival_s=state.arrival_s,
-        output_token_ids=list(state.output_token_ids),
-        num_preemptions=state.num_preemptions,
-    )
-
-
-def state_of(seq: Sequence) -> SequenceState:
-    return SequenceState(
-        request_id=seq.request_id,
-        prompt_token_ids=seq.prompt_token_ids,
-        output_token_ids=seq.output_token_ids,
-        params=seq.params,
-        arrival_s=seq.arrival_s,
-        num_computed_tokens=seq.num_computed_tokens,
-        num_preemptions=seq.num_preemptions,
-        block_table=seq.block_table,
-    )
 
 
 @dataclass(slots=True)
@@ -149,7 +126,7 @@ class Replica:
         self.inputs = context.socket(zmq.PULL)
         self.inputs.bind(state.input_address(run_dir, 0))
         self._in_flight: deque[tuple[ScheduledBatch, Any]] = deque()
-        self._imported: list[Sequence] = []  # own blocks here, not scheduled before adoption
+        self._arrivals = Arrivals(scheduler)
 
     # ---------------------------------------------------------------- steps
 
@@ -190,7 +167,7 @@ class Replica:
         else:
             output = result
         self._in_flight.popleft()
-        return [_token_update(u) for u in self.scheduler.update(batch, output.tokens)]
+        return self.scheduler.update(batch, output.tokens, output.logprobs)
 
     # ---------------------------------------------------------------- requests and switches
 
@@ -210,33 +187,16 @@ class Replica:
 
     def resume(self) -> None:
         """After a rollback: serve on; imported sequences give their blocks back."""
-        for seq in self._imported:
-            self.scheduler.block_manager.free(seq.block_table)
-        self._imported = []
+        self._arrivals.give_back()
         self.paused = False
 
-    def import_sequences(self, states: list[SequenceState]) -> list[list[int]]:
-        """Reserve blocks; the table of each state, empty where no room is left."""
-        blocks = self.scheduler.block_manager
-        tables: list[list[int]] = []
-        for state in states:
-            needed = blocks.blocks_needed(state.num_computed_tokens)
-            if not blocks.can_allocate(needed):
-                tables.append([])
-                continue
-            seq = sequence_of(state)
-            seq.block_table = blocks.allocate(needed)
-            seq.num_computed_tokens = state.num_computed_tokens
-            seq.status = SequenceStatus.RUNNING
-            self._imported.append(seq)
-            tables.append(list(seq.block_table))
-        return tables
+    def import_sequences(self, states: list[SequenceState]) -> tuple[list[list[int]], list[int]]:
+        """Reserve blocks: see `Arrivals.reserve`."""
+        return self._arrivals.reserve(states)
 
     def adopt(self, recompute: list[SequenceState]) -> None:
         """Commit: imported sequences run from where they were, the others start over."""
-        for seq in self._imported:
-            self.scheduler.adopt(seq)
-        self._imported = []
+        self._arrivals.adopt()
         for state in recompute:
             self.scheduler.add(sequence_of(state))
 
@@ -249,13 +209,10 @@ class Replica:
             running_context_tokens=scheduler.running_context_tokens,
             kv_blocks_used=scheduler.block_manager.num_used,
             num_preemptions_total=scheduler.num_preemptions_total,
+            prefix_cache_queries=scheduler.block_manager.prefix_cache_queries,
+            prefix_cache_hits=scheduler.block_manager.prefix_cache_hits,
         )
 
     def close(self) -> None:
         for socket in [*self._followers, self.inputs]:
             socket.close(0)
-
-
-def _token_update(update: SequenceUpdate) -> TokenUpdate:
-    reason = update.finish_reason or ""
-    return TokenUpdate(update.request_id, update.index, update.token_id, reason)

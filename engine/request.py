@@ -74,12 +74,16 @@ class SequenceStatus(StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in a replica. Its leader rank owns it; blocks belong to it while in its table.
+    """One request in a replica. Its leader rank owns it; the blocks of its table are held for it,
+    those of a prefix perhaps for others too.
 
     `num_computed_tokens` counts tokens (prompt and output) whose keys and values are in the cache.
     The last token of a decoding sequence is never in the cache: it is the next step's input.
+    `num_cached_tokens` are prompt tokens that the prefix cache had when it first ran; `arrival`
+    orders sequences of equal `arrival_s`; `pending_logprobs` gathers those of the prompt, chunk by
+    chunk, until the first token.
     """
 
     request_id: str
@@ -91,6 +95,15 @@ class Sequence:
     num_computed_tokens: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    arrival: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    pending_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """They are asked for and have not been given, which happens with the first token."""
+        return self.params.prompt_logprobs is not None and not self.output_token_ids
 
     @property
     def num_tokens(self) -> int:

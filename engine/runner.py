@@ -11,12 +11,15 @@ from torch import Tensor
 
 from engine.attention import build_forward_context
 from engine.cluster import ParallelConfig
+from engine.decode_kernel import compile_for
 from engine.kv_cache import KvCache
 from engine.model import AllReduce, ShardedModel
-from engine.request import StepInput, StepOutput
-from engine.sampler import sample
+from engine.request import StepInput, StepOutput, TokenLogprobs
+from engine.sampler import sample, token_logprobs
 from engine.shards import Shard, rank_shards
 from engine.weights import CheckpointReader, read_model_spec
+
+PROMPT_ROWS = 64
 
 
 class ModelRunner:
@@ -24,7 +27,8 @@ class ModelRunner:
     that two generations can share what did not change.
 
     `dtype` is a torch name such as "float32". `tp_all_reduce` sums a tensor over the tp ranks of
-    this rank's stage, in place; None for tp = 1.
+    this rank's stage, in place; None for tp = 1. `num_threads` is how many compute here; `plain`
+    keeps to torch's operations.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class ModelRunner:
         dtype: str,
         device: str,
         tp_all_reduce: AllReduce | None = None,
+        num_threads: int = 1,
+        plain: bool = False,
     ) -> None:
         self.spec = read_model_spec(model_dir, dtype)
         self.spec.check(parallel)
@@ -53,6 +59,9 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
+        self._plain, self._parallel = plain, num_threads > 1
+        if self.kv.arrays is not None and not plain:
+            compile_for(self.kv.arrays[0, 0], self._parallel)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -74,22 +83,52 @@ class ModelRunner:
         assert (hidden is None) == self.model.is_first, self.rank
         if hidden is None:
             hidden = torch.tensor(step.token_ids, device=self.device)
-        context = build_forward_context(step, self.kv, self.model.first_layer)
+        context = build_forward_context(
+            step, self.kv, self.model.first_layer, self._plain, self._parallel
+        )
         hidden = self.model.forward(hidden, context)
         if not self.model.is_last:
             return hidden
         return self._sample(step, hidden) if self.model.samples else None
 
     def _sample(self, step: StepInput, hidden: Tensor) -> StepOutput:
-        tokens: list[int | None] = [None] * len(step.samples)
+        ends = list(accumulate(step.lengths))
+        tokens: list[int | None] = [None] * len(ends)
+        logprobs = self._prompt_logprobs(step, hidden, ends) if step.prompt_targets else {}
         drawn = [(b, spec) for b, spec in enumerate(step.samples) if spec is not None]
-        if drawn:
-            ends = list(accumulate(step.lengths))
-            rows = torch.tensor([ends[b] - 1 for b, _ in drawn], device=hidden.device)
-            ids = sample(self.model.logits(hidden[rows]), [spec for _, spec in drawn])
-            for (b, _), token in zip(drawn, ids, strict=True):
-                tokens[b] = token
-        return StepOutput(step.step_id, tokens)
+        if not drawn:
+            return StepOutput(step.step_id, tokens, logprobs)
+        rows = torch.tensor([ends[b] - 1 for b, _ in drawn], device=hidden.device)
+        logits = self.model.logits(hidden[rows])
+        wanted = [i for i, (_, spec) in enumerate(drawn) if spec.logprobs is not None]
+        raw = logits[wanted]  # a copy: penalties change the logits
+        for (b, _), token in zip(
+            drawn, sample(logits, [spec for _, spec in drawn], self._plain), strict=True
+        ):
+            tokens[b] = token
+        if wanted:
+            asked = [drawn[i] for i in wanted]
+            ids, tops = (
+                [tokens[b] or 0 for b, _ in asked],
+                [spec.logprobs or 0 for _, spec in asked],
+            )
+            for (b, _), own in zip(asked, token_logprobs(raw, ids, tops), strict=True):
+                logprobs[b] = [*logprobs.get(b, []), own]
+        return StepOutput(step.step_id, tokens, logprobs)
+
+    def _prompt_logprobs(
+        self, step: StepInput, hidden: Tensor, ends: list[int]
+    ) -> dict[int, list[TokenLogprobs]]:
+        """Log probabilities of prompt tokens, PROMPT_ROWS rows of the vocabulary at a time."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for b, targets in step.prompt_targets.items():
+            first, ids = ends[b] - step.lengths[b], targets.token_ids
+            found[b] = []
+            for at in range(0, len(ids), PROMPT_ROWS):
+                part = ids[at : at + PROMPT_ROWS]
+                logits = self.model.logits(hidden[first + at : first + at + len(part)])
+                found[b] += token_logprobs(logits, part, [targets.num_top] * len(part))
+        return found
 
 
 def load_weights(model_dir: Path, runner: ModelRunner) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""The batch scheduler: continuous batching, chunked prefill, preemption by recompute. Pure.
+"""The batch scheduler: continuous batching, chunked prefill, prefix caching, preemption by
+recompute, micro-batches for a pipeline. Pure.
 
 The order of service is vLLM v1's: running sequences first, then waiting ones in arrival order,
 while the token, sequence and block budgets last.
@@ -7,77 +8,23 @@ while the token, sequence and block budgets last.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
 
+from engine.batch import ScheduledBatch, ScheduledItem
 from engine.block_manager import BlockManager
 from engine.errors import InfeasibleError
-from engine.request import SampleSpec, Sequence, SequenceStatus, StepInput
+from engine.messages import TokenUpdate
+from engine.request import Sequence, SequenceStatus, TokenLogprobs
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledItem:
-    """Tokens [start, start + num_tokens) of a sequence; `samples` where they end at its last."""
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    def sample_spec(self) -> SampleSpec | None:
-        if not self.samples:
-            return None
-        params = self.seq.params
-        return SampleSpec(
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            seed=params.seed,
-            position=len(self.seq.output_token_ids),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """One step. Its sequences are in flight until `BatchScheduler.update` is given its tokens."""
-
-    step_id: int
-    items: tuple[ScheduledItem, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.items)
-
-    def to_step_input(self) -> StepInput:
-        """What the ranks need of this step. Valid while the batch is in flight."""
-        tokens: list[int] = []
-        for item in self.items:
-            tokens += item.seq.token_slice(item.start, item.start + item.num_tokens)
-        return StepInput(
-            step_id=self.step_id,
-            token_ids=tokens,
-            starts=[item.start for item in self.items],
-            lengths=[item.num_tokens for item in self.items],
-            block_tables=[list(item.seq.block_table) for item in self.items],
-            samples=[item.sample_spec() for item in self.items],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
-    """One sampled token: the `index`-th output token (from 0) of a request."""
-
-    request_id: str
-    token_id: int
-    index: int
-    finish_reason: FinishReason | None
+_NONE_ASKED: Mapping[int, list[TokenLogprobs]] = {}
 
 
 class BatchScheduler:
-    """Owns the sequences of one replica and, through their tables, the blocks they hold."""
+    """Owns the sequences of one replica and, through their tables, the blocks they hold.
+
+    A replica of `num_stages` pipeline stages has up to that many batches in flight, a sequence in
+    only one of them. So that no stage idles, a batch takes its share of the sequences, not all.
+    """
 
     def __init__(
         self,
@@ -86,34 +33,33 @@ class BatchScheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_id: int | Collection[int] | None,
+        num_stages: int = 1,
     ) -> None:
         assert max_num_seqs > 0, max_num_seqs
         assert max_num_batched_tokens > 0, max_num_batched_tokens
+        assert num_stages > 0, num_stages
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self._eos = frozenset(
-            ()
-            if eos_token_id is None
-            else (eos_token_id,)
-            if isinstance(eos_token_id, int)
-            else eos_token_id
-        )
+        self.num_stages = num_stages
+        eos = () if eos_token_id is None else eos_token_id
+        self._eos = frozenset((eos,) if isinstance(eos, int) else eos)
         self._waiting: list[Sequence] = []  # both in arrival order
         self._running: list[Sequence] = []
-        self._arrival: dict[str, tuple[float, int]] = {}
-        self._num_added = 0
-        self._num_steps = 0
-        self.num_preemptions_total = 0
+        self._live: dict[str, Sequence] = {}
         self._in_flight: set[str] = set()
         self._aborted: set[str] = set()  # in flight; they go at their next update
+        self._num_added = 0
+        self._num_steps = 0
+        self.waiting_prompt_tokens = 0
+        self.num_preemptions_total = 0
 
     # ---------------------------------------------------------------- what is there
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._live)
 
     @property
     def num_running(self) -> int:
@@ -129,19 +75,12 @@ class BatchScheduler:
         return len(self._in_flight)
 
     @property
-    def waiting_prompt_tokens(self) -> int:
-        return sum(len(seq.prompt_token_ids) for seq in self._waiting)
-
-    @property
     def running_context_tokens(self) -> int:
-        return sum(seq.num_computed_tokens for seq in self._running)
+        return sum([seq.num_computed_tokens for seq in self._running])
 
     def sequences(self) -> list[Sequence]:
         """Every sequence here, in arrival order."""
-        return sorted([*self._running, *self._waiting], key=self._key)
-
-    def _key(self, seq: Sequence) -> tuple[float, int]:
-        return self._arrival[seq.request_id]
+        return sorted(self._live.values(), key=_order)
 
     # ---------------------------------------------------------------- coming and going
 
@@ -152,37 +91,30 @@ class BatchScheduler:
         """
         assert not seq.block_table, seq.request_id
         self._check_fits(seq)
-        seq.status, seq.num_computed_tokens = SequenceStatus.WAITING, 0
         self._register(seq)
-        insort(self._waiting, seq, key=self._key)
+        self._wait(seq)
 
     def adopt(self, seq: Sequence) -> None:
-        """Insert a migrated sequence whose block table came from this block manager."""
+        """Insert a migrated sequence whose block table came from this block manager; its full
+        blocks can be matched from now on."""
         assert seq.status is SequenceStatus.RUNNING, seq.status
         assert self._covers(seq), seq.request_id
         self._register(seq)
-        insort(self._running, seq, key=self._key)
+        insort(self._running, seq, key=_order)
+        self.block_manager.cache_computed(seq, 0)
 
     def abort(self, request_id: str) -> bool:
         """Drop a sequence and free its blocks, at its next update if it is in flight.
 
         False when it is not here (any more).
         """
-        if request_id not in self._arrival or request_id in self._aborted:
+        if request_id not in self._live or request_id in self._aborted:
             return False
         if request_id in self._in_flight:
             self._aborted.add(request_id)
         else:
-            self._remove(next(s for s in self.sequences() if s.request_id == request_id))
+            self._remove(self._live[request_id])
         return True
-
-    def drain_all(self) -> list[Sequence]:
-        """Remove every sequence, in arrival order. Their block tables stay as they are and go to
-        the caller, who owns those blocks from now on. No batch may be in flight."""
-        assert not self._in_flight, self._in_flight
-        drained = self.sequences()
-        self._running, self._waiting, self._arrival = [], [], {}
-        return drained
 
     def _check_fits(self, seq: Sequence) -> None:
         assert seq.prompt_token_ids, seq.request_id
@@ -201,77 +133,71 @@ class BatchScheduler:
             )
 
     def _register(self, seq: Sequence) -> None:
-        assert seq.request_id not in self._arrival, seq.request_id
-        self._arrival[seq.request_id] = (seq.arrival_s, self._num_added)
+        assert seq.request_id not in self._live, seq.request_id
+        self._live[seq.request_id] = seq
+        seq.arrival = self._num_added
         self._num_added += 1
 
     def _remove(self, seq: Sequence) -> None:
-        holder = self._running if seq.status is SequenceStatus.RUNNING else self._waiting
-        holder.remove(seq)
-        del self._arrival[seq.request_id]
-        self._release_blocks(seq)
+        if seq.status is SequenceStatus.RUNNING:
+            self._running.remove(seq)
+        else:
+            self._waiting.remove(seq)
+            self.waiting_prompt_tokens -= len(seq.prompt_token_ids)
+        del self._live[seq.request_id]
+        self.block_manager.release(seq)
         seq.status = SequenceStatus.FINISHED
 
-    def _release_blocks(self, seq: Sequence) -> None:
-        self.block_manager.free(seq.block_table)
-        seq.block_table = []
+    def _wait(self, seq: Sequence) -> None:
+        seq.status, seq.num_computed_tokens = SequenceStatus.WAITING, 0
+        insort(self._waiting, seq, key=_order)
+        self.waiting_prompt_tokens += len(seq.prompt_token_ids)
 
     # ---------------------------------------------------------------- a step
 
     def schedule(self) -> ScheduledBatch | None:
         """The next batch, now in flight, or None when no sequence can make a step."""
-        items, preempted = self._schedule_running()
-        if not preempted:
-            items += self._schedule_waiting(self.max_num_batched_tokens - _num_tokens(items))
+        preempted_before = self.num_preemptions_total
+        share_of_running = self._share(len(self._running))
+        share_of_all = self._share(min(len(self._live), self.max_num_seqs))
+        items = self._schedule_running(share_of_running)
+        if self.num_preemptions_total == preempted_before:
+            budget = self.max_num_batched_tokens - sum([item.num_tokens for item in items])
+            items += self._schedule_waiting(budget, share_of_all - len(items))
         if not items:
             return None
-        self._in_flight.update(item.seq.request_id for item in items)
+        self._in_flight.update([item.seq.request_id for item in items])
         batch = ScheduledBatch(self._num_steps, tuple(items))
         self._num_steps += 1
         return batch
 
-    def _schedule_running(self) -> tuple[list[ScheduledItem], bool]:
+    def _share(self, num_sequences: int) -> int:
+        """Sequences of one micro-batch when every stage is to have one."""
+        return -(-num_sequences // self.num_stages)
+
+    def _schedule_running(self, max_items: int) -> list[ScheduledItem]:
         items: list[ScheduledItem] = []
-        budget, preempted = self.max_num_batched_tokens, False
+        budget = self.max_num_batched_tokens
         for seq in list(self._running):
-            if budget == 0:
+            if budget == 0 or len(items) == max_items:
                 break
             if seq.request_id in self._in_flight or seq.status is not SequenceStatus.RUNNING:
                 continue
             item = _next_item(seq, budget)
-            while not self._extend(seq, item.start + item.num_tokens):
-                victim = self._victim(seq)
-                if victim is None:
-                    break  # sequences in flight may give their blocks back: wait for them
-                self._preempt(victim)
-                preempted = True
-                if victim is seq:
-                    break
-            else:
+            if self._make_room(seq, item.start + item.num_tokens):
                 items.append(item)
                 budget -= item.num_tokens
-        return items, preempted
-
-    def _schedule_waiting(self, budget: int) -> list[ScheduledItem]:
-        items: list[ScheduledItem] = []
-        while self._waiting and budget > 0 and len(self._running) < self.max_num_seqs:
-            seq = self._waiting[0]
-            item = _next_item(seq, budget)
-            if not self._extend(seq, item.num_tokens):
-                break
-            self._waiting.pop(0)
-            seq.status = SequenceStatus.RUNNING
-            insort(self._running, seq, key=self._key)
-            items.append(item)
-            budget -= item.num_tokens
         return items
 
-    def _extend(self, seq: Sequence, num_tokens: int) -> bool:
-        """Grow a table to hold `num_tokens`; nothing happens unless all of it fits."""
-        missing = self.block_manager.blocks_needed(num_tokens) - len(seq.block_table)
-        if not self.block_manager.can_allocate(missing):
-            return False
-        seq.block_table += self.block_manager.allocate(max(missing, 0))
+    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
+        """Grow a running sequence's table to hold `num_tokens`, preempting later ones."""
+        while not self.block_manager.grow(seq, num_tokens):
+            victim = self._victim(seq)
+            if victim is None:
+                return False  # sequences in flight may give their blocks back: wait for them
+            self._preempt(victim)
+            if victim is seq:
+                return False
         return True
 
     def _victim(self, seq: Sequence) -> Sequence | None:
@@ -284,17 +210,41 @@ class BatchScheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)
-        self._release_blocks(seq)
-        seq.num_computed_tokens = 0
+        self.block_manager.release(seq)
+        seq.pending_logprobs.clear()
         seq.num_preemptions += 1
         self.num_preemptions_total += 1
-        seq.status = SequenceStatus.WAITING
-        insort(self._waiting, seq, key=self._key)
+        self._wait(seq)
 
-    def update(self, batch: ScheduledBatch, sampled: Iterable[int | None]) -> list[SequenceUpdate]:
-        """Take a batch's tokens, one per item (None where it draws none), back from the ranks."""
+    def _schedule_waiting(self, budget: int, max_items: int) -> list[ScheduledItem]:
+        items: list[ScheduledItem] = []
+        while (
+            self._waiting
+            and budget > 0
+            and len(items) < max_items
+            and len(self._running) < self.max_num_seqs
+            and self.block_manager.admit(seq := self._waiting[0], budget)
+        ):
+            del self._waiting[0]
+            self.waiting_prompt_tokens -= len(seq.prompt_token_ids)
+            seq.status = SequenceStatus.RUNNING
+            insort(self._running, seq, key=_order)
+            items.append(item := _next_item(seq, budget))
+            budget -= item.num_tokens
+        return items
+
+    # ---------------------------------------------------------------- after a step
+
+    def update(
+        self,
+        batch: ScheduledBatch,
+        sampled: Iterable[int | None],
+        logprobs: Mapping[int, list[TokenLogprobs]] = _NONE_ASKED,
+    ) -> list[TokenUpdate]:
+        """Take a batch's tokens, one per item (None where it draws none), back from the ranks, and
+        by item the log probabilities that were asked for (`StepOutput`)."""
         updates = []
-        for item, token_id in zip(batch.items, sampled, strict=True):
+        for index, (item, token_id) in enumerate(zip(batch.items, sampled, strict=True)):
             seq = item.seq
             self._in_flight.remove(seq.request_id)
             if seq.request_id in self._aborted:
@@ -302,49 +252,60 @@ class BatchScheduler:
                 self._remove(seq)
                 continue
             seq.num_computed_tokens = item.start + item.num_tokens
+            self.block_manager.cache_computed(seq, item.start)
+            if logprobs:
+                seq.pending_logprobs += logprobs.get(index, ())
             if item.samples:
                 assert token_id is not None, seq.request_id
                 updates.append(self._append(seq, token_id))
         return updates
 
-    def _append(self, seq: Sequence, token_id: int) -> SequenceUpdate:
+    def _append(self, seq: Sequence, token_id: int) -> TokenUpdate:
         seq.output_token_ids.append(token_id)
-        reason = self._finish_reason(seq, token_id)
-        if reason is not None:
-            self._remove(seq)
-        return SequenceUpdate(seq.request_id, token_id, len(seq.output_token_ids) - 1, reason)
+        index, reason = len(seq.output_token_ids) - 1, self._finish_reason(seq, token_id)
+        logprobs, seq.pending_logprobs = seq.pending_logprobs, []
+        if not reason:
+            return TokenUpdate(seq.request_id, index, token_id, "", logprobs)
+        self._remove(seq)
+        counts = seq.num_preemptions, seq.num_cached_tokens
+        return TokenUpdate(seq.request_id, index, token_id, reason, logprobs, *counts)
 
-    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, seq: Sequence, token_id: int) -> str:
         params = seq.params
         if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self._eos):
             return "stop"
         full = seq.num_tokens >= self.max_model_len
-        return "length" if full or len(seq.output_token_ids) >= params.max_tokens else None
+        return "length" if full or len(seq.output_token_ids) >= params.max_tokens else ""
 
     # ---------------------------------------------------------------- checks
 
     def _covers(self, seq: Sequence) -> bool:
         return self.block_manager.blocks_needed(seq.num_computed_tokens) <= len(seq.block_table)
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless blocks, statuses and order are consistent."""
-        self.block_manager.check_integrity(seq.block_table for seq in self.sequences())
+    def check_integrity(self, held: Iterable[list[int]] = ()) -> None:
+        """Raise AssertionError unless blocks, statuses and order are consistent. `held` are block
+        tables of this block manager that sequences elsewhere hold."""
+        tables = [seq.block_table for seq in self._live.values()]
+        self.block_manager.check_integrity([*tables, *held])
         for seq in self._waiting:
             assert (seq.status, seq.block_table) == (SequenceStatus.WAITING, []), seq
         for seq in self._running:
             assert seq.status is SequenceStatus.RUNNING, seq
             assert self._covers(seq), seq
             assert seq.num_uncomputed_tokens > 0, seq
+        for group in (self._running, self._waiting):
+            assert group == sorted(group, key=_order), "not in arrival order"
+        assert sorted([*self._running, *self._waiting], key=_order) == self.sequences()
         running = [s.request_id for s in self._running]
         assert self._aborted <= self._in_flight <= set(running), (self._in_flight, running)
-        for group in (self._running, self._waiting):
-            assert group == sorted(group, key=self._key), "not in arrival order"
+        waiting_tokens = sum(len(seq.prompt_token_ids) for seq in self._waiting)
+        assert self.waiting_prompt_tokens == waiting_tokens, self.waiting_prompt_tokens
+
+
+def _order(seq: Sequence) -> tuple[float, int]:
+    return seq.arrival_s, seq.arrival
 
 
 def _next_item(seq: Sequence, budget_tokens: int) -> ScheduledItem:
     start, num_tokens = seq.num_computed_tokens, min(seq.num_uncomputed_tokens, budget_tokens)
     return ScheduledItem(seq, start, num_tokens, samples=start + num_tokens == seq.num_tokens)
-
-
-def _num_tokens(items: Iterable[ScheduledItem]) -> int:
-    return sum(item.num_tokens for item in items)

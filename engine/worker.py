@@ -175,8 +175,9 @@ class Worker:
                 case Resume():
                     self._leader(call.replica_id).resume()
                 case ImportSequences():
-                    tables = self._leader(call.replica_id).import_sequences(call.sequences)
-                    return Reply(call.call_id, block_tables=tables)
+                    leader = self._leader(call.replica_id)
+                    tables, to_fill = leader.import_sequences(call.sequences)
+                    return Reply(call.call_id, block_tables=tables, blocks_to_fill=to_fill)
                 case AdoptSequences():
                     self._leader(call.replica_id).adopt(call.recompute)
                 case ReleaseRank():
@@ -191,11 +192,14 @@ class Worker:
         if replica_id not in self.serving:
             state, config = self.ranks[replica_id], self.config
             scheduler = BatchScheduler(
-                BlockManager(state.spec.num_blocks, config.block_size),
+                BlockManager(
+                    state.spec.num_blocks, config.block_size, config.enable_prefix_caching
+                ),
                 config.max_num_seqs,
                 config.max_num_batched_tokens,
                 config.max_model_len,
                 config.eos_token_ids,
+                num_stages=state.spec.parallel.pp,
             )
             self.serving[replica_id] = Replica(state, scheduler, self.context, self.run_dir)
         leader = self.serving[replica_id]

@@ -44,12 +44,13 @@ def tiny_spec(tiny_model_dir: Path) -> ClusterSpec:
 
 @pytest.fixture(scope="session")
 def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., Any]:
-    """open_engine(key): a context manager that gives an `EngineCluster` of four workers."""
+    """open_engine(key, **worker_options): a context manager that gives an `EngineCluster` of four
+    workers."""
     from engine.executor import LocalExecutor, WorkerConfig
     from engine.facade import EngineCluster
     from engine.runtime import EngineRuntime, make_run_dir
 
-    def build(key: str) -> EngineRuntime:
+    def build(key: str, options: dict[str, Any]) -> EngineRuntime:
         run_dir, spec = make_run_dir(), tiny_spec
         workers = [
             WorkerConfig(
@@ -63,6 +64,7 @@ def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., A
                 max_num_seqs=spec.max_num_seqs,
                 max_num_batched_tokens=spec.max_num_batched_tokens,
                 eos_token_ids=(),
+                **options,
             )
             for device in range(spec.num_devices)
         ]
@@ -70,8 +72,8 @@ def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., A
         return EngineRuntime(spec, initial, LocalExecutor(), workers, run_dir, max_queue=100)
 
     @contextmanager
-    def opened(key: str = "4xtp1pp1") -> Iterator[EngineCluster]:
-        with EngineCluster(lambda: build(key)) as cluster:
+    def opened(key: str = "4xtp1pp1", **options: Any) -> Iterator[EngineCluster]:
+        with EngineCluster(lambda: build(key, options)) as cluster:
             yield cluster
 
     return opened

@@ -26,6 +26,16 @@ def _local(interval: Interval, origin: Interval) -> Interval:
     return interval[0] - origin[0], interval[1] - origin[0]
 
 
+def take_copies(
+    src_table: Sequence[int], dst_table: Sequence[int], to_fill: set[int]
+) -> tuple[list[int], list[int]]:
+    """Source and destination blocks of the copies that one sequence needs. What it fills is taken
+    out of `to_fill`, so that a block which several tables share is sent once."""
+    pairs = [(s, d) for s, d in zip(src_table, dst_table, strict=False) if d in to_fill]
+    to_fill.difference_update(d for _, d in pairs)
+    return [s for s, _ in pairs], [d for _, d in pairs]
+
+
 def kv_moves(
     model: ModelSpec,
     src: Replica,
@@ -36,6 +46,8 @@ def kv_moves(
     """Copies that fill `dst_blocks` of every rank of `dst` from `src_blocks` of `src`, block by
     block. Every (layer, head) of every block is written exactly once."""
     assert len(src_blocks) == len(dst_blocks), (len(src_blocks), len(dst_blocks))
+    if not src_blocks:
+        return
     for dst_rank, dst_device in enumerate(dst.placement.devices):
         dst_layers, dst_heads = _holding(model, dst, dst_rank)
         for src_rank, src_device in enumerate(src.placement.devices):

@@ -41,7 +41,7 @@ from engine.messages import (
     Resume,
     SequenceState,
 )
-from engine.migration.kv import kv_move_bytes, kv_moves
+from engine.migration.kv import kv_move_bytes, kv_moves, take_copies
 from engine.migration.plan import Binding, bind_sequence
 from engine.router import load_of, pick
 from engine.shards import num_kv_blocks
@@ -248,10 +248,11 @@ class Switch:
                 replica_id=target.replica_id,
                 sequences=[state for _, state in migrate],
             )
+            to_fill = set(reply.blocks_to_fill)
             for (old, state), table in zip(migrate, reply.block_tables, strict=True):
                 if table:
-                    blocks = state.block_table[: len(table)]
-                    moved.kv += kv_moves(model, old, target, blocks, table)
+                    src_blocks, dst_blocks = take_copies(state.block_table, table, to_fill)
+                    moved.kv += kv_moves(model, old, target, src_blocks, dst_blocks)
                 else:
                     recompute.append(state)
         if mine:

@@ -144,6 +144,12 @@ def _blocks_needed(tokens: int, block_size: int) -> Any:
 
 
 @compiled
+def _share(sequences: int, depth: int) -> Any:
+    """Sequences of one micro-batch when every stage is to have one."""
+    return (sequences + depth - 1) // depth
+
+
+@compiled
 def _preempt(seqs: Any, replica: Any, lists: Any, s: int) -> None:
     remove(seqs, lists[RUNNING], s)
     replica.free_blocks += seqs[s].blocks
@@ -191,9 +197,12 @@ def _schedule(seqs: Any, replica: Any, lists: Any, limits: Any, now_s: float, ba
     """
     budget = limits.max_num_batched_tokens
     num_items, context, last, preempted = 0, 0, NONE, False
+    share_of_running = _share(lists[RUNNING].count, replica.depth)
+    live = lists[RUNNING].count + lists[WAITING].count
+    share_of_all = _share(min(live, limits.max_num_seqs), replica.depth)
     batch.head = NONE
     s = lists[RUNNING].head
-    while s != NONE and budget > 0:
+    while s != NONE and budget > 0 and num_items < share_of_running:
         if seqs[s].in_flight_tokens == 0:
             start = seqs[s].computed_tokens
             wanted = seqs[s].prompt_tokens + seqs[s].output_tokens - start
@@ -215,6 +224,7 @@ def _schedule(seqs: Any, replica: Any, lists: Any, limits: Any, now_s: float, ba
     while (
         not preempted
         and budget > 0
+        and num_items < share_of_all
         and lists[WAITING].head != NONE
         and lists[RUNNING].count < limits.max_num_seqs
     ):

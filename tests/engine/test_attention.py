@@ -33,7 +33,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | N
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_chunks_and_decodes_in_one_batch(window: int | None) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_chunks_and_decodes_in_one_batch(window: int | None, plain: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     totals, tables = [14, 9, 1, 11], [[7, 2, 5, 0], [1, 3, 8], [4], [6, 10, 9]]
     cuts = [[5, 13, 14], [9], [1], [10, 11]]  # where each sequence's steps end
@@ -49,7 +50,7 @@ def test_chunks_and_decodes_in_one_batch(window: int | None) -> None:
         stops = [cuts[b][round_number] for b in live]
         lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
         step = make_step([tables[b] for b in live], starts, lengths)
-        context = build_forward_context(step, cache, first_layer=5)
+        context = build_forward_context(step, cache, first_layer=5, plain=plain)
         flat = [
             torch.cat([x[b][s:e] for b, s, e in zip(live, starts, stops, strict=True)])
             .transpose(0, 1)
@@ -76,6 +77,38 @@ def test_the_context_of_a_step_by_hand() -> None:
     assert context.slot_mapping.tolist() == [1 * 4 + 1, 20, 21, 22, 2 * 4 + 3, 6 * 4 + 0]
     assert context.decode is not None
     assert context.decode.rows.tolist() == [0]
-    assert context.decode.block_tables.tolist() == [[3, 1]]
+    assert context.decode.contexts.tolist() == [6]
+    assert context.decode.tables[context.decode.offsets[0] :][:2].tolist() == [3, 1]
     assert [(c.start, c.stop, c.context) for c in context.prefill] == [(1, 4, 0), (4, 6, 3)]
     assert context.prefill[1].block_table.tolist() == [2, 6]  # block 7 is not reached yet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_kernel_gives_what_the_plain_path_gives(
+    dtype: torch.dtype, parallel: bool, window: int | None
+) -> None:
+    """Random contexts, tables and rows; the bound is half a unit in the last place of the output
+    format for outputs below 4, and float32 rounding on top."""
+    generator = torch.Generator().manual_seed(1)
+    cache = KvCache(1, 64, BLOCK, KV_HEADS, DIM, dtype, "cpu")
+    cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
+    free, tables, starts = torch.randperm(64, generator=generator).tolist(), [], [0, 3, 4, 30, 57]
+    for start in starts:
+        count = start // BLOCK + 1
+        tables.append([free.pop() for _ in range(count)])
+    step = make_step(tables, starts, [1] * len(starts))
+    q, k, v = (
+        torch.randn(1, h, len(starts), DIM, generator=generator).to(dtype)
+        for h in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    outputs = []
+    for plain in (True, False):
+        context = build_forward_context(step, cache, 6, plain, parallel)
+        out, _ = paged_attention(
+            Layer(), q, k, v, None, 0.3, sliding_window=window, forward_context=context
+        )
+        outputs.append(out.float())
+    bound = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert (outputs[0] - outputs[1]).abs().max() <= 2 * bound

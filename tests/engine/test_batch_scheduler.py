@@ -1,83 +1,25 @@
-"""The batch scheduler by hand, and against an imitation of the paged KV cache: every token that a
-step would attend to must be found in the cache, at the place the block table says."""
+"""The batch scheduler by hand, and against an imitation of the paged KV cache."""
 
 from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imitated_cache import (
+    EOS,
+    ImitatedCache,
+    make_scheduler,
+    make_sequence,
+    reference,
+    run_all,
+    shape,
+)
 
-from engine.block_manager import BlockManager
+from engine.batch import ScheduledBatch
 from engine.errors import InfeasibleError
-from engine.request import SamplingParams, Sequence, SequenceStatus, StepInput
-from engine.scheduler import BatchScheduler, ScheduledBatch
-
-EOS = 99
-
-
-def make_sequence(
-    name: str, num_prompt: int, max_tokens: int = 4, arrival_s: float = 0.0, **params: object
-) -> Sequence:
-    prompt = [(7 * i + sum(map(ord, name))) % 50 for i in range(num_prompt)]
-    return Sequence(name, prompt, SamplingParams(max_tokens=max_tokens, **params), arrival_s)  # type: ignore[arg-type]
-
-
-def make_scheduler(num_blocks: int = 16, **changes: int) -> BatchScheduler:
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64} | changes
-    return BatchScheduler(BlockManager(num_blocks, 4), eos_token_id=EOS, **limits)
-
-
-def shape(batch: ScheduledBatch | None) -> list[tuple[str, int, int, bool]]:
-    assert batch is not None
-    return [(i.seq.request_id, i.start, i.num_tokens, i.samples) for i in batch.items]
-
-
-def next_token(tokens: list[int]) -> int:
-    """A model whose next token depends on every token and its place; never EOS."""
-    return sum((i + 1) * t for i, t in enumerate(tokens)) % 97
-
-
-class ImitatedCache:
-    """Runs steps on a dictionary slot -> token in place of tensors."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.slots: dict[int, int] = {}
-
-    def execute(self, step: StepInput) -> list[int | None]:
-        sampled: list[int | None] = []
-        row = 0
-        for table, start, length, spec in zip(
-            step.block_tables, step.starts, step.lengths, step.samples, strict=True
-        ):
-            for position in range(start, start + length):
-                self.slots[self._slot(table, position)] = step.token_ids[row]
-                row += 1
-            context = [self.slots[self._slot(table, p)] for p in range(start + length)]
-            sampled.append(None if spec is None else next_token(context))
-        assert row == len(step.token_ids)
-        return sampled
-
-    def _slot(self, table: list[int], position: int) -> int:
-        return table[position // self.block_size] * self.block_size + position % self.block_size
-
-
-def reference(prompt: list[int], max_tokens: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
-
-
-def run_all(scheduler: BatchScheduler, cache: ImitatedCache, pp: int = 1) -> None:
-    in_flight: deque[tuple[ScheduledBatch, list[int | None]]] = deque()
-    while scheduler.has_work:
-        while len(in_flight) < pp and (batch := scheduler.schedule()) is not None:
-            in_flight.append((batch, cache.execute(batch.to_step_input())))
-            scheduler.check_integrity()
-        assert in_flight, "work is left and nothing can be scheduled"
-        scheduler.update(*in_flight.popleft())
-        scheduler.check_integrity()
+from engine.migration.arrivals import Arrivals, state_of
+from engine.migration.kv import take_copies
+from engine.request import SequenceStatus
 
 
 def test_prefill_is_chunked_and_decodes_go_first() -> None:
@@ -89,7 +31,7 @@ def test_prefill_is_chunked_and_decodes_go_first() -> None:
     assert batch is not None
     updates = scheduler.update(batch, [3, None])
     assert [(u.request_id, u.token_id, u.index, u.finish_reason) for u in updates] == [
-        ("a", 3, 0, None)
+        ("a", 3, 0, "")
     ]
     assert shape(scheduler.schedule()) == [("a", 5, 1, True), ("b", 11, 9, True)]
 
@@ -125,7 +67,7 @@ def test_a_sequence_in_flight_is_skipped() -> None:
 
 
 def test_the_latest_arrival_is_preempted_and_comes_back_in_front() -> None:
-    scheduler = make_scheduler(num_blocks=4)  # 16 tokens
+    scheduler = make_scheduler(num_blocks=4, caching=False)  # 16 tokens
     for name, arrival in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
         scheduler.add(make_sequence(name, 7, max_tokens=8, arrival_s=arrival))
     batch = scheduler.schedule()
@@ -165,28 +107,28 @@ def test_sequences_in_flight_are_never_preempted() -> None:
     ("params", "token", "reason"),
     [
         ({}, EOS, "stop"),
-        ({"ignore_eos": True}, EOS, None),
+        ({"ignore_eos": True}, EOS, ""),
         ({"stop_token_ids": (5,), "ignore_eos": True}, 5, "stop"),
-        ({}, 5, None),
+        ({}, 5, ""),
         ({"max_tokens": 1}, 5, "length"),
     ],
 )
-def test_finishing(params: dict[str, object], token: int, reason: str | None) -> None:
+def test_finishing(params: dict[str, object], token: int, reason: str) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_sequence("a", 3, **params))  # type: ignore[arg-type]
     batch = scheduler.schedule()
     assert batch is not None
     (update,) = scheduler.update(batch, [token])
     assert update.finish_reason == reason
-    assert scheduler.has_work == (reason is None)
-    assert scheduler.block_manager.num_used == (1 if reason is None else 0)
+    assert scheduler.has_work == (not reason)
+    assert scheduler.block_manager.num_used == (0 if reason else 1)
 
 
 def test_the_context_ends_at_max_model_len() -> None:
     scheduler = make_scheduler(max_model_len=10)
     seq = make_sequence("a", 7, max_tokens=50)
     scheduler.add(seq)
-    run_all(scheduler, ImitatedCache(4))
+    run_all(scheduler, ImitatedCache())
     assert seq.output_token_ids == reference(seq.prompt_token_ids, 3)
 
 
@@ -215,32 +157,28 @@ def test_abort_waiting_running_and_in_flight() -> None:
     assert scheduler.block_manager.num_used == 0
 
 
-def test_drain_and_adopt_carry_sequences_to_another_scheduler() -> None:
+def test_sequences_go_on_in_another_scheduler() -> None:
     old, new = make_scheduler(), make_scheduler(max_num_batched_tokens=6)
-    old_cache, new_cache = ImitatedCache(4), ImitatedCache(4)
-    seqs = [make_sequence(n, 9, max_tokens=6, arrival_s=float(i)) for i, n in enumerate("abc")]
-    for seq in seqs:
-        old.add(seq)
+    old_cache, new_cache = ImitatedCache(), ImitatedCache()
+    for i, name in enumerate("abc"):
+        old.add(make_sequence(name, 9, max_tokens=6, arrival_s=float(i)))
     batch = old.schedule()
     assert batch is not None
     old.update(batch, old_cache.execute(batch.to_step_input()))  # b is half prefilled, c waits
     new.block_manager.allocate(2)  # so that the tables must differ
-    drained = old.drain_all()
-    assert [s.request_id for s in drained] == ["a", "b", "c"]
-    assert not old.has_work
-    old.block_manager.check_integrity(s.block_table for s in drained)
-    for seq in reversed(drained):
-        if seq.status is SequenceStatus.WAITING:
-            new.add(seq)
-            continue
-        source, seq.block_table = seq.block_table, new.block_manager.allocate(len(seq.block_table))
-        for old_block, new_block in zip(source, seq.block_table, strict=True):
-            for offset in range(4):
-                if (slot := old_block * 4 + offset) in old_cache.slots:
-                    new_cache.slots[new_block * 4 + offset] = old_cache.slots[slot]
-        new.adopt(seq)
+    moving = [state_of(seq) for seq in old.sequences()]
+    assert [(s.request_id, s.num_computed_tokens) for s in moving] == [("a", 9), ("b", 7), ("c", 0)]
+    arrivals = Arrivals(new)
+    tables, blocks_to_fill = arrivals.reserve(moving[:2])
+    to_fill = set(blocks_to_fill)
+    for state, table in zip(moving, tables, strict=False):
+        new_cache.copy_blocks(old_cache, *take_copies(state.block_table, table, to_fill))
+    new.add(make_sequence("c", 9, max_tokens=6, arrival_s=2.0))
+    arrivals.adopt()
     new.block_manager.free([0, 1])
-    assert [s.request_id for s in new.sequences()] == ["a", "b", "c"]
+    new.check_integrity()
+    seqs = new.sequences()
+    assert [s.request_id for s in seqs] == ["a", "b", "c"]
     run_all(new, new_cache)
     assert [s.output_token_ids for s in seqs] == [reference(s.prompt_token_ids, 6) for s in seqs]
 
@@ -260,7 +198,7 @@ def test_every_sequence_ends_with_its_own_tokens(
     seqs = [make_sequence(f"r{i}", n, m, float(i)) for i, (n, m) in enumerate(lengths)]
     for seq in seqs:
         scheduler.add(seq)
-    run_all(scheduler, ImitatedCache(4), pp)
+    run_all(scheduler, ImitatedCache(), pp)
     for seq, (_, max_tokens) in zip(seqs, lengths, strict=True):
         assert seq.output_token_ids == reference(seq.prompt_token_ids, max_tokens)
         assert seq.status is SequenceStatus.FINISHED
@@ -276,7 +214,7 @@ def test_every_sequence_ends_with_its_own_tokens(
 def test_aborts_at_any_time_leave_the_others_alone(
     lengths: list[tuple[int, int]], aborts: list[tuple[int, int]], pp: int
 ) -> None:
-    scheduler, cache = make_scheduler(num_blocks=9), ImitatedCache(4)
+    scheduler, cache = make_scheduler(num_blocks=9), ImitatedCache()
     seqs = [make_sequence(f"r{i}", n, m, float(i)) for i, (n, m) in enumerate(lengths)]
     for seq in seqs:
         scheduler.add(seq)
@@ -297,3 +235,86 @@ def test_aborts_at_any_time_leave_the_others_alone(
         if seq.request_id not in gone:
             assert seq.output_token_ids == reference(seq.prompt_token_ids, max_tokens)
     assert scheduler.block_manager.num_used == 0
+
+
+# ---------------------------------------------------------------- micro-batches of a pipeline
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+def test_every_stage_has_its_share_of_the_sequences(pp: int) -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=16, num_stages=pp)
+    seqs = [make_sequence(f"r{i}", 1, 40, float(i), ignore_eos=True) for i in range(10)]
+    for seq in seqs:
+        scheduler.add(seq)
+    in_flight: deque[ScheduledBatch] = deque()
+    found: list[list[int]] = []
+    for _ in range(6 * pp):
+        while len(in_flight) < pp and (batch := scheduler.schedule()) is not None:
+            in_flight.append(batch)
+        found.append([len(batch.items) for batch in in_flight])
+        batch = in_flight.popleft()
+        scheduler.update(batch, [7] * len(batch.items))
+    for later in found[3 * pp :]:
+        assert (len(later), sum(later), max(later)) == (pp, 10, -(-10 // pp))
+    lengths = [len(seq.output_token_ids) for seq in seqs]
+    assert max(lengths) - min(lengths) <= 2  # nobody is passed over
+
+
+def test_shares_even_out_when_sequences_end() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=16, num_stages=2)
+    for i in range(8):
+        scheduler.add(make_sequence(f"r{i}", 1, 40, float(i), ignore_eos=True))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    for name in ("r0", "r1", "r2"):  # three of the first batch's four
+        assert scheduler.abort(name)
+    in_flight = deque([first, second])
+    for _ in range(4):
+        batch = in_flight.popleft()
+        scheduler.update(batch, [7] * len(batch.items))
+        following = scheduler.schedule()
+        assert following is not None
+        in_flight.append(following)
+    assert sorted(len(batch.items) for batch in in_flight) == [2, 3]
+
+
+def test_prompts_that_wait_for_blocks_do_not_widen_a_share() -> None:
+    scheduler = make_scheduler(num_blocks=8, caching=False, max_num_seqs=8, num_stages=2)
+    for i in range(4):
+        scheduler.add(make_sequence(f"r{i}", 4, 3, float(i), ignore_eos=True))  # one block each
+    for i in range(4, 12):
+        scheduler.add(make_sequence(f"r{i}", 16, 3, float(i)))  # four blocks
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [item.num_tokens for item in batch.items] == [4, 4, 4, 4]
+    scheduler.update(batch, [7] * 4)
+    first, second = scheduler.schedule(), scheduler.schedule()  # now two blocks each
+    assert shape(first) == [("r0", 4, 1, True), ("r1", 4, 1, True)]
+    assert shape(second) == [("r2", 4, 1, True), ("r3", 4, 1, True)]
+    assert scheduler.num_waiting == 8
+
+
+# ---------------------------------------------------------------- aborts free blocks in one step
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_an_abort_frees_blocks_at_the_latest_with_the_step_in_flight(pp: int) -> None:
+    scheduler = make_scheduler(num_blocks=16, max_num_batched_tokens=8, num_stages=pp)
+    scheduler.add(make_sequence("a", 12))  # two chunks
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert scheduler.block_manager.num_used == 2
+    assert scheduler.abort("a")  # inside its prompt and in flight
+    assert scheduler.schedule() is None
+    assert scheduler.block_manager.num_used == 2
+    assert scheduler.update(batch, [None]) == []
+    assert (scheduler.block_manager.num_used, scheduler.has_work) == (0, False)
+    scheduler.check_integrity()
+    scheduler.add(make_sequence("b", 12))
+    batch = scheduler.schedule()
+    assert batch is not None
+    scheduler.update(batch, [None])
+    assert scheduler.abort("b")  # running, between two steps
+    assert (scheduler.block_manager.num_used, scheduler.has_work) == (0, False)
+    scheduler.check_integrity()

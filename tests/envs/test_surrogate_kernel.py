@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import ScheduledBatch
 from engine.block_manager import BlockManager
 from engine.cluster import (
     Deployment,
@@ -22,7 +23,7 @@ from engine.cluster import (
 from engine.profile import ProfiledCluster, StepTimeModel
 from engine.request import SamplingParams, Sequence
 from engine.router import ReplicaLoad, pick
-from engine.scheduler import BatchScheduler, ScheduledBatch
+from engine.scheduler import BatchScheduler
 from engine.shards import num_kv_blocks
 from envs.surrogate import kernel
 from envs.surrogate.cluster import SurrogateCluster
@@ -78,7 +79,7 @@ class PlainReplica:
     def _end(self, now_s: float, batch: ScheduledBatch) -> None:
         for update in self.scheduler.update(batch, [7 if i.samples else None for i in batch.items]):
             self.token_times[update.request_id].append(now_s)
-            self.outstanding -= update.finish_reason is not None
+            self.outstanding -= bool(update.finish_reason)
         for item in batch.items:
             self.preemptions[item.seq.request_id] = item.seq.num_preemptions
         self.wake_s, self.may_start = now_s, True
@@ -94,11 +95,12 @@ class PlainCluster:
         self.replicas = {
             r.replica_id: PlainReplica(
                 BatchScheduler(
-                    BlockManager(num_kv_blocks(spec, r.parallel), spec.block_size),
+                    BlockManager(num_kv_blocks(spec, r.parallel), spec.block_size, False),
                     spec.max_num_seqs,
                     spec.max_num_batched_tokens,
                     spec.model.max_model_len,
                     None,
+                    num_stages=r.parallel.pp,
                 ),
                 cluster.profile.step_model(r.parallel),
             )

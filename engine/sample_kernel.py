@@ -1,0 +1,213 @@
+"""Drawing tokens on the CPU without sorting the vocabulary: compiled by numba.
+
+A weight is exp((logit - max) / temperature), so the likeliest token has weight 1. The filters keep
+the likeliest tokens down to a cut, which histograms of the weights' bits find. The plain path
+beside it is `engine.sampler.draw_plain`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+f32, f64, u32 = np.float32, np.float64, np.uint32
+NUM_BINS = (0x3F800000 >> 16) + 1  # of the upper 16 bits of weights from 0 to 1
+RUN = 256  # tokens whose weights are summed before the sum is compared
+
+
+@njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+def _weigh(logits, temperature, weights):  # type: ignore[no-untyped-def]
+    """Fill weights [V]; returns their sum."""
+    top = logits[0]
+    for i in range(logits.size):
+        top = max(top, logits[i])
+    scale = f32(1.0) / temperature
+    for i in range(logits.size):
+        x = max((logits[i] - top) * scale, f32(-87.0))
+        n = np.floor(x * f32(1.44269504) + f32(0.5))  # Cephes' expf, see engine.decode_kernel
+        r = x - n * f32(0.693359375) - n * f32(-2.12194440e-4)
+        p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
+        p = p * r + f32(8.3334519073e-3)
+        p = p * r + f32(4.1665795894e-2)
+        p = p * r + f32(1.6666665459e-1)
+        p = p * r + f32(5.0000001201e-1)
+        p = p * r * r + r + f32(1.0)
+        weights[i] = p * np.int32((np.int32(n) + np.int32(127)) << 23).view(np.float32)
+
+
+@njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+def _sum(weights, begin, end):  # type: ignore[no-untyped-def]
+    total = f32(0.0)
+    for i in range(begin, end):
+        total += weights[i]
+    return f64(total)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _walk(counts, masses, highest, max_count, max_mass, count, mass):  # type: ignore[no-untyped-def]
+    """From bin `highest` down, the bin in which `max_count` or `max_mass` is reached (-1: none),
+    and count and mass above it."""
+    for bin in range(highest, -1, -1):
+        if counts[bin] == 0:
+            continue
+        if count + counts[bin] >= max_count or mass + masses[bin] >= max_mass:
+            return bin, count, mass
+        count += counts[bin]
+        mass += masses[bin]
+    return -1, count, mass
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _cut(weights, bits, counts, masses, max_count, max_mass):  # type: ignore[no-untyped-def]
+    """The likeliest tokens until `max_count` of them or `max_mass` are reached. A radix select: the
+    histogram of the upper 16 bits is given, two more of 8 bits each lead to one weight.
+
+    Returns (lowest kept weight, how many tokens of just that weight are kept, mass kept).
+    """
+    prefix, count, mass = _walk(counts, masses, NUM_BINS - 1, max_count, max_mass, 0, f64(0.0))
+    if prefix < 0:
+        return f32(0.0), weights.size, mass
+    inside, size = np.empty(counts[prefix], u32), 0
+    for i in range(weights.size):
+        if bits[i] >> u32(16) == u32(prefix):
+            inside[size] = bits[i]
+            size += 1
+    floats = inside.view(np.float32)
+    few, heavy = np.empty(256, np.int64), np.empty(256, f64)
+    for shift in (u32(8), u32(0)):
+        few[:] = 0
+        heavy[:] = 0.0
+        for i in range(size):
+            if inside[i] >> (shift + u32(8)) == u32(prefix):
+                bin = (inside[i] >> shift) & u32(255)
+                few[bin] += 1
+                heavy[bin] += f64(floats[i])
+        bin, count, mass = _walk(few, heavy, 255, max_count, max_mass, count, mass)
+        if bin < 0:  # a rounding error of the sums
+            bin = 0
+        prefix = (prefix << 8) | bin
+    lowest = np.array([prefix], u32).view(np.float32)[0]
+    ties = 0
+    while ties < few[bin] and count < max_count and mass < max_mass:
+        ties += 1
+        count += 1
+        mass += f64(lowest)
+    return lowest, ties, mass
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _count(weights, bits, floor, counts, masses):  # type: ignore[no-untyped-def]
+    """Histogram of the weights of at least `floor` by their upper 16 bits."""
+    counts[:] = 0
+    masses[:] = 0.0
+    for i in range(weights.size):
+        if weights[i] >= floor:
+            bin = bits[i] >> u32(16)
+            counts[bin] += 1
+            masses[bin] += f64(weights[i])
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _keep_likeliest(weights, top_k, top_p, counts, masses):  # type: ignore[no-untyped-def]
+    """Zero all weights but the `top_k` likeliest (0: all), of those the fewest whose share reaches
+    `top_p`. Of equally likely tokens the lower ids stay."""
+    bits, size = weights.view(np.uint32), weights.size
+    mass = f64(0.0)
+    for begin in range(0, size, RUN):
+        mass += _sum(weights, begin, min(begin + RUN, size))
+    # all tokens below the floor weigh less than what top_p leaves out; half of it for rounding
+    floor = f32(0.0) if 0 < top_k < size else f32(0.5 * (1.0 - top_p) * mass / size)
+    _count(weights, bits, floor, counts, masses)
+    lowest, ties = f32(0.0), size
+    if 0 < top_k < size:
+        lowest, ties, mass = _cut(weights, bits, counts, masses, top_k, np.inf)
+    if top_p < 1.0:
+        most = top_k if 0 < top_k < size else size
+        lowest, ties, mass = _cut(weights, bits, counts, masses, most, top_p * mass)
+    equal = 0
+    for i in range(size):
+        equal += weights[i] == lowest
+        weights[i] = weights[i] if weights[i] >= lowest else f32(0.0)
+    if equal > ties:
+        for i in range(size):
+            if weights[i] == lowest:
+                ties -= 1
+                if ties < 0:
+                    weights[i] = f32(0.0)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _invert(weights, u):  # type: ignore[no-untyped-def]
+    """The first token, by id, up to which the share of the weights exceeds u."""
+    total = f64(0.0)
+    for begin in range(0, weights.size, RUN):
+        total += _sum(weights, begin, min(begin + RUN, weights.size))
+    wanted, before, last = u * total, f64(0.0), 0
+    for begin in range(0, weights.size, RUN):
+        end = min(begin + RUN, weights.size)
+        here = _sum(weights, begin, end)
+        if here == 0.0:
+            continue
+        if before + here <= wanted and end < weights.size:
+            before += here
+            last = begin
+            continue
+        for i in range(begin, end):
+            before += f64(weights[i])
+            if weights[i] > f32(0.0):
+                last = i
+                if before > wanted:
+                    return i
+    for i in range(last, min(last + RUN, weights.size)):
+        if weights[i] > f32(0.0):
+            last = i
+    return last
+
+
+@njit(
+    "void(float32[:, ::1], float32[::1], int64[::1], float64[::1], float32[::1], float64[::1],"
+    " int64[::1])",
+    nogil=True,
+    error_model="numpy",
+    cache=True,
+)
+def draw(logits, temperature, top_k, top_p, min_p, u, tokens):  # type: ignore[no-untyped-def]
+    """Fill tokens [B] from logits [B, V]; see `engine.sampler.sample` for the meaning of the rest,
+    each [B]."""
+    weights = np.empty(logits.shape[1], f32)
+    counts, masses = np.empty(NUM_BINS, np.int64), np.empty(NUM_BINS, f64)
+    for row in range(logits.shape[0]):
+        _weigh(logits[row], temperature[row], weights)
+        if min_p[row] > f32(0.0):
+            for i in range(weights.size):
+                if weights[i] < min_p[row]:
+                    weights[i] = f32(0.0)
+        if top_p[row] < 1.0 or 0 < top_k[row] < weights.size:
+            _keep_likeliest(weights, top_k[row], top_p[row], counts, masses)
+        tokens[row] = _invert(weights, u[row])
+
+
+def draw_array(
+    logits: NDArray[np.float32],
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    u: NDArray[np.float64],
+) -> list[int]:
+    """`draw` over plain sequences, one value per row."""
+    tokens = np.empty(len(logits), np.int64)
+    draw(
+        np.ascontiguousarray(logits),
+        np.asarray(temperature, f32),
+        np.asarray(top_k, np.int64),
+        np.asarray(top_p, f64),
+        np.asarray(min_p, f32),
+        u,
+        tokens,
+    )
+    result: list[int] = tokens.tolist()
+    return result

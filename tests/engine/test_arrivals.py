@@ -1,0 +1,196 @@
+"""Sequences that arrive at a replica in a switch: a shared prefix is reserved and copied once."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from imitated_cache import ImitatedCache, make_scheduler, make_sequence, reference, run_all
+
+from engine.messages import SequenceState
+from engine.migration.arrivals import Arrivals, state_of
+from engine.migration.kv import take_copies
+from engine.request import SamplingParams, Sequence
+from engine.scheduler import BatchScheduler
+
+PREFIX = list(range(20, 28))  # two blocks
+
+
+def prefilled(
+    names: str, num_blocks: int = 32, caching: bool = True
+) -> tuple[BatchScheduler, ImitatedCache]:
+    """A replica whose sequences, PREFIX and their own two tokens, have one output token each."""
+    scheduler = make_scheduler(num_blocks, caching, max_num_seqs=8, max_num_batched_tokens=64)
+    cache = ImitatedCache()
+    for i, name in enumerate(names):
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        scheduler.add(Sequence(name, [*PREFIX, ord(name), i], params, float(i)))
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, cache.execute(batch.to_step_input()))
+    return scheduler, cache
+
+
+def states(scheduler: BatchScheduler) -> list[SequenceState]:
+    return [state_of(seq) for seq in scheduler.sequences()]
+
+
+def test_a_shared_prefix_is_reserved_and_copied_once() -> None:
+    old, old_cache = prefilled("abc")
+    new, new_cache = make_scheduler(32, max_num_seqs=8), ImitatedCache()
+    arrivals = Arrivals(new)
+    moving = states(old)
+    tables, blocks_to_fill = arrivals.reserve(moving)
+    assert [table[:2] for table in tables] == [tables[0][:2]] * 3
+    assert sorted(blocks_to_fill) == sorted({b for t in tables for b in t})
+    new.check_integrity(arrivals.tables())
+    to_fill, num_copied = set(blocks_to_fill), 0
+    for state, table in zip(moving, tables, strict=True):
+        src_blocks, dst_blocks = take_copies(state.block_table, table, to_fill)
+        new_cache.copy_blocks(old_cache, src_blocks, dst_blocks)
+        num_copied += len(src_blocks)
+    assert (num_copied, to_fill) == (2 + 3, set())  # 9 without sharing
+    arrivals.adopt()
+    new.check_integrity()
+    seqs = new.sequences()
+    run_all(new, new_cache)
+    for seq in seqs:
+        assert seq.output_token_ids == reference(seq.prompt_token_ids, 6)
+    hashes = seqs[0].block_hashes[:2]  # rebuilt here
+    assert new.block_manager.match(hashes) == tables[0][:2]
+
+
+def test_the_same_prefix_from_two_replicas_is_one() -> None:
+    (first, _), (second, _) = prefilled("ab"), prefilled("cd")
+    new = make_scheduler(32, max_num_seqs=8)
+    arrivals = Arrivals(new)
+    tables, blocks_to_fill = arrivals.reserve(states(first) + states(second))
+    assert len({tuple(table[:2]) for table in tables}) == 1
+    assert len(blocks_to_fill) == 2 + 4
+    new.check_integrity(arrivals.tables())
+
+
+def test_what_a_serving_replica_has_cached_does_not_come() -> None:
+    old, _ = prefilled("abc")
+    new, _ = prefilled("xy")  # kept: it serves on while others arrive
+    used = new.block_manager.num_used
+    arrivals = Arrivals(new)
+    tables, blocks_to_fill = arrivals.reserve(states(old))
+    (x, _) = new.sequences()
+    assert [table[:2] for table in tables] == [x.block_table[:2]] * 3
+    assert blocks_to_fill == [table[2] for table in tables]
+    assert new.block_manager.num_used == used + 3
+    new.check_integrity(arrivals.tables())
+    for name in "xy":  # its own leave meanwhile: the prefix is held for those that come
+        assert new.abort(name)
+    new.check_integrity(arrivals.tables())
+    assert new.block_manager.num_used == 5
+    arrivals.give_back()
+    new.check_integrity()
+    assert new.block_manager.num_used == 0
+
+
+def test_a_rollback_gives_references_back() -> None:
+    old, _ = prefilled("abc")
+    before = [list(seq.block_table) for seq in old.sequences()]
+    new = make_scheduler(32)
+    arrivals = Arrivals(new)
+    arrivals.reserve(states(old))
+    arrivals.give_back()
+    new.check_integrity()
+    assert new.block_manager.num_used == 0
+    old.check_integrity()
+    assert [seq.block_table for seq in old.sequences()] == before
+
+
+def test_without_room_a_table_is_empty_and_nothing_is_taken() -> None:
+    old, _ = prefilled("abc")
+    new = make_scheduler(4)
+    arrivals = Arrivals(new)
+    tables, _ = arrivals.reserve(states(old))
+    assert [len(table) for table in tables] == [3, 3, 0]  # 2 shared, 1, 1
+    new.check_integrity(arrivals.tables())
+
+
+def test_without_prefix_caching_every_block_is_copied() -> None:
+    old, _ = prefilled("abc", caching=False)
+    new = make_scheduler(32, caching=False)
+    arrivals = Arrivals(new)
+    tables, blocks_to_fill = arrivals.reserve(states(old))
+    assert len(blocks_to_fill) == len({b for t in tables for b in t}) == 9
+
+
+def test_counts_and_gathered_log_probabilities_travel() -> None:
+    old = make_scheduler(max_num_batched_tokens=4)
+    old.add(make_sequence("a", 9, prompt_logprobs=1))
+    batch = old.schedule()
+    assert batch is not None
+    given = [(token, 0.0, []) for token in range(4)]
+    old.update(batch, [None], {0: given})  # type: ignore[dict-item]
+    (seq,) = old.sequences()
+    seq.num_preemptions, seq.num_cached_tokens = 2, 4
+    new = make_scheduler()
+    arrivals = Arrivals(new)
+    arrivals.reserve([state_of(seq)])
+    arrivals.adopt()
+    (there,) = new.sequences()
+    assert (there.num_preemptions, there.num_cached_tokens, there.num_computed_tokens) == (2, 4, 4)
+    assert there.pending_logprobs == given
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 8), st.lists(st.integers(0, 1), min_size=1, max_size=6)),
+        min_size=1,
+        max_size=7,
+    ),
+    steps=st.integers(0, 6),
+    num_blocks=st.integers(6, 16),
+    serving=st.booleans(),
+)
+def test_any_moment_to_move_gives_the_same_tokens(
+    prompts: list[tuple[int, list[int]]], steps: int, num_blocks: int, serving: bool
+) -> None:
+    """Two old replicas into one, which may be serving; what finds no room starts over."""
+    caches = [ImitatedCache(), ImitatedCache()]
+    olds = [make_scheduler(16, max_num_batched_tokens=9) for _ in caches]
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    for i, (n, rest) in enumerate(prompts):
+        seq = Sequence(f"r{i}", [*PREFIX[:n], *rest], params, float(i))
+        olds[i % 2].add(seq)
+    for old, cache in zip(olds, caches, strict=True):
+        for _ in range(steps):
+            if (batch := old.schedule()) is not None:
+                old.update(batch, cache.execute(batch.to_step_input()))
+    new, new_cache = make_scheduler(num_blocks, max_num_batched_tokens=9), ImitatedCache()
+    if serving:
+        new.add(Sequence("own", [*PREFIX, 1], params, -1.0))
+        batch = new.schedule()
+        assert batch is not None
+        new.update(batch, new_cache.execute(batch.to_step_input()))
+    arrivals = Arrivals(new)
+    moving = [(i, state) for i, old in enumerate(olds) for state in states(old)]
+    started = [(i, s) for i, s in moving if s.num_computed_tokens]
+    tables, blocks_to_fill = arrivals.reserve([s for _, s in started])
+    to_fill = set(blocks_to_fill)
+    assert len(to_fill) == len(blocks_to_fill)
+    recompute = [s for _, s in moving if not s.num_computed_tokens]
+    for (i, state), table in zip(started, tables, strict=True):
+        if not table:
+            recompute.append(state)
+            continue
+        new_cache.copy_blocks(caches[i], *take_copies(state.block_table, table, to_fill))
+    assert not to_fill
+    if serving and (batch := new.schedule()) is not None:  # a step between reserve and adopt
+        new.update(batch, new_cache.execute(batch.to_step_input()))
+    new.check_integrity(arrivals.tables())
+    arrivals.adopt()
+    for state in recompute:
+        outputs = list(state.output_token_ids)
+        fresh = Sequence(state.request_id, state.prompt_token_ids, params, state.arrival_s)
+        new.add(replace(fresh, output_token_ids=outputs))
+    new.check_integrity()
+    seqs = new.sequences()
+    run_all(new, new_cache)
+    for seq in seqs:
+        assert seq.output_token_ids == reference(seq.prompt_token_ids, 5)
