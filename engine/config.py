@@ -118,13 +118,17 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> Non
     )
     for name, field in kind.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        text = f"{field.description} (default: {_shown(field.default)})".replace("%", "%%")
         if field.annotation is bool:  # --x and --no-x
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, dest=name, action=action, help=text)
         else:
             metavar = name.rsplit("_", 1)[-1].upper()
             parser.add_argument(flag, dest=name, metavar=metavar, help=text)
+
+
+def _shown(default: Any) -> str:
+    return "none" if default in (None, "") else str(default)
 
 
 def parse_config(parser: argparse.ArgumentParser, kind: type[Model], argv: list[str]) -> Model:

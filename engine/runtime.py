@@ -132,6 +132,7 @@ class EngineRuntime:
         await self._switches.close()
         self._state = "closed"
         if not hasattr(self, "_channel"):
+            shutil.rmtree(self._run_dir, ignore_errors=True)
             return
         self.requests.end_all(RequestStatus.CANCELLED, "abort")
         loop = asyncio.get_running_loop()

@@ -18,7 +18,9 @@ import pytest
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 from engine.app import bind_http, http_server
+from engine.build import build_runtime
 from engine.cluster import RequestOutcome, RequestStatus
+from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
@@ -327,14 +329,33 @@ def test_streamed_logprobs_are_those_of_the_whole(client: OpenAI) -> None:
     )
 
 
-def test_echoed_logprobs_begin_with_null_and_score_what_was_made(client: OpenAI) -> None:
-    """Scoring prompt + answer as a prompt gives the answer's own log probabilities."""
-    made = complete(client, prompt=[1, 2, 3], temperature=0, max_tokens=6, echo=True, logprobs=0,
-                    extra_body={"ignore_eos": True}).choices[0].logprobs  # fmt: skip
+def test_echoed_logprobs_begin_with_null_and_score_what_was_made(client: OpenAI, stub: Any) -> None:
+    """Scoring prompt and answer as a prompt gives the answer's own log probabilities, also when
+    the prefix cache knows that prompt."""
+    wanted: dict[str, Any] = {"temperature": 0, "echo": True, "logprobs": 1}
+    made = complete(client, prompt=[1, 2, 3], max_tokens=40, extra_body={"ignore_eos": True},
+                    **wanted).choices[0].logprobs  # fmt: skip
+    sampling = engine_pb2.SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    request = engine_pb2.GenerateRequest(
+        token_ids=engine_pb2.TokenIds(ids=[1, 2, 3]), sampling=sampling
+    )
+    ids = [t for part in stub.Generate(request, timeout=WAIT_S) for t in part.token_ids]
     assert made.token_logprobs[0] is None
     assert made.top_logprobs[0] is None
-    assert len(made.tokens) == 9
-    assert all(x is not None and x <= 0 for x in made.token_logprobs[1:])
+    for _ in range(2):
+        scored = complete(client, prompt=[1, 2, 3, *ids], max_tokens=0, **wanted).choices[0]
+        assert scored.logprobs.tokens == made.tokens
+        assert scored.logprobs.token_logprobs[0] is None
+        assert scored.logprobs.token_logprobs[1:] == pytest.approx(
+            made.token_logprobs[1:], abs=1e-3
+        )
+
+
+def test_a_prompt_seen_before_counts_as_cached(client: OpenAI) -> None:
+    prompt = [(7 * i) % 250 for i in range(70)]
+    first, again = (complete(client, prompt=prompt, max_tokens=2).usage for _ in range(2))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert again.prompt_tokens_details.cached_tokens == 64  # whole blocks of 16
 
 
 def test_chat_logprobs_name_bytes(client: OpenAI) -> None:
@@ -504,6 +525,30 @@ def test_one_id_used_by_many_at_once_breaks_nothing(doors: Doors) -> None:
 
 
 # -------------------------------------------------------------------------------- readiness
+
+
+def test_an_engine_that_starts_is_alive_and_not_ready(tiny_model_dir: Path) -> None:
+    """Its workers have not been started at all."""
+    runtime = build_runtime(EngineConfig(model=str(tiny_model_dir), max_model_len=256))
+
+    async def ask() -> list[httpx.Response]:
+        sock = bind_http("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        async with (
+            http_server(runtime, Tokenizer(tiny_model_dir), "tiny", sock),
+            httpx.AsyncClient(base_url=url) as client,
+        ):
+            found = [await client.get(path) for path in ("/health", "/ready", "/metrics")]
+            body = {"prompt": "x"}
+            return [*found, await client.post("/v1/completions", json=body)]
+
+    try:
+        health, ready, metrics, refused = asyncio.run(ask())
+    finally:
+        asyncio.run(runtime.close())
+    assert (health.status_code, metrics.status_code) == (200, 200)
+    assert (ready.status_code, ready.text) == (503, "the engine is starting\n")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
 def test_ready_and_draining(open_engine: Any, tiny_model_dir: Path) -> None:
