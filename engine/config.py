@@ -22,7 +22,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("tiny", description="checkpoint folder (Hugging Face format), or 'tiny'")
-    served_model_name: str = Field("", description="name in the API; default: the folder's name")
+    served_model_name: str = Field("", description="name in the API; none: the folder's own")
     num_workers: int = Field(4, ge=1, le=64, description="worker processes, one per device")
     deployment: str = Field("4xtp1pp1", description="initial replicas, e.g. 1xtp2pp1+2xtp1pp1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(

@@ -266,11 +266,12 @@ class RequestTable:
         request.stream.put(update)
         if update.finish_reason:
             request.num_preemptions = update.num_preemptions
-            request.num_cached_tokens = update.num_cached_tokens
+            request.num_cached_tokens = update.num_cached_tokens or request.num_cached_tokens
             self._close(request, RequestStatus.FINISHED, update.finish_reason)
 
     def _take_first(self, request: LiveRequest, update: TokenUpdate, now_s: float) -> None:
         request.first_token_s = now_s
+        request.num_cached_tokens = update.num_cached_tokens
         self.counters.prompt_tokens += len(request.state.prompt_token_ids)
         if update.queue_s is not None:
             self.counters.queue_s.observe(update.queue_s)

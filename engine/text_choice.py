@@ -33,7 +33,7 @@ class TextChunk:
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `token_ids`, where asked for
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
-    num_cached_tokens: int = 0  # with the last piece
+    num_cached_tokens: int = 0  # as far as known; with the last piece for good
 
 
 class TextChoice:
@@ -50,7 +50,7 @@ class TextChoice:
         self.stream, self.index = stream, index
         self._options, self._prefix, self._held = options, prefix, ""
         self._decoder = IncrementalDecoder(tokenizer, options.skip_special_tokens)
-        self._is_first, self._is_over = True, False
+        self._is_first, self._is_over, self._num_cached_tokens = True, False, 0
 
     def take(self) -> TextChunk | None:
         """All that has come since, or None. Raises UnavailableError when it was cut off."""
@@ -71,7 +71,8 @@ class TextChoice:
         if reason in ("abort", "error"):
             raise UnavailableError("the engine ended the request early; try again.")
         self._add_logprobs(tokens, chunk)
-        chunk.num_cached_tokens = tokens.num_cached_tokens
+        self._num_cached_tokens = tokens.num_cached_tokens or self._num_cached_tokens
+        chunk.num_cached_tokens = self._num_cached_tokens
         if self._options.score_only:
             chunk.logprobs, chunk.finish_reason = [], "length"
             return
