@@ -40,6 +40,7 @@ test: $(STAMP) ## the whole default test suite
 
 test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
 test-ray: $(STAMP) ## workers as Ray actors on a local cluster of two nodes; about a minute
 	$(BIN)/python -m pytest tests/engine/test_ray_executor.py -m '' $(ARGS)
 

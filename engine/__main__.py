@@ -6,18 +6,16 @@ from __future__ import annotations
 def main(argv: list[str]) -> int:
     import argparse
     import asyncio
-    import logging
 
     from engine.config import EngineConfig, add_arguments, parse_config
     from engine.errors import TidewrightError
+    from engine.logs import configure_logging
 
     parser = argparse.ArgumentParser("python -m engine", description="Serve one model.")
     add_arguments(parser, EngineConfig)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     try:
         config = parse_config(parser, EngineConfig, argv)
+        configure_logging(config.log_format, config.log_level)
         from engine.app import serve
 
         asyncio.run(serve(config))

@@ -6,27 +6,35 @@ import asyncio
 import logging
 import signal
 import socket
-from pathlib import Path
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 
+from engine.api.server import OpenAIServer
 from engine.build import build_runtime, resolve_model
+from engine.cluster import RequestStatus
 from engine.config import EngineConfig
 from engine.errors import UnavailableError
+from engine.logs import RequestLog
 from engine.metrics import EngineMetrics
-from engine.openai_api import OpenAIServer
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
+from engine.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
+HTTP_GRACE_S = 2
 
 
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: the process decides when to stop."""
 
-    def install_signal_handlers(self) -> None:
-        return
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 def bind_http(host: str, port: int) -> socket.socket:
@@ -44,11 +52,25 @@ def bind_http(host: str, port: int) -> socket.socket:
     return sock
 
 
-def stop_on_signal(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets."""
-    stop = asyncio.Event()
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What signals have asked for."""
+
+    asked: asyncio.Event
+    hurry: asyncio.Event  # asked twice: wait for nobody
+
+
+def stop_on_signal(loop: asyncio.AbstractEventLoop) -> Stop:
+    """The first SIGINT or SIGTERM asks to stop, the second to hurry."""
+    stop = Stop(asyncio.Event(), asyncio.Event())
+
+    def on_signal() -> None:
+        if stop.asked.is_set():
+            stop.hurry.set()
+        stop.asked.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_signal)
     return stop
 
 
@@ -59,21 +81,25 @@ async def serve(config: EngineConfig) -> None:
     try:
         model_dir = resolve_model(config.model, config.seed)
         tokenizer = Tokenizer(model_dir)
+        name = config.served_model_name or (
+            "tiny" if config.model == "tiny" else model_dir.resolve().name
+        )
         runtime = build_runtime(config)
+        runtime.requests.on_end.append(RequestLog(config.log_format))
         try:
-            await _until(stop, runtime.start())
-            if not stop.is_set():
-                await _serve(config, model_dir, tokenizer, runtime, sock, stop)
+            async with _traced(runtime, config, name), http_server(runtime, tokenizer, name, sock):
+                await _until(stop.asked, runtime.start())
+                if not stop.asked.is_set():
+                    await _serve(config, runtime, tokenizer, name, sock, stop)
         finally:
             await runtime.close()
     finally:
         sock.close()
 
 
-async def _until(stop: asyncio.Event, work: object) -> None:
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
     """Await `work`, but give up on it when `stop` is set."""
-    task = asyncio.ensure_future(work)  # type: ignore[call-overload]
-    stopped = asyncio.ensure_future(stop.wait())
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if task.done():
@@ -83,25 +109,53 @@ async def _until(stop: asyncio.Event, work: object) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
+@asynccontextmanager
+async def _traced(runtime: EngineRuntime, config: EngineConfig, name: str) -> AsyncIterator[None]:
+    if not config.otlp_traces_endpoint:
+        yield
+        return
+    tracing = start_tracing(runtime, config.otlp_traces_endpoint, name)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(tracing.close)
+
+
+@asynccontextmanager
+async def http_server(
+    runtime: EngineRuntime, tokenizer: Tokenizer, name: str, sock: socket.socket
+) -> AsyncIterator[None]:
+    """The HTTP server answers from the first moment on; /ready tells what for."""
+    api = OpenAIServer(runtime, tokenizer, EngineMetrics(runtime, name), name)
+    server = _Server(
+        uvicorn.Config(
+            api.app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=HTTP_GRACE_S,
+        )
+    )
+    task = asyncio.create_task(server.serve(sockets=[sock]), name="http")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
 async def _serve(
     config: EngineConfig,
-    model_dir: Path,
-    tokenizer: Tokenizer,
     runtime: EngineRuntime,
+    tokenizer: Tokenizer,
+    name: str,
     sock: socket.socket,
-    stop: asyncio.Event,
+    stop: Stop,
 ) -> None:
-    name = config.served_model_name or (
-        "tiny" if config.model == "tiny" else model_dir.resolve().name
-    )
-    api = OpenAIServer(runtime, tokenizer, EngineMetrics(runtime, name), name)
     grpc_server, grpc_port = await start_grpc(
         runtime, tokenizer, name, config.host, config.grpc_port
     )
-    http = _Server(
-        uvicorn.Config(api.app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2)
-    )
-    http_task = asyncio.create_task(http.serve(sockets=[sock]))
     try:
         port = sock.getsockname()[1]
         print(
@@ -109,11 +163,11 @@ async def _serve(
             f"model {name} deployment {runtime.deployment.key}",
             flush=True,
         )
-        await stop.wait()
-        api.draining = True
-        if not await runtime.drain(config.drain_timeout_s):
-            logger.warning("requests still running after the drain time-out are cut off")
+        await stop.asked.wait()
+        logger.info("stopping: running requests get %.0f s", config.drain_timeout_s)
+        await _until(stop.hurry, runtime.drain(config.drain_timeout_s))
+        if left := len(runtime.requests):
+            logger.warning("%d requests are cut off", left)
+            runtime.requests.end_all(RequestStatus.CANCELLED, "abort")
     finally:
         await grpc_server.stop(grace=1.0)
-        http.should_exit = True
-        await http_task

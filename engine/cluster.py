@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import Protocol, runtime_checkable
 
 from engine.errors import InfeasibleError
@@ -353,6 +354,11 @@ class Routing:
                 f"{len(self.prompt_edges)} prompt edges make {len(self.prompt_edges) + 1} buckets, "
                 f"the posterior has {len(self.posterior)} rows."
             )
+        for name, rows in (("weights", self.weights), ("posterior", self.posterior)):
+            if not all(0 <= share < inf for row in rows for share in row):
+                raise ValueError(f"routing {name} are {rows}; expected finite shares of 0 or more.")
+        if any(edge < 0 for edge in self.prompt_edges):
+            raise ValueError(f"prompt edges are {self.prompt_edges}; expected 0 or more.")
 
 
 # --------------------------------------------------------------------------------------
@@ -422,6 +428,13 @@ class KvCostParams:
     prefill_tokens_per_s: float
     decode_step_s: float
 
+    def __post_init__(self) -> None:
+        for name in ("link_bytes_per_s", "prefill_tokens_per_s", "decode_step_s"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a finite number above 0."
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class SwitchPlan:
@@ -437,6 +450,14 @@ class SwitchPlan:
     lower_bound_s: float
     mode: SwitchMode = SwitchMode.LIVE
     decision_id: str = ""  # of the policy decision that made it; empty when made by hand
+
+    def __post_init__(self) -> None:
+        names = ("expected_epoch", "weight_bytes", "lower_bound_bytes", "predicted_s")
+        for name in (*names, "lower_bound_s"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a finite number of 0 or more."
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class EngineConfig(BaseModel):
         "tiny",
         description="checkpoint folder (Hugging Face format), 'tiny', or 'smollm2' (make model)",
     )
-    served_model_name: str = Field("", description="name in the API; default: the folder's name")
+    served_model_name: str = Field("", description="name in the API; none: the folder's own")
     num_workers: int = Field(4, ge=1, le=64, description="worker processes, one per device")
     deployment: str = Field("4xtp1pp1", description="initial replicas, e.g. 1xtp2pp1+2xtp1pp1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -88,6 +88,15 @@ class EngineConfig(BaseModel):
     drain_timeout_s: float = Field(
         10.0, ge=0, description="seconds that running requests get at shutdown"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of stderr: text, or json, which also has a line per ended request"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log lines to show: debug, info, warning or error"
+    )
+    otlp_traces_endpoint: str = Field(
+        "", description="OTLP gRPC endpoint for one span per request, e.g. http://localhost:4317"
+    )
 
 
 def load_config(kind: type[Model], path: Path | None, overrides: Mapping[str, Any]) -> Model:
@@ -136,13 +145,17 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[BaseModel]) -> Non
     )
     for name, field in kind.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        text = f"{field.description} (default: {_shown(field.default)})".replace("%", "%%")
         if field.annotation is bool:  # --x and --no-x
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, dest=name, action=action, help=text)
         else:
             metavar = name.rsplit("_", 1)[-1].upper()
             parser.add_argument(flag, dest=name, metavar=metavar, help=text)
+
+
+def _shown(default: Any) -> str:
+    return "none" if default in (None, "") else str(default)
 
 
 def parse_config(parser: argparse.ArgumentParser, kind: type[Model], argv: list[str]) -> Model:

@@ -6,7 +6,14 @@ class TidewrightError(Exception):
 
 
 class InvalidRequestError(TidewrightError):
-    """The caller's input is wrong; the message says what was given, expected, and to change."""
+    """The caller's input is wrong; the message says what was given, expected, and to change.
+
+    `param` names the field at fault and `code` the kind of fault, where there is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 class InfeasibleError(TidewrightError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -10,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engine.errors import TidewrightError, UnavailableError
-from engine.wire import ERROR_KEY, status_of
+from engine.wire import ERROR_KEY, name_of, status_of
 
 MAX_MESSAGE_BYTES = 64 << 20  # a switch plan lists every tensor slice
 
@@ -38,7 +39,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _abort(context: Any, error: TidewrightError) -> None:
-    await context.abort(status_of(error), str(error), ((ERROR_KEY, type(error).__name__),))
+    await context.abort(status_of(error), str(error), ((ERROR_KEY, name_of(error)),))
 
 
 def _guard_unary(method: Any) -> Any:
@@ -54,8 +55,9 @@ def _guard_unary(method: Any) -> Any:
 def _guard_stream(method: Any) -> Any:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for response in method(request, context):
-                yield response
+            async with aclosing(method(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except TidewrightError as error:
             await _abort(context, error)
 

@@ -58,7 +58,7 @@ class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
     """The index-th output token of a request; `finish_reason` is "", "stop" or "length".
 
     `logprobs` holds the token's own last, on the first token after those of the prompt; the two
-    counts are given with the last token.
+    counts are given with the last token, the wait before the first step with the first.
     """
 
     request_id: str
@@ -68,6 +68,7 @@ class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs] = []
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had
+    queue_s: float | None = None  # from submission to its first step; None: not measured
 
 
 # Engine -> worker: calls, each answered by one Reply with the same call_id.

@@ -63,7 +63,9 @@ def check_sampling(params: SamplingParams) -> None:
     )
     for name, holds, wanted in expected:
         if not holds:
-            raise InvalidRequestError(f"{name} is {getattr(params, name)}; expected {wanted}.")
+            raise InvalidRequestError(
+                f"{name} is {getattr(params, name)}; expected {wanted}.", param=name
+            )
 
 
 class SequenceStatus(StrEnum):

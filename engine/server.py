@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -10,11 +11,12 @@ from typing import Any
 import grpc
 
 from engine.cluster import Routing, SwitchPlan
-from engine.errors import InvalidRequestError, UnavailableError
+from engine.errors import InvalidRequestError
 from engine.grpc_server import start_server
-from engine.request import SamplingParams
+from engine.request import SamplingParams, TokenLogprobs
 from engine.runtime import EngineRuntime
-from engine.tokenizer import IncrementalDecoder, Tokenizer
+from engine.text_choice import TextChoice, TextChunk, TextOptions, text_chunks
+from engine.tokenizer import Tokenizer
 from engine.wire import from_proto, to_proto
 from protos import engine_pb2, engine_pb2_grpc
 
@@ -36,26 +38,22 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         return response
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Cancelling the call, or its deadline, ends the request."""
         token_ids = self._prompt(request)
+        wake = asyncio.Event()
         stream = self._runtime.generate(
             request.request_id if request.HasField("request_id") else uuid.uuid4().hex,
             token_ids,
             sampling_of(request.sampling),
             request.request_class,
             request.client_id,
+            trace_headers=_trace_headers(context),
+            wake=wake,
         )
-        decoder = IncrementalDecoder(self._tokenizer)
+        choice = TextChoice(stream, self._tokenizer, text_options_of(request.text_options))
         try:
-            async for chunk in stream:
-                if chunk.finish_reason in ("abort", "error"):
-                    raise UnavailableError(f"the request ended early: {chunk.finish_reason}.")
-                yield engine_pb2.GenerateResponse(
-                    request_id=stream.request_id,
-                    token_ids=chunk.token_ids,
-                    text=decoder.push(chunk.token_ids, last=chunk.finish_reason is not None),
-                    finish_reason=chunk.finish_reason,
-                    prompt_tokens=len(token_ids),
-                )
+            async for chunk in text_chunks([choice], wake):
+                yield _response(stream.request_id, len(token_ids), chunk)
         finally:
             stream.cancel()
 
@@ -114,6 +112,42 @@ def sampling_of(message: Any) -> SamplingParams:
         field.name: value for field, value in message.ListFields() if field.name != "stop_token_ids"
     }
     return SamplingParams(**given, stop_token_ids=tuple(message.stop_token_ids))
+
+
+def text_options_of(message: Any) -> TextOptions:
+    """Raises InvalidRequestError for an empty stop string."""
+    if "" in message.stop:
+        raise InvalidRequestError("a stop string is empty; leave it out or give a text.", "stop")
+    skip = not message.HasField("skip_special_tokens") or message.skip_special_tokens
+    return TextOptions(tuple(message.stop), message.include_stop_str_in_output, skip)
+
+
+def _response(request_id: str, prompt_tokens: int, chunk: TextChunk) -> Any:
+    is_last = chunk.finish_reason is not None
+    return engine_pb2.GenerateResponse(
+        request_id=request_id,
+        token_ids=chunk.token_ids,
+        text=chunk.text,
+        finish_reason=chunk.finish_reason,
+        prompt_tokens=prompt_tokens,
+        logprobs=[_logprobs(given) for given in chunk.logprobs],
+        prompt_logprobs=[_logprobs(given) for given in chunk.prompt_logprobs],
+        cached_tokens=chunk.num_cached_tokens if is_last else None,
+    )
+
+
+def _logprobs(given: TokenLogprobs) -> Any:
+    named = [engine_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in given.top]
+    token = engine_pb2.TokenLogprob(token_id=given.token_id, logprob=given.logprob)
+    return engine_pb2.TokenLogprobs(token=token, top=named)
+
+
+def _trace_headers(context: Any) -> dict[str, str]:
+    return {
+        key: value
+        for key, value in context.invocation_metadata() or ()
+        if key in ("traceparent", "tracestate")
+    }
 
 
 async def start_grpc(

@@ -35,7 +35,18 @@ STATUS_OF: dict[type[TidewrightError], grpc.StatusCode] = {
 
 
 def status_of(error: TidewrightError) -> grpc.StatusCode:
-    return STATUS_OF.get(type(error), grpc.StatusCode.INTERNAL)
+    """Of the nearest class in the table that it is an instance of."""
+    kind = _known_kind(error)
+    return grpc.StatusCode.INTERNAL if kind is None else STATUS_OF[kind]
+
+
+def name_of(error: TidewrightError) -> str:
+    """The name that goes into the trailing metadata: of that class, which clients know."""
+    return (_known_kind(error) or type(error)).__name__
+
+
+def _known_kind(error: TidewrightError) -> type[TidewrightError] | None:
+    return next((kind for kind in type(error).__mro__ if kind in STATUS_OF), None)
 
 
 def error_of(call_error: grpc.RpcError) -> TidewrightError:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import deployment_pb2 as protos_dot_deployment__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/engine.proto\x12\x14tidewright.engine.v1\x1a\x17protos/deployment.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x83\x01\n\x10\x44\x65scribeResponse\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.tidewright.v1.ClusterSpec\x12\x19\n\x11served_model_name\x18\x02 \x01(\t\x12\x19\n\x0cprofile_json\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_profile_json\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xfa\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nignore_eos\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_ignore_eos\"\xfc\x01\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1e.tidewright.engine.v1.TokenIdsH\x00\x12;\n\x08sampling\x18\x04 \x01(\x0b\x32$.tidewright.engine.v1.SamplingParamsH\x02\x88\x01\x01\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x11\n\tclient_id\x18\x06 \x01(\tB\x08\n\x06promptB\r\n\x0b_request_idB\x0b\n\t_sampling\"\x8c\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1a\n\rfinish_reason\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x05\x42\x10\n\x0e_finish_reason\"\x11\n\x0fSnapshotRequest\"D\n\x10SnapshotResponse\x12\x30\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.tidewright.v1.ClusterSnapshot\"$\n\x12WatchEventsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x03\"?\n\x13WatchEventsResponse\x12(\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x19.tidewright.v1.EventBatch\"#\n\x11ListEventsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x03\">\n\x12ListEventsResponse\x12(\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x19.tidewright.v1.EventBatch\"=\n\x12\x41pplySwitchRequest\x12\'\n\x04plan\x18\x01 \x01(\x0b\x32\x19.tidewright.v1.SwitchPlan\"B\n\x13\x41pplySwitchResponse\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.tidewright.v1.SwitchTicket\"%\n\x10GetTicketRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\"@\n\x11GetTicketResponse\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.tidewright.v1.SwitchTicket\"(\n\x13\x43\x61ncelSwitchRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\"C\n\x14\x43\x61ncelSwitchResponse\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.tidewright.v1.SwitchTicket\"<\n\x11SetRoutingRequest\x12\'\n\x07routing\x18\x01 \x01(\x0b\x32\x16.tidewright.v1.Routing\"\x14\n\x12SetRoutingResponse2\xf5\x06\n\rEngineService\x12Y\n\x08\x44\x65scribe\x12%.tidewright.engine.v1.DescribeRequest\x1a&.tidewright.engine.v1.DescribeResponse\x12[\n\x08Generate\x12%.tidewright.engine.v1.GenerateRequest\x1a&.tidewright.engine.v1.GenerateResponse0\x01\x12Y\n\x08Snapshot\x12%.tidewright.engine.v1.SnapshotRequest\x1a&.tidewright.engine.v1.SnapshotResponse\x12\x64\n\x0bWatchEvents\x12(.tidewright.engine.v1.WatchEventsRequest\x1a).tidewright.engine.v1.WatchEventsResponse0\x01\x12_\n\nListEvents\x12\'.tidewright.engine.v1.ListEventsRequest\x1a(.tidewright.engine.v1.ListEventsResponse\x12\x64\n\x0b\x41pplySwitch\x12(.tidewright.engine.v1.ApplySwitchRequest\x1a).tidewright.engine.v1.ApplySwitchResponse0\x01\x12\\\n\tGetTicket\x12&.tidewright.engine.v1.GetTicketRequest\x1a\'.tidewright.engine.v1.GetTicketResponse\x12\x65\n\x0c\x43\x61ncelSwitch\x12).tidewright.engine.v1.CancelSwitchRequest\x1a*.tidewright.engine.v1.CancelSwitchResponse\x12_\n\nSetRouting\x12\'.tidewright.engine.v1.SetRoutingRequest\x1a(.tidewright.engine.v1.SetRoutingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/engine.proto\x12\x14tidewright.engine.v1\x1a\x17protos/deployment.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x83\x01\n\x10\x44\x65scribeResponse\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.tidewright.v1.ClusterSpec\x12\x19\n\x11served_model_name\x18\x02 \x01(\t\x12\x19\n\x0cprofile_json\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_profile_json\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x90\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x17\n\nignore_eos\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x12\n\x05min_p\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0c \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\x05H\x0b\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x9d\x01\n\x0bTextOptions\x12\x0c\n\x04stop\x18\x01 \x03(\t\x12\'\n\x1ainclude_stop_str_in_output\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokens\"\xcb\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1e.tidewright.engine.v1.TokenIdsH\x00\x12;\n\x08sampling\x18\x04 \x01(\x0b\x32$.tidewright.engine.v1.SamplingParamsH\x02\x88\x01\x01\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x11\n\tclient_id\x18\x06 \x01(\t\x12<\n\x0ctext_options\x18\x07 \x01(\x0b\x32!.tidewright.engine.v1.TextOptionsH\x03\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_request_idB\x0b\n\t_samplingB\x0f\n\r_text_options\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"s\n\rTokenLogprobs\x12\x31\n\x05token\x18\x01 \x01(\x0b\x32\".tidewright.engine.v1.TokenLogprob\x12/\n\x03top\x18\x02 \x03(\x0b\x32\".tidewright.engine.v1.TokenLogprob\"\xaf\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1a\n\rfinish_reason\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x05\x12\x35\n\x08logprobs\x18\x06 \x03(\x0b\x32#.tidewright.engine.v1.TokenLogprobs\x12<\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32#.tidewright.engine.v1.TokenLogprobs\x12\x1a\n\rcached_tokens\x18\x08 \x01(\x05H\x01\x88\x01\x01\x42\x10\n\x0e_finish_reasonB\x10\n\x0e_cached_tokens\"\x11\n\x0fSnapshotRequest\"D\n\x10SnapshotResponse\x12\x30\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1e.tidewright.v1.ClusterSnapshot\"$\n\x12WatchEventsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x03\"?\n\x13WatchEventsResponse\x12(\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x19.tidewright.v1.EventBatch\"#\n\x11ListEventsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x03\">\n\x12ListEventsResponse\x12(\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x19.tidewright.v1.EventBatch\"=\n\x12\x41pplySwitchRequest\x12\'\n\x04plan\x18\x01 \x01(\x0b\x32\x19.tidewright.v1.SwitchPlan\"B\n\x13\x41pplySwitchResponse\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.tidewright.v1.SwitchTicket\"%\n\x10GetTicketRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\"@\n\x11GetTicketResponse\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.tidewright.v1.SwitchTicket\"(\n\x13\x43\x61ncelSwitchRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\"C\n\x14\x43\x61ncelSwitchResponse\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.tidewright.v1.SwitchTicket\"<\n\x11SetRoutingRequest\x12\'\n\x07routing\x18\x01 \x01(\x0b\x32\x16.tidewright.v1.Routing\"\x14\n\x12SetRoutingResponse2\xf5\x06\n\rEngineService\x12Y\n\x08\x44\x65scribe\x12%.tidewright.engine.v1.DescribeRequest\x1a&.tidewright.engine.v1.DescribeResponse\x12[\n\x08Generate\x12%.tidewright.engine.v1.GenerateRequest\x1a&.tidewright.engine.v1.GenerateResponse0\x01\x12Y\n\x08Snapshot\x12%.tidewright.engine.v1.SnapshotRequest\x1a&.tidewright.engine.v1.SnapshotResponse\x12\x64\n\x0bWatchEvents\x12(.tidewright.engine.v1.WatchEventsRequest\x1a).tidewright.engine.v1.WatchEventsResponse0\x01\x12_\n\nListEvents\x12\'.tidewright.engine.v1.ListEventsRequest\x1a(.tidewright.engine.v1.ListEventsResponse\x12\x64\n\x0b\x41pplySwitch\x12(.tidewright.engine.v1.ApplySwitchRequest\x1a).tidewright.engine.v1.ApplySwitchResponse0\x01\x12\\\n\tGetTicket\x12&.tidewright.engine.v1.GetTicketRequest\x1a\'.tidewright.engine.v1.GetTicketResponse\x12\x65\n\x0c\x43\x61ncelSwitch\x12).tidewright.engine.v1.CancelSwitchRequest\x1a*.tidewright.engine.v1.CancelSwitchResponse\x12_\n\nSetRouting\x12\'.tidewright.engine.v1.SetRoutingRequest\x1a(.tidewright.engine.v1.SetRoutingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,39 +39,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=223
   _globals['_TOKENIDS']._serialized_end=246
   _globals['_SAMPLINGPARAMS']._serialized_start=249
-  _globals['_SAMPLINGPARAMS']._serialized_end=499
-  _globals['_GENERATEREQUEST']._serialized_start=502
-  _globals['_GENERATEREQUEST']._serialized_end=754
-  _globals['_GENERATERESPONSE']._serialized_start=757
-  _globals['_GENERATERESPONSE']._serialized_end=897
-  _globals['_SNAPSHOTREQUEST']._serialized_start=899
-  _globals['_SNAPSHOTREQUEST']._serialized_end=916
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=918
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=986
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=988
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1024
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1026
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1089
-  _globals['_LISTEVENTSREQUEST']._serialized_start=1091
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1126
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1128
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1190
-  _globals['_APPLYSWITCHREQUEST']._serialized_start=1192
-  _globals['_APPLYSWITCHREQUEST']._serialized_end=1253
-  _globals['_APPLYSWITCHRESPONSE']._serialized_start=1255
-  _globals['_APPLYSWITCHRESPONSE']._serialized_end=1321
-  _globals['_GETTICKETREQUEST']._serialized_start=1323
-  _globals['_GETTICKETREQUEST']._serialized_end=1360
-  _globals['_GETTICKETRESPONSE']._serialized_start=1362
-  _globals['_GETTICKETRESPONSE']._serialized_end=1426
-  _globals['_CANCELSWITCHREQUEST']._serialized_start=1428
-  _globals['_CANCELSWITCHREQUEST']._serialized_end=1468
-  _globals['_CANCELSWITCHRESPONSE']._serialized_start=1470
-  _globals['_CANCELSWITCHRESPONSE']._serialized_end=1537
-  _globals['_SETROUTINGREQUEST']._serialized_start=1539
-  _globals['_SETROUTINGREQUEST']._serialized_end=1599
-  _globals['_SETROUTINGRESPONSE']._serialized_start=1601
-  _globals['_SETROUTINGRESPONSE']._serialized_end=1621
-  _globals['_ENGINESERVICE']._serialized_start=1624
-  _globals['_ENGINESERVICE']._serialized_end=2509
+  _globals['_SAMPLINGPARAMS']._serialized_end=777
+  _globals['_TEXTOPTIONS']._serialized_start=780
+  _globals['_TEXTOPTIONS']._serialized_end=937
+  _globals['_GENERATEREQUEST']._serialized_start=940
+  _globals['_GENERATEREQUEST']._serialized_end=1271
+  _globals['_TOKENLOGPROB']._serialized_start=1273
+  _globals['_TOKENLOGPROB']._serialized_end=1322
+  _globals['_TOKENLOGPROBS']._serialized_start=1324
+  _globals['_TOKENLOGPROBS']._serialized_end=1439
+  _globals['_GENERATERESPONSE']._serialized_start=1442
+  _globals['_GENERATERESPONSE']._serialized_end=1745
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1747
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1764
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=1766
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=1834
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1836
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1872
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1874
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1937
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1939
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1974
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1976
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=2038
+  _globals['_APPLYSWITCHREQUEST']._serialized_start=2040
+  _globals['_APPLYSWITCHREQUEST']._serialized_end=2101
+  _globals['_APPLYSWITCHRESPONSE']._serialized_start=2103
+  _globals['_APPLYSWITCHRESPONSE']._serialized_end=2169
+  _globals['_GETTICKETREQUEST']._serialized_start=2171
+  _globals['_GETTICKETREQUEST']._serialized_end=2208
+  _globals['_GETTICKETRESPONSE']._serialized_start=2210
+  _globals['_GETTICKETRESPONSE']._serialized_end=2274
+  _globals['_CANCELSWITCHREQUEST']._serialized_start=2276
+  _globals['_CANCELSWITCHREQUEST']._serialized_end=2316
+  _globals['_CANCELSWITCHRESPONSE']._serialized_start=2318
+  _globals['_CANCELSWITCHRESPONSE']._serialized_end=2385
+  _globals['_SETROUTINGREQUEST']._serialized_start=2387
+  _globals['_SETROUTINGREQUEST']._serialized_end=2447
+  _globals['_SETROUTINGRESPONSE']._serialized_start=2449
+  _globals['_SETROUTINGRESPONSE']._serialized_end=2469
+  _globals['_ENGINESERVICE']._serialized_start=2472
+  _globals['_ENGINESERVICE']._serialized_end=3357
 # @@protoc_insertion_point(module_scope)

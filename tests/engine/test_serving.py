@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,15 +139,15 @@ def test_several_prompts_keep_their_order(client: OpenAI) -> None:
         ({"prompt": list(range(300))}, 400, "outside the vocabulary|300 tokens"),
         ({"prompt": [9999]}, 400, "outside the vocabulary"),
         ({"prompt": []}, 400, "empty"),
-        ({"prompt": "x", "n": 2}, 400, "n > 1 is not supported"),
-        ({"prompt": "x", "logprobs": 3}, 400, "logprobs is not supported"),
+        ({"prompt": "x", "n": 2, "best_of": 3}, 400, "best_of is 3; only 2"),
+        ({"prompt": "x", "logprobs": 30}, 400, "logprobs is 30; expected 0 to 20"),
         ({"prompt": "x", "model": "gpt"}, 404, "serves 'tiny'"),
         ({}, 400, "prompt"),
         ({"prompt": "x", "seed": 2**70}, 400, "seed is .* signed 64-bit"),
         ({"prompt": "x", "stop_token_ids": [2**70]}, 400, "stop_token_ids"),
         ({"prompt": "x", "max_tokens": 2**70}, 400, "max_tokens"),
         ({"prompt": "x", "stop": ["a", ""]}, 400, "stop string is empty"),
-        ({"prompt": "x", "presence_penalty": 1.5}, 400, "presence_penalty is not supported"),
+        ({"prompt": "x", "presence_penalty": 2.5}, 400, "presence_penalty is 2.5; expected -2"),
         ({"prompt": "x", "logit_bias": {"5": 100}}, 400, "logit_bias is not supported"),
     ],
 )
@@ -372,6 +373,59 @@ def test_sigterm_ends_it_in_order(tiny_model_dir: Path, tmp_path: Path) -> None:
         assert process._wait_empty(10), "a worker was left behind"
     finally:
         process.stop()
+
+
+@contextmanager
+def small_engine(model_dir: Path, log: Path, *more: str) -> Iterator[Served]:
+    arguments = ["engine", "--model", str(model_dir), "--port", "0", "--grpc-port", "0"]
+    arguments += ["--num-workers", "1", "--deployment", "1xtp1pp1", "--log-format", "json"]
+    process = start_server("engine", [*arguments, *more], log)
+    try:
+        url, target = process.wait_ready(READY, 60).groups()
+        yield Served(process, url, target)
+    finally:
+        process.stop()
+
+
+BODY = {"prompt": [5] * 9, "max_tokens": 490, "stream": True, "ignore_eos": True}
+
+
+def test_ctrl_c_lets_a_stream_end(tiny_model_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        small_engine(tiny_model_dir, log, "--drain-timeout-s", "60") as served,
+        httpx.stream("POST", f"{served.url}/v1/completions", json=BODY, timeout=60) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        served.process.process.send_signal(signal.SIGINT)
+        events = [line for line in lines if line]
+        assert served.process.process.wait(30) == 0
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+    logged = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    (request,) = [line for line in logged if line["logger"] == "engine.requests"]
+    assert (request["finish_reason"], request["output_tokens"]) == ("length", 490)
+    assert not any(key == "prompt" or key == "text" for line in logged for key in line)
+
+
+def test_a_second_ctrl_c_cuts_streams_off_with_an_error(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    with (
+        small_engine(tiny_model_dir, tmp_path / "log", "--drain-timeout-s", "60") as served,
+        httpx.stream("POST", f"{served.url}/v1/completions", json=BODY, timeout=60) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        served.process.process.send_signal(signal.SIGINT)
+        while httpx.get(f"{served.url}/ready").status_code == 200:
+            continue
+        served.process.process.send_signal(signal.SIGINT)
+        events = [line for line in lines if line]
+        assert served.process.process.wait(30) == 0
+    assert events[-1] == "data: [DONE]"
+    assert "ended the request early" in json.loads(events[-2][6:])["error"]["message"]
 
 
 def test_a_taken_port_is_one_sentence_and_exit_2() -> None:

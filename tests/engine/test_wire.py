@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine import cluster as c
 from engine import errors
 from engine.errors import InvalidRequestError, TidewrightError
-from engine.wire import ERROR_KEY, STATUS_OF, error_of, from_proto, status_of, to_proto
+from engine.wire import ERROR_KEY, STATUS_OF, error_of, from_proto, name_of, status_of, to_proto
 from protos import deployment_pb2 as pb
 
 MESSAGES: dict[type[Any], type[Any]] = {
@@ -23,6 +23,7 @@ MESSAGES: dict[type[Any], type[Any]] = {
 }
 counts = st.integers(0, 2**31 - 1)
 reals = st.floats(0, 1e9)
+rates = st.floats(1e-6, 1e15)
 text = st.text(max_size=20)
 
 
@@ -88,7 +89,7 @@ plans = st.builds(
         ),
         max_size=3,
     ).map(tuple),
-    kv=st.builds(c.KvCostParams, reals, reals, reals),
+    kv=st.builds(c.KvCostParams, *[rates] * 3),
     weight_bytes=counts,
     lower_bound_bytes=counts,
     predicted_s=reals,
@@ -132,6 +133,31 @@ def test_what_is_missing_or_wrong_is_named() -> None:
     )
     with pytest.raises(InvalidRequestError, match="needs 2 devices, its placement names 1"):
         from_proto(c.Replica, replica)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_make_no_sense_are_refused_by_name(value: float) -> None:
+    for name in ("link_bytes_per_s", "prefill_tokens_per_s", "decode_step_s"):
+        figures = dict.fromkeys(("link_bytes_per_s", "prefill_tokens_per_s", "decode_step_s"), 1.0)
+        with pytest.raises(InvalidRequestError, match=name):
+            from_proto(c.KvCostParams, pb.KvCostParams(**figures | {name: value}))
+    kv = pb.KvCostParams(link_bytes_per_s=1.0, prefill_tokens_per_s=1.0, decode_step_s=1.0)
+    plan = pb.SwitchPlan(target=pb.Deployment(), kv=kv, mode=pb.SWITCH_MODE_LIVE, predicted_s=value)
+    with pytest.raises(InvalidRequestError, match="predicted_s"):
+        from_proto(c.SwitchPlan, plan)
+    rows = [pb.MatrixRow(values=[0.5, value])]
+    posterior = [pb.MatrixRow(values=[1.0])]
+    with pytest.raises(InvalidRequestError, match="routing weights"):
+        from_proto(c.Routing, pb.Routing(replica_ids=[0, 1], weights=rows, posterior=posterior))
+
+
+def test_a_subclass_travels_as_the_class_that_clients_know() -> None:
+    class TooLongError(InvalidRequestError):
+        pass
+
+    error = TooLongError("long")
+    assert status_of(error) is grpc.StatusCode.INVALID_ARGUMENT
+    assert name_of(error) == "InvalidRequestError"
 
 
 class CallError(grpc.RpcError):

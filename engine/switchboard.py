@@ -1,0 +1,107 @@
+"""The switches of an engine: at most one in flight, a ticket for each, something to watch it by."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Protocol
+
+from engine.cluster import EventKind, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
+from engine.events import EventLog
+from engine.migration.check import check_plan
+from engine.migration.switch import Switch, SwitchHost
+
+WATCH_POLL_S = 1.0
+
+
+class SwitchingEngine(SwitchHost, Protocol):
+    """What the switchboard needs of the engine beyond what a switch does."""
+
+    @property
+    def epoch(self) -> int: ...
+    async def wait_for_change(self, timeout_s: float) -> None: ...
+
+
+class Switchboard:
+    """Owns the running switch and its task. `on_idle` is called whenever a switch has ended."""
+
+    def __init__(self, host: SwitchingEngine, log: EventLog, on_idle: Callable[[], None]) -> None:
+        self._host, self._log, self._on_idle = host, log, on_idle
+        self._tickets: dict[str, SwitchTicket] = {}
+        self.current: Switch | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def latest(self) -> SwitchTicket | None:
+        return next(reversed(self._tickets.values()), None)
+
+    def start(self, plan: SwitchPlan) -> SwitchTicket:
+        """Raises SwitchInProgressError, StaleEpochError, or what `check_plan` raises."""
+        if self.current is not None:
+            raise SwitchInProgressError(
+                f"switch {self.current.ticket.ticket_id} is in phase "
+                f"{self.current.ticket.phase}; wait for it or cancel it."
+            )
+        host = self._host
+        if plan.expected_epoch != host.epoch:
+            raise StaleEpochError(
+                f"the plan was made for epoch {plan.expected_epoch}, the current one is "
+                f"{host.epoch}; plan again from a new snapshot."
+            )
+        check_plan(host.spec, host.deployment, plan)
+        now_s = host.now_s()
+        ticket = SwitchTicket(
+            ticket_id=f"switch-{len(self._tickets):04d}",
+            phase=SwitchPhase.PREPARE,
+            from_key=host.deployment.key,
+            to_key=plan.target.key,
+            from_epoch=host.epoch,
+            started_s=now_s,
+            updated_s=now_s,
+            decision_id=plan.decision_id,
+        )
+        self._tickets[ticket.ticket_id] = ticket
+        self.current = Switch(host, plan, ticket)
+        self._task = asyncio.create_task(self._run(self.current), name=ticket.ticket_id)
+        return ticket
+
+    async def _run(self, switch: Switch) -> None:
+        try:
+            await switch.run()
+        finally:
+            self.current = None
+            self._on_idle()
+
+    def ticket(self, ticket_id: str) -> SwitchTicket:
+        if ticket_id not in self._tickets:
+            raise NotFoundError(f"there is no switch {ticket_id!r}.")
+        return self._tickets[ticket_id]
+
+    def cancel(self, ticket_id: str) -> SwitchTicket:
+        """Ask for a rollback before commit."""
+        ticket = self.ticket(ticket_id)
+        if self.current is not None and self.current.ticket.ticket_id == ticket_id:
+            self.current.cancel()
+        return ticket
+
+    def publish(self, ticket: SwitchTicket) -> None:
+        self._tickets[ticket.ticket_id] = ticket
+        self._log.append(self._host.now_s(), EventKind.SWITCH, ticket=ticket)
+
+    async def watch(self, ticket_id: str) -> AsyncIterator[SwitchTicket]:
+        """Every state of a ticket that can be seen, up to the terminal one."""
+        seen: SwitchTicket | None = None
+        while True:
+            ticket = self.ticket(ticket_id)
+            if ticket != seen:
+                yield (seen := replace(ticket))
+            if ticket.phase.is_terminal:
+                return
+            await self._host.wait_for_change(WATCH_POLL_S)
+
+    async def close(self) -> None:
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
