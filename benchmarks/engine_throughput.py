@@ -14,11 +14,13 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,7 @@ class Engine:
             text=True,
             env=environment,
             cwd=CACHE,  # vLLM's own interpreter must not find this project's packages
+            start_new_session=True,
         )
         if self._read() != "ready":
             raise RuntimeError(f"{name} did not start; see {self._log.name}")
@@ -291,10 +294,11 @@ class Engine:
         self._process.stdin.close()
         try:
             self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        finally:  # whatever it has started, too: vLLM leaves an engine and its workers behind
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        self._log.close()
+            self._log.close()
 
 
 def compare(
