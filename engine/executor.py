@@ -113,7 +113,8 @@ class LocalExecutor:
         return pid
 
     def kill(self, device: int) -> None:
-        self._processes[device].kill()
+        if device in self._processes:
+            self._processes[device].kill()
 
     def close(self) -> None:
         if self._watcher is not None:

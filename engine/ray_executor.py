@@ -203,7 +203,8 @@ class RayExecutor:
     def kill(self, device: int) -> None:
         import ray
 
-        ray.kill(self._actors[device], no_restart=True)
+        if device in self._actors:
+            ray.kill(self._actors[device], no_restart=True)
 
     def close(self) -> None:
         self._stop.set()

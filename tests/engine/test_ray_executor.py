@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,15 +46,17 @@ def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     before = set(descendants())
-    options = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=options)
+    folder = tempfile.mkdtemp(prefix="tw-ray-")  # short: it holds sockets
+    options = {"num_cpus": 2, "object_store_memory": 80_000_000, "temp_dir": folder}
+    cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
     try:
-        cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
+        cluster.add_node(**options)
         cluster.wait_for_nodes(30)
         started = [p for p in descendants() if p not in before]
         yield cluster
     finally:
         cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
     assert_gone(started)
 
 
