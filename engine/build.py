@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.cluster import ClusterSpec, dense_deployment, parse_deployment_key
+from engine.channel import ChannelConfig
+from engine.cluster import ClusterSpec, Deployment, dense_deployment, parse_deployment_key
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
-from engine.executor import LocalExecutor, WorkerConfig
-from engine.migration.plan import check_memory
+from engine.executor import Executor, LocalExecutor, WorkerConfig
+from engine.migration.plan import check_memory, place
 from engine.runtime import EngineRuntime, make_run_dir
+from engine.sockets import make_curve_keys
 from engine.tiny_model import cached_tiny_model
 from engine.weights import read_config, read_model_spec
 
@@ -36,7 +39,7 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
         model = replace(model, max_model_len=config.max_model_len)
     return ClusterSpec(
         num_devices=config.num_workers,
-        devices_per_node=config.num_workers,
+        devices_per_node=config.devices_per_node or config.num_workers,
         device_memory_bytes=round(config.device_memory_mb * 1e6 * config.gpu_memory_utilization),
         link_bytes_per_s=config.link_gb_per_s * 1e9,
         block_size=config.block_size,
@@ -63,6 +66,29 @@ def _profile(path: Path | None) -> dict[str, Any] | None:
     return data
 
 
+def build_channel_config(config: EngineConfig) -> ChannelConfig:
+    """`ipc://` for local workers; `tcp://` with fresh CURVE keys for those of Ray."""
+    if config.executor == "local":
+        return ChannelConfig(heartbeat_timeout_s=config.heartbeat_timeout_s)
+    keys = None if config.trusted_network else make_curve_keys()
+    return ChannelConfig(config.channel_host, keys, config.heartbeat_timeout_s)
+
+
+def build_executor(config: EngineConfig) -> Executor:
+    """Where workers run. Raises InvalidRequestError when Ray is asked for and not installed."""
+    if config.executor == "local":
+        return LocalExecutor()
+    if importlib.util.find_spec("ray") is None:
+        raise InvalidRequestError(
+            "executor is 'ray', but Ray is not installed; pip install 'tidewright[ray]'."
+        )
+    from engine.ray_executor import RayConfig, RayExecutor
+
+    per_node = config.devices_per_node or config.num_workers
+    resource = "GPU" if config.device == "cuda" else "CPU"
+    return RayExecutor(RayConfig(config.ray_address, per_node, resource))
+
+
 def build_runtime(config: EngineConfig) -> EngineRuntime:
     """A runtime that is not started yet. Raises what makes the configuration impossible."""
     model_dir = resolve_model(config.model, config.seed)
@@ -72,12 +98,13 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
     for parallel in set(configs):
         check_memory(spec, parallel)
     profile = _profile(config.profile)
+    executor, channel = build_executor(config), build_channel_config(config)
     run_dir = make_run_dir()
     workers = [
         WorkerConfig(
             device=device,
             run_dir=str(run_dir),
-            model_dir=str(model_dir),
+            model_dir=str(model_dir.resolve()),
             dtype=config.dtype,
             torch_device=config.device,
             block_size=config.block_size,
@@ -86,15 +113,19 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=_eos_token_ids(model_dir),
             enable_prefix_caching=config.enable_prefix_caching,
+            host=channel.host,
+            keys=channel.keys,
         )
         for device in range(config.num_workers)
     ]
+    several = spec.devices_per_node < spec.num_devices
     return EngineRuntime(
         spec,
-        dense_deployment(configs),
-        LocalExecutor(),
+        place(spec, Deployment(()), configs) if several else dense_deployment(configs),
+        executor,
         workers,
         run_dir,
         config.max_queue,
         profile,
+        channel,
     )

@@ -28,9 +28,13 @@ class EngineConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of weights and KV cache"
     )
-    device: Literal["cpu"] = Field("cpu", description="where ranks compute")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where ranks compute: cpu, or cuda (workers share GPUs in turn)"
+    )
     device_memory_mb: float = Field(
-        40.0, gt=0, description="megabytes (1e6) per worker for weights and KV cache"
+        40.0,
+        gt=0,
+        description="megabytes (1e6) per worker for weights and KV cache, also of GPU memory",
     )
     gpu_memory_utilization: float = Field(
         1.0,
@@ -55,7 +59,26 @@ class EngineConfig(BaseModel):
     host: str = Field("127.0.0.1", description="address of both servers")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")
     grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0: any free one")
-    executor: Literal["local"] = Field("local", description="where workers run")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="where workers run: local processes, or ray for several machines"
+    )
+    ray_address: str = Field(
+        "",
+        description="Ray cluster: host:port, auto for this machine's, empty starts one here",
+    )
+    devices_per_node: int | None = Field(
+        None, ge=1, description="workers per machine, with ray; null: all on one"
+    )
+    channel_host: str = Field(
+        "127.0.0.1",
+        description="address of this machine that workers on others reach, with ray",
+    )
+    trusted_network: bool = Field(
+        False, description="with ray: no CURVE keys between engine and workers (true or false)"
+    )
+    heartbeat_timeout_s: float = Field(
+        10.0, gt=0, description="seconds of silence after which a worker is killed"
+    )
     profile: Path | None = Field(None, description="ServingProfile JSON to hand to controllers")
     seed: int = Field(0, ge=0, description="of the tiny model's random weights")
     drain_timeout_s: float = Field(

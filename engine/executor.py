@@ -7,17 +7,27 @@ the engine process itself never imports torch.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from typing import Protocol
 
+from engine.sockets import CurveKeys
+
 STOP_TIMEOUT_S = 5.0
+OnDeath = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """What a worker is told at birth. `run_dir` holds sockets and rendezvous files."""
+    """What a worker is told at birth. `run_dir` holds its engine's sockets and rendezvous files.
+
+    With a `host` (the worker's own address) both go over `tcp://` instead. `stage_tensors` makes
+    groups copy tensors through host memory also where they need not, for tests.
+    """
 
     device: int
     run_dir: str
@@ -31,21 +41,30 @@ class WorkerConfig:
     eos_token_ids: tuple[int, ...]
     group_timeout_s: float = 30.0
     enable_prefix_caching: bool = True
+    engine_endpoint: str = ""  # set by the engine when its socket is bound
+    host: str = ""
+    keys: CurveKeys | None = None
+    stage_tensors: bool = False
 
 
 class Executor(Protocol):
     """Starts one worker per device and tells when one is gone."""
 
-    def start(self, configs: Sequence[WorkerConfig]) -> None: ...
-
-    def sentinel(self, device: int) -> int:
-        """A file descriptor that becomes readable when that worker has ended."""
+    def start(self, configs: Sequence[WorkerConfig], on_death: OnDeath) -> None:
+        """Start them all. `on_death(device)` is called once, from another thread, for each that
+        ends before `close`. Raises UnavailableError when they cannot be had."""
         ...
 
-    def pid(self, device: int) -> int: ...
+    def pid(self, device: int) -> int:
+        """Process id, on the machine where the worker runs."""
+        ...
+
+    def kill(self, device: int) -> None:
+        """End a worker that no longer answers; a no-op for one that has ended."""
+        ...
 
     def close(self) -> None:
-        """End every worker; none is left when this returns."""
+        """End every worker; none is left when this returns, nor is any death told after."""
         ...
 
 
@@ -60,8 +79,10 @@ class LocalExecutor:
 
     def __init__(self) -> None:
         self._processes: dict[int, ForkServerProcess] = {}
+        self._watcher: threading.Thread | None = None
+        self._stop_read, self._stop_write = -1, -1  # a pipe; closing its end stops the watcher
 
-    def start(self, configs: Sequence[WorkerConfig]) -> None:
+    def start(self, configs: Sequence[WorkerConfig], on_death: OnDeath) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["engine.worker"])
         for config in configs:
@@ -70,16 +91,35 @@ class LocalExecutor:
             )
             process.start()
             self._processes[config.device] = process
+        self._stop_read, self._stop_write = os.pipe()
+        sentinels = {process.sentinel: device for device, process in self._processes.items()}
+        self._watcher = threading.Thread(
+            target=self._watch, args=(sentinels, on_death), name="worker-watch", daemon=True
+        )
+        self._watcher.start()
 
-    def sentinel(self, device: int) -> int:
-        return self._processes[device].sentinel
+    def _watch(self, sentinels: dict[int, int], on_death: OnDeath) -> None:
+        while sentinels:
+            for ready in connection.wait([self._stop_read, *sentinels]):
+                if ready == self._stop_read:
+                    return
+                assert isinstance(ready, int)
+                on_death(sentinels.pop(ready))
 
     def pid(self, device: int) -> int:
         pid = self._processes[device].pid
         assert pid is not None
         return pid
 
+    def kill(self, device: int) -> None:
+        self._processes[device].kill()
+
     def close(self) -> None:
+        if self._watcher is not None:
+            os.close(self._stop_write)
+            self._watcher.join()
+            os.close(self._stop_read)
+            self._watcher = None
         for process in self._processes.values():
             process.join(STOP_TIMEOUT_S)
             if process.is_alive():

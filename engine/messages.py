@@ -74,12 +74,21 @@ class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
 # Engine -> worker: calls, each answered by one Reply with the same call_id.
 
 
+class HostStore(Message, frozen=True):
+    """Host the rendezvous store of a group; the reply's endpoint is its address."""
+
+    call_id: int
+    name: str
+
+
 class BuildRank(Message, frozen=True):
-    """Build a rank beside whatever runs: groups, modules, weight storage."""
+    """Build a rank beside whatever runs: groups, modules, weight storage. `store` is the address
+    of its groups' store, empty for a rank alone. The reply's endpoint takes the rank's inputs."""
 
     call_id: int
     spec: RankSpec
     from_disk: bool
+    store: str = ""
 
 
 class OpenTransfer(Message, frozen=True):
@@ -88,6 +97,7 @@ class OpenTransfer(Message, frozen=True):
     call_id: int
     nonce: str
     devices: list[int]
+    store: str = ""
 
 
 class MoveWeights(Message, frozen=True):
@@ -113,10 +123,12 @@ class MoveKv(Message, frozen=True):
 
 
 class Activate(Message, frozen=True):
-    """From now on this rank serves. Followers are activated before their leader."""
+    """From now on this rank serves. Followers are activated before their leader. `peers` are the
+    input endpoints of the replica's ranks, in rank order."""
 
     call_id: int
     replica_id: int
+    peers: list[str] = []
 
 
 class Quiesce(Message, frozen=True):
@@ -195,6 +207,11 @@ class Reply(Message, frozen=True):
     block_tables: list[list[int]] = []
     blocks_to_fill: list[int] = []
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
+    endpoint: str = ""
+
+
+class Beat(Message, frozen=True):
+    """A sign of life, from a thread of its own: a long step is no silence."""
 
 
 class LeaderStats(msgspec.Struct, array_like=True, frozen=True):
@@ -227,7 +244,8 @@ class RankFailed(Message, frozen=True):
 
 
 Call = (
-    BuildRank
+    HostStore
+    | BuildRank
     | OpenTransfer
     | MoveWeights
     | BindRank
@@ -241,8 +259,16 @@ Call = (
     | CloseTransfer
 )
 ToWorker = Call | Submit | Abort | Shutdown
-ToEngine = Hello | Reply | Tokens | RankFailed
-MIGRATION_CALLS = (BuildRank, OpenTransfer, MoveWeights, BindRank, MoveKv, CloseTransfer)
+ToEngine = Hello | Reply | Tokens | RankFailed | Beat
+MIGRATION_CALLS = (
+    HostStore,
+    BuildRank,
+    OpenTransfer,
+    MoveWeights,
+    BindRank,
+    MoveKv,
+    CloseTransfer,
+)
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

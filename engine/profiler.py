@@ -32,7 +32,7 @@ from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.shards import fits
 
-BATCHES = (1, 4, 12)  # sequences per replica
+BATCHES = (1, 4, 12)  # sequences of a step
 CONTEXTS = (24, 160)  # prompt tokens before decoding
 PREFILLS = (8, 64, 128, 224)  # tokens of one prefill step
 NUM_DECODE_STEPS = 10
@@ -89,10 +89,15 @@ class Profiler:
             await asyncio.gather(*(self._token_times(prompt, num_tokens) for _ in range(count)))
         )
 
-    async def _decode_sample(self, batch: int, context: int) -> StepSample:
-        bursts = await self._burst(batch, context, NUM_DECODE_STEPS + 2)
-        gaps = [np.diff(times[2:]) for times in bursts]
-        step_s = float(np.median(np.concatenate(gaps)))
+    async def _decode_gap_s(self, per_replica: int, context: int) -> float:
+        """Median seconds between two tokens of a sequence while that many decode."""
+        bursts = await self._burst(per_replica, context, NUM_DECODE_STEPS + 2)
+        return float(np.median(np.concatenate([np.diff(times[2:]) for times in bursts])))
+
+    async def _decode_sample(self, batch: int, context: int, pp: int, share: float) -> StepSample:
+        """A step of `batch` sequences, from a load that gives each of pp steps in flight as many:
+        a sequence then has a token every pp * share * step_s."""
+        step_s = await self._decode_gap_s(pp * batch, context) / (pp * share)
         middle = context + NUM_DECODE_STEPS / 2
         return StepSample(batch, batch, batch * middle, step_s)
 
@@ -101,22 +106,14 @@ class Profiler:
         step_s = float(np.median([times[1] - times[0] for burst in repeats for times in burst]))
         return StepSample(tokens, 1, float(tokens), step_s)
 
-    async def _stage_share(self, parallel: ParallelConfig, model: StepTimeModel) -> float:
-        """Share of a step in which the slowest stage is busy: pp batches in flight, started one
-        after another, give a token each per pp periods."""
-        if parallel.pp == 1:
+    async def _stage_share(self, pp: int) -> float:
+        """Share of a step in which the slowest stage is busy: how much longer pp sequences wait,
+        each in a step of its own, than one that is alone."""
+        if pp == 1:
             return 1.0
-        context, batch = CONTEXTS[0], BATCHES[1]
-        groups = [self._burst(batch, context + 8 * i, 24) for i in range(parallel.pp)]
-        tasks = []
-        for group in groups:
-            tasks.append(asyncio.create_task(group))
-            await asyncio.sleep(0.6 * model.step_s(batch * context, batch, batch * context))
-        bursts = await asyncio.gather(*tasks)
-        gaps = [np.diff(times[6:-4]) for burst in bursts for times in burst]
-        gap_s = float(np.median(np.concatenate(gaps)))
-        alone_s = model.step_s(batch, batch, batch * (context + 12))
-        return float(np.clip(gap_s / (parallel.pp * alone_s), 1.0 / parallel.pp, 1.0))
+        alone_s = await self._decode_gap_s(1, CONTEXTS[0])
+        full_s = await self._decode_gap_s(pp, CONTEXTS[0])
+        return float(np.clip(full_s / (pp * alone_s), 1.0 / pp, 1.0))
 
     # ---------------------------------------------------------------- one configuration
 
@@ -126,17 +123,17 @@ class Profiler:
         await self._burst(2, 32, 4)  # warm up
         room = self.runtime.spec.model.max_model_len - NUM_DECODE_STEPS - 4
         limit = self.runtime.spec.max_num_batched_tokens
+        pp, share = parallel.pp, await self._stage_share(parallel.pp)
         samples = [
-            await self._decode_sample(batch, min(context, room))
+            await self._decode_sample(batch, min(context, room), pp, share)
             for batch in BATCHES
             for context in CONTEXTS
-            if batch <= self.runtime.spec.max_num_seqs
+            if pp * batch <= self.runtime.spec.max_num_seqs
         ]
         samples += [
             await self._prefill_sample(tokens) for tokens in PREFILLS if tokens <= min(limit, room)
         ]
-        model = fit_step_times(parallel, samples)
-        return replace(model, stage_share=await self._stage_share(parallel, model))
+        return replace(fit_step_times(parallel, samples), stage_share=share)
 
     async def _switch_to(self, parallel: ParallelConfig) -> None:
         runtime = self.runtime
@@ -222,6 +219,7 @@ def main(argv: list[str]) -> int:
     add_arguments(parser, EngineConfig)
     try:
         config = parse_config(parser, EngineConfig, argv)
+        config = config.model_copy(update={"enable_prefix_caching": False})  # every step in full
         with EngineCluster(lambda: build_runtime(config)) as cluster:
             measured = cluster.run(profile(cluster.runtime), timeout_s=600.0)
     except TidewrightError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from engine.parallel import ParallelState
 from engine.request import StepInput
 from engine.runner import ModelRunner
 from engine.scheduler import BatchScheduler
+from engine.sockets import Sockets
 
 DRAIN_TIMEOUT_MS = 10_000
 
@@ -43,6 +43,7 @@ class RankState:
     runner: ModelRunner
     groups: ParallelState
     weights: dict[str, torch.Tensor]  # this rank's shards; storage may be shared with another rank
+    inputs: Any  # PULL socket: steps for a follower, sampled tokens for the leader
 
     @property
     def is_leader(self) -> bool:
@@ -53,9 +54,6 @@ class RankState:
         """The rank that samples: tp rank 0 of the last stage."""
         parallel = self.spec.parallel
         return (parallel.pp - 1) * parallel.tp
-
-    def input_address(self, run_dir: Path, rank: int) -> str:
-        return f"ipc://{run_dir}/in-{self.spec.nonce}-{self.spec.replica_id}-{rank}"
 
     def run_stage(self, step: StepInput) -> tuple[Any, Any]:
         """Run one step through this rank. Returns (result, pending send or None)."""
@@ -71,16 +69,14 @@ class RankState:
 
 
 class Follower:
-    """A rank that runs what its leader sends. Owns one input and perhaps one output socket."""
+    """A rank that runs what its leader sends. Owns perhaps an output socket. `peers` are the
+    input endpoints of all ranks, in rank order."""
 
-    def __init__(self, state: RankState, context: zmq.Context[Any], run_dir: Path) -> None:
-        self.state = state
-        self.inputs = context.socket(zmq.PULL)
-        self.inputs.bind(state.input_address(run_dir, state.spec.rank))
+    def __init__(self, state: RankState, sockets: Sockets, peers: list[str]) -> None:
+        self.state, self.inputs = state, state.inputs
         self._outputs = None
         if state.spec.rank == state.last_stage_rank:
-            self._outputs = context.socket(zmq.PUSH)
-            self._outputs.connect(state.input_address(run_dir, 0))
+            self._outputs = sockets.connect(zmq.PUSH, peers[0])
         self._sending: deque[Any] = deque()
 
     def step(self) -> bool:
@@ -99,7 +95,6 @@ class Follower:
         return True
 
     def close(self) -> None:
-        self.inputs.close(0)
         if self._outputs is not None:
             self._outputs.close(0)
 
@@ -107,26 +102,19 @@ class Follower:
 class Replica:
     """A model copy as its leader rank drives it: batch scheduler and a pipeline of ranks."""
 
-    def __init__(
-        self,
-        state: RankState,
-        scheduler: BatchScheduler,
-        context: zmq.Context[Any],
-        run_dir: Path,
-    ) -> None:
-        self.state, self.scheduler = state, scheduler
+    def __init__(self, state: RankState, scheduler: BatchScheduler) -> None:
+        self.state, self.scheduler, self.inputs = state, scheduler, state.inputs
         self.active = self.paused = False
         parallel: ParallelConfig = state.spec.parallel
         self._depth = parallel.pp
-        self._followers = []
-        for rank in range(1, parallel.num_devices):
-            socket = context.socket(zmq.PUSH)
-            socket.connect(state.input_address(run_dir, rank))
-            self._followers.append(socket)
-        self.inputs = context.socket(zmq.PULL)
-        self.inputs.bind(state.input_address(run_dir, 0))
+        self._followers: list[Any] = []
         self._in_flight: deque[tuple[ScheduledBatch, Any]] = deque()
         self._arrivals = Arrivals(scheduler)
+
+    def activate(self, sockets: Sockets, peers: list[str]) -> None:
+        """Serve from now on. `peers` are the input endpoints of all ranks, in rank order."""
+        self._followers = [sockets.connect(zmq.PUSH, endpoint) for endpoint in peers[1:]]
+        self.active = True
 
     # ---------------------------------------------------------------- steps
 
@@ -214,5 +202,5 @@ class Replica:
         )
 
     def close(self) -> None:
-        for socket in [*self._followers, self.inputs]:
+        for socket in self._followers:
             socket.close(0)

@@ -11,11 +11,12 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.channel import WorkerChannel
+from engine.channel import ChannelConfig, WorkerChannel
 from engine.cluster import (
     Arrival,
     ClusterEvent,
@@ -36,9 +37,6 @@ from engine.events import EventLog
 from engine.executor import Executor, WorkerConfig
 from engine.live_request import RequestStream
 from engine.messages import (
-    Activate,
-    BindRank,
-    BuildRank,
     LeaderStats,
     RankFailed,
     ReleaseRank,
@@ -46,7 +44,7 @@ from engine.messages import (
     Shutdown,
     Tokens,
 )
-from engine.migration.switch import rank_spec
+from engine.rank_calls import activate_ranks, bind_ranks, build_ranks
 from engine.request import SamplingParams
 from engine.request_table import RequestTable
 from engine.router import check_routing
@@ -69,12 +67,14 @@ class EngineRuntime:
         run_dir: Path,
         max_queue: int,
         profile_json: dict[str, Any] | None = None,
+        channel_config: ChannelConfig | None = None,
     ) -> None:
         self.spec, self.profile_json = spec, profile_json
         self.deployment, self.epoch = initial, 0
         self.routing = Routing(tuple(r.replica_id for r in initial.replicas))
         self.failpoint: Callable[[str], None] = lambda name: None
         self._executor, self._worker_configs, self._run_dir = executor, worker_configs, run_dir
+        self._channel_config = channel_config or ChannelConfig()
         self.on_hold: set[int] = set()  # replicas that get no new request
         self._dead_devices: set[int] = set()
         self._stats: dict[int, ReplicaStats] = {}
@@ -94,38 +94,27 @@ class EngineRuntime:
 
     async def start(self) -> None:
         """Start the workers and load the initial deployment from disk. Raises UnavailableError."""
-        self._channel = WorkerChannel(self._run_dir, self._on_message)
+        self._channel = WorkerChannel(
+            self._run_dir, self._channel_config, self._on_message, self._on_silence
+        )
         self._channel.start()
-        await asyncio.to_thread(self._executor.start, self._worker_configs)
-        loop = asyncio.get_running_loop()
-        for config in self._worker_configs:
-            sentinel = self._executor.sentinel(config.device)
-            loop.add_reader(sentinel, self._on_worker_death, config.device, sentinel)
+        loop, endpoint = asyncio.get_running_loop(), self._channel.endpoint
+        configs = [replace(c, engine_endpoint=endpoint) for c in self._worker_configs]
+
+        def on_death(device: int) -> None:
+            loop.call_soon_threadsafe(self._on_worker_death, device)
+
+        await asyncio.to_thread(self._executor.start, configs, on_death)
         for config in self._worker_configs:
             await self._channel.wait_for_hello(config.device, START_TIMEOUT_S)
         await self._load(self.deployment.replicas)
         if self._state == "starting":
             self._state = "serving"
 
-    async def _load(self, replicas: Iterable[Replica]) -> None:
-        ranks = [(r, rank, d) for r in replicas for rank, d in enumerate(r.placement.devices)]
-        await asyncio.gather(
-            *(
-                self.call(d, BuildRank, spec=rank_spec(self.spec, r, rank, "start"), from_disk=True)
-                for r, rank, d in ranks
-            )
-        )
-        await asyncio.gather(
-            *(self.call(d, BindRank, replica_id=r.replica_id) for r, _, d in ranks)
-        )
-        for leaders in (False, True):
-            await asyncio.gather(
-                *(
-                    self.call(d, Activate, replica_id=r.replica_id)
-                    for r, rank, d in ranks
-                    if (rank == 0) == leaders
-                )
-            )
+    async def _load(self, replicas: Sequence[Replica]) -> None:
+        endpoints = await build_ranks(self.call, self.spec, replicas, "start", from_disk=True)
+        await bind_ranks(self.call, replicas)
+        await activate_ranks(self.call, replicas, endpoints)
 
     async def close(self) -> None:
         """End every request and every worker. Safe to call twice."""
@@ -135,15 +124,10 @@ class EngineRuntime:
             shutil.rmtree(self._run_dir, ignore_errors=True)
             return
         self.requests.end_all(RequestStatus.CANCELLED, "abort")
-        loop = asyncio.get_running_loop()
-        for config in self._worker_configs:
+        configs, self._worker_configs = self._worker_configs, []
+        for config in configs:
             self._channel.send(config.device, Shutdown())
-            try:
-                loop.remove_reader(self._executor.sentinel(config.device))
-            except KeyError:
-                continue
         await asyncio.to_thread(self._executor.close)
-        self._worker_configs = []
         await self._channel.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
@@ -231,8 +215,14 @@ class EngineRuntime:
         self.requests.counters.add_growth(replica_id, stats)
         self._measured.set()
 
-    def _on_worker_death(self, device: int, sentinel: int) -> None:
-        asyncio.get_running_loop().remove_reader(sentinel)
+    def _on_silence(self, device: int) -> None:
+        """A rank that gives no sign of life is killed, not waited for."""
+        self._executor.kill(device)
+        self._on_worker_death(device)
+
+    def _on_worker_death(self, device: int) -> None:
+        if device in self._dead_devices or not self._worker_configs:
+            return  # known, or ended by `close`
         logger.error("worker %d died", device)
         self._dead_devices.add(device)
         self._channel.mark_dead(device)

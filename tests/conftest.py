@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,36 +45,50 @@ def tiny_spec(tiny_model_dir: Path) -> ClusterSpec:
 
 @pytest.fixture(scope="session")
 def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., Any]:
-    """open_engine(key, **worker_options): a context manager that gives an `EngineCluster` of four
-    workers."""
+    """open_engine(key): a context manager that gives an `EngineCluster` of four workers. Options
+    are an executor, a ChannelConfig, devices per node, and fields of WorkerConfig by name."""
+    from engine.channel import ChannelConfig
     from engine.executor import LocalExecutor, WorkerConfig
     from engine.facade import EngineCluster
     from engine.runtime import EngineRuntime, make_run_dir
 
-    def build(key: str, options: dict[str, Any]) -> EngineRuntime:
-        run_dir, spec = make_run_dir(), tiny_spec
+    def build(
+        key: str, executor: Any, channel: ChannelConfig, per_node: int, fields: Any
+    ) -> EngineRuntime:
+        run_dir, spec = make_run_dir(), replace(tiny_spec, devices_per_node=per_node)
         workers = [
             WorkerConfig(
                 device=device,
                 run_dir=str(run_dir),
                 model_dir=str(tiny_model_dir),
                 dtype="float32",
-                torch_device="cpu",
                 block_size=spec.block_size,
                 max_model_len=spec.model.max_model_len,
                 max_num_seqs=spec.max_num_seqs,
                 max_num_batched_tokens=spec.max_num_batched_tokens,
                 eos_token_ids=(),
-                **options,
+                host=channel.host,
+                keys=channel.keys,
+                **{"torch_device": "cpu", **fields},
             )
             for device in range(spec.num_devices)
         ]
         initial = dense_deployment(parse_deployment_key(key))
-        return EngineRuntime(spec, initial, LocalExecutor(), workers, run_dir, max_queue=100)
+        return EngineRuntime(
+            spec, initial, executor, workers, run_dir, max_queue=100, channel_config=channel
+        )
 
     @contextmanager
-    def opened(key: str = "4xtp1pp1", **options: Any) -> Iterator[EngineCluster]:
-        with EngineCluster(lambda: build(key, options)) as cluster:
+    def opened(
+        key: str = "4xtp1pp1",
+        executor: Any = None,
+        channel: ChannelConfig | None = None,
+        devices_per_node: int = 4,
+        **fields: Any,
+    ) -> Iterator[EngineCluster]:
+        executor, channel = executor or LocalExecutor(), channel or ChannelConfig()
+        build_it = partial(build, key, executor, channel, devices_per_node, fields)
+        with EngineCluster(build_it) as cluster:
             yield cluster
 
     return opened

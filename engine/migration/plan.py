@@ -30,6 +30,7 @@ from engine.cluster import (
     Transfer,
 )
 from engine.errors import InfeasibleError
+from engine.migration.nodes import keep_within_nodes
 from engine.shards import Shard, num_kv_blocks, rank_shards
 
 KEEP_BONUS_BYTES = 0.25  # below one byte: breaks ties in favour of a rank that can stay
@@ -136,13 +137,26 @@ def _cost_matrix(
     return np.array(rows)
 
 
+def _tp_groups(target: Sequence[ParallelConfig]) -> list[range]:
+    """Rows of the cost matrix that are the tp ranks of one stage."""
+    groups, first = [], 0
+    for parallel in target:
+        groups += [
+            range(first + s * parallel.tp, first + (s + 1) * parallel.tp)
+            for s in range(parallel.pp)
+        ]
+        first += parallel.num_devices
+    return groups
+
+
 def place(
     spec: ClusterSpec,
     current: Deployment,
     target: Sequence[ParallelConfig],
     dead_devices: Iterable[int] = (),
 ) -> Deployment:
-    """The placement of `target` that moves the fewest weight bytes.
+    """The placement of `target` that moves the fewest weight bytes; on several nodes, of those
+    that keep each tp group on the node where it alone would move the fewest.
 
     A replica that keeps its configuration and all its devices keeps its id; others get new ids.
     Raises InfeasibleError when devices, heads or memory do not suffice.
@@ -157,7 +171,11 @@ def place(
             f"the deployment needs {needed} devices, only {len(devices)} are alive; use fewer."
         )
     pairs = _paired_replicas(current, target)
-    _, columns = linear_sum_assignment(_cost_matrix(spec, current, pairs, devices))
+    costs = _cost_matrix(spec, current, pairs, devices)
+    if spec.devices_per_node < spec.num_devices:
+        nodes = [d // spec.devices_per_node for d in devices]
+        costs = keep_within_nodes(costs, _tp_groups(target), nodes)
+    _, columns = linear_sum_assignment(costs)
     next_id = max((r.replica_id for r in current.replicas), default=-1) + 1
     replicas, first = [], 0
     for parallel, kept in pairs:

@@ -24,10 +24,7 @@ from engine.cluster import (
 )
 from engine.errors import UnavailableError
 from engine.messages import (
-    Activate,
     AdoptSequences,
-    BindRank,
-    BuildRank,
     CloseTransfer,
     ImportSequences,
     KvMove,
@@ -35,7 +32,6 @@ from engine.messages import (
     MoveWeights,
     OpenTransfer,
     Quiesce,
-    RankSpec,
     ReleaseRank,
     Reply,
     Resume,
@@ -43,8 +39,15 @@ from engine.messages import (
 )
 from engine.migration.kv import kv_move_bytes, kv_moves, take_copies
 from engine.migration.plan import Binding, bind_sequence
+from engine.rank_calls import (
+    Endpoints,
+    activate_ranks,
+    await_all,
+    bind_ranks,
+    build_ranks,
+    host_store,
+)
 from engine.router import load_of, pick
-from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +107,7 @@ class Switch:
         self.devices = sorted(self._old.devices | plan.target.devices)
         self._cancelled = False
         self._paused_at_s: float | None = None
+        self._endpoints: Endpoints = {}
 
     # ---------------------------------------------------------------- life
 
@@ -150,26 +154,16 @@ class Switch:
         self.ticket = replace(self.ticket, updated_s=self.host.now_s(), **changes)
         self.host.publish(self.ticket)
 
-    async def _all(self, calls: Iterable[Awaitable[Reply]]) -> list[Reply]:
-        """Await every call, then raise the first failure: none is left running."""
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [r for r in results if isinstance(r, Reply)]
-
     # ---------------------------------------------------------------- phases
 
     async def _prepare(self) -> None:
         """Groups, modules and weight storage of the new ranks, beside the old ones."""
-        call, nonce = self.host.call, self.ticket.ticket_id
-        opened = [call(d, OpenTransfer, nonce=nonce, devices=self.devices) for d in self.devices]
-        built = [
-            call(device, BuildRank, spec=rank_spec(self.host.spec, r, rank, nonce), from_disk=False)
-            for r in self.coming
-            for rank, device in enumerate(r.placement.devices)
-        ]
-        await self._all([*opened, *built])
+        call, nonce, devices = self.host.call, self.ticket.ticket_id, self.devices
+        store = await host_store(call, devices[0], f"move-{nonce}")
+        await await_all(
+            call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
+        )
+        self._endpoints = await build_ranks(call, self.host.spec, self.coming, nonce, False)
 
     async def _transfer(self, moved: _Moved) -> None:
         await self._move_weights()
@@ -179,7 +173,7 @@ class Switch:
         self._paused_at_s = self.host.now_s()
         sequences = await self._quiesce()
         await self._import(sequences, moved)
-        moved.kv_replies = await self._all(
+        moved.kv_replies = await await_all(
             self.host.call(d, MoveKv, moves=moved.kv) for d in _ends(moved.kv)
         )
 
@@ -189,20 +183,16 @@ class Switch:
         }
         transfers = list(self.plan.transfers)
         receivers = [replica_on[t.dst] for t in transfers]
-        replies = await self._all(
+        replies = await await_all(
             self.host.call(d, MoveWeights, transfers=transfers, dst_replicas=receivers)
             for d in _ends(transfers)
         )
         check_sums(replies, "weight")
-        await self._all(
-            self.host.call(d, BindRank, replica_id=r.replica_id)
-            for r in self.coming
-            for d in r.placement.devices
-        )
+        await bind_ranks(self.host.call, self.coming)
         self._update(weight_bytes=self.plan.weight_bytes)
 
     async def _quiesce(self) -> list[tuple[Replica, SequenceState]]:
-        replies = await self._all(
+        replies = await await_all(
             self.host.call(_leader(r), Quiesce, replica_id=r.replica_id) for r in self.leaving
         )
         return [
@@ -281,13 +271,7 @@ class Switch:
         """KV arrived as it left, and the new ranks answer: activate them, followers first. They
         have nothing to run before commit. (Weights were checked before they were bound.)"""
         check_sums(moved.kv_replies, "KV")
-        for leaders in (False, True):
-            await self._all(
-                self.host.call(device, Activate, replica_id=r.replica_id)
-                for r in self.coming
-                for rank, device in enumerate(r.placement.devices)
-                if (rank == 0) == leaders
-            )
+        await activate_ranks(self.host.call, self.coming, self._endpoints)
 
     async def _commit(self, moved: _Moved) -> None:
         self.host.commit(self.plan.target, moved.owner)
@@ -308,12 +292,12 @@ class Switch:
         self._end_pause()
 
     async def _release(self) -> None:
-        await self._all(
+        await await_all(
             self.host.call(d, ReleaseRank, replica_id=r.replica_id)
             for r in self.leaving
             for d in r.placement.devices
         )
-        await self._all(self.host.call(d, CloseTransfer) for d in self.devices)
+        await await_all(self.host.call(d, CloseTransfer) for d in self.devices)
 
     async def _roll_back(self, error: Exception) -> None:
         logger.warning("switch %s rolled back: %s", self.ticket.ticket_id, error)
@@ -339,17 +323,6 @@ class Switch:
         if self._paused_at_s is not None:
             self._update(pause_s=self.host.now_s() - self._paused_at_s)
             self._paused_at_s = None
-
-
-def rank_spec(spec: ClusterSpec, replica: Replica, rank: int, nonce: str) -> RankSpec:
-    """What the worker of `rank` is told of `replica`."""
-    return RankSpec(
-        replica_id=replica.replica_id,
-        parallel=replica.parallel,
-        rank=rank,
-        num_blocks=num_kv_blocks(spec, replica.parallel),
-        nonce=nonce,
-    )
 
 
 def check_sums(replies: Sequence[Reply], what: str) -> None:

@@ -1,7 +1,8 @@
 """Moves tensor slices and KV blocks between workers. The plan says what; this only carries it out.
 
 Both ends work through their part of one global order in windows. The first unfinished transfer of
-that order is in the present window of both its ends, so no cycle of waits can arise.
+that order is in the present window of both its ends, so no cycle of waits can arise. Buffers are
+in host memory, also between GPUs: the transfer group is gloo on every device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Checksums = list[tuple[int, int]]
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a contiguous tensor's bytes."""
+    """CRC-32 of the bytes of a contiguous tensor in host memory."""
     return zlib.crc32(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
@@ -39,6 +40,7 @@ def fill_local(
     needs: Sequence[Shard],
     held: dict[str, tuple[Shard, Tensor]],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Storage for a new rank's shards: shared where this device holds the very interval, else
     new, with whatever overlaps copied in."""
@@ -49,13 +51,19 @@ def fill_local(
         if have is not None and (have[0].start, have[0].stop) == (need.start, need.stop):
             weights[need.tensor] = have[1]
             continue
-        weights[need.tensor] = torch.empty(_shard_shape(shapes[need.tensor], need), dtype=dtype)
+        shape = _shard_shape(shapes[need.tensor], need)
+        weights[need.tensor] = torch.empty(shape, dtype=dtype, device=device)
         if have is not None:
             start, stop = max(need.start, have[0].start), min(need.stop, have[0].stop)
             if start < stop:
                 target = shard_view(weights[need.tensor], need, start, stop)
                 target.copy_(shard_view(have[1], have[0], start, stop))
     return weights
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Contiguous and in host memory; the tensor itself where it is both."""
+    return tensor.contiguous().to("cpu")
 
 
 def _fill(view: Tensor, received: Tensor) -> None:
@@ -106,11 +114,10 @@ def move_weights(
     def jobs() -> Iterator[tuple[int, int, bool, Tensor, Callable[[Tensor], None] | None]]:
         for i, transfer in enumerate(transfers):
             if transfer.src == device:
-                buffer = source(transfer).contiguous()
-                yield i, members.index(transfer.dst), True, buffer, None
+                yield i, members.index(transfer.dst), True, to_host(source(transfer)), None
             elif transfer.dst == device:
                 view = target(i, transfer)
-                buffer = torch.empty(view.shape, dtype=view.dtype)
+                buffer = torch.empty(view.shape, dtype=view.dtype, device="cpu")
                 yield i, members.index(transfer.src), False, buffer, partial(_fill, view)
 
     return _exchange(group, jobs())
@@ -133,10 +140,10 @@ def move_kv(
             if move.src == move.dst == device:
                 write(move, read(move))
             elif move.src == device:
-                yield i, members.index(move.dst), True, read(move).contiguous(), None
+                yield i, members.index(move.dst), True, to_host(read(move)), None
             elif move.dst == device:
                 size, dtype = shape(move)
-                buffer = torch.empty(size, dtype=dtype)
+                buffer = torch.empty(size, dtype=dtype, device="cpu")
                 peer = members.index(move.src)
                 yield i, peer, False, buffer, partial(write, move)
 

@@ -1,7 +1,8 @@
 """Iteration-level continuous batching of many replicas, compiled. Pure.
 
 The rules are those of `engine.scheduler.BatchScheduler` (order of service, chunked prefill, block
-budget, preemption) and `engine.router.pick`; tests hold both equal. At one instant steps end
+budget, preemption, micro-batches of a pipeline) without prefix caching, since traces tell no
+tokens, and of `engine.router.pick`; tests hold both equal. At one instant steps end
 first, then requests arrive, then replicas start steps; a step that could start at `until_s` is
 left to the next call, so that cutting a span of time into pieces changes nothing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -139,6 +140,31 @@ def test_a_replica_that_stays_keeps_id_and_devices() -> None:
     target = place(spec, current, parse_deployment_key("2xtp2pp1"))
     assert current.replicas[0] in target.replicas
     assert target.replicas[1].replica_id == 3
+
+
+@given(deployments(8), deployments(8))
+@settings(max_examples=60, deadline=None)
+def test_tp_groups_stay_within_a_node(
+    old: tuple[ParallelConfig, ...], new: tuple[ParallelConfig, ...]
+) -> None:
+    spec = replace(cluster(8), devices_per_node=4)
+    target = place(spec, place(spec, Deployment(()), old), new)
+    assert len(target.devices) == sum(c.num_devices for c in new)
+    for replica in target.replicas:
+        tp, nodes = replica.parallel.tp, [d // 4 for d in replica.placement.devices]
+        if tp <= 4:
+            stages = [nodes[i : i + tp] for i in range(0, len(nodes), tp)]
+            assert all(len(set(stage)) == 1 for stage in stages), target
+
+
+def test_two_groups_take_a_node_each() -> None:
+    spec = replace(cluster(4), devices_per_node=2)
+    current = place(spec, Deployment(()), parse_deployment_key("1xtp4pp1"))
+    target = place(spec, current, parse_deployment_key("2xtp2pp1"))
+    assert sorted(sorted(r.placement.devices) for r in target.replicas) == [[0, 1], [2, 3]]
+    spread = place(replace(spec, devices_per_node=4), current, parse_deployment_key("2xtp2pp1"))
+    moved = [missing_bytes(spec, current, t) for t in (target, spread)]
+    assert moved[0] >= moved[1]  # what staying within nodes costs
 
 
 def test_dead_devices_are_left_out() -> None:

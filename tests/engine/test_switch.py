@@ -6,35 +6,18 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from identity import NUM_TOKENS, Reference, assert_identical, plan_to, prompt, serve
 
-from engine.cluster import (
-    EventKind,
-    KvCostParams,
-    RequestStatus,
-    SwitchPhase,
-    SwitchPlan,
-    SwitchTicket,
-    parse_deployment_key,
-)
+from engine.cluster import EventKind, KvCostParams, RequestStatus, SwitchPhase, SwitchTicket
 from engine.errors import StaleEpochError, SwitchInProgressError
 from engine.facade import EngineCluster
-from engine.migration.plan import plan_switch
 from engine.request import SampleSpec, SamplingParams
-from engine.runtime import EngineRuntime
 from engine.sampler import sample
 
-# A difference below this in the reference (top-2 gap for greedy) excuses another token: the order
-# of sums changes with tp degree and batch shape. Logits agree to 1e-4 (test_model).
-EPSILON = 1e-3
-NUM_TOKENS = 24
-PROMPT_LENGTHS = (3, 17, 40, 96)
 CYCLE = (
     "4xtp1pp1",
     "2xtp2pp1",
@@ -45,97 +28,13 @@ CYCLE = (
     "1xtp1pp4",
     "3xtp1pp1",
 )
-MIGRATE = KvCostParams(1e9, 1.0, 0.01)  # recompute looks endless
 RECOMPUTE = KvCostParams(1.0, 1e9, 0.01)  # the link looks endless
-
-
-@dataclass(frozen=True)
-class Reference:
-    prompt: list[int]
-    tokens: list[int]
-    gaps: list[float]
-
-
-def prompt(length: int, salt: int = 0) -> list[int]:
-    return [(7 * i * i + 31 * i + length + 13 * salt) % 256 for i in range(length)]
-
-
-@pytest.fixture(scope="module")
-def plain_model(tiny_model_dir: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def references(plain_model: Any) -> list[Reference]:
-    """Greedy tokens of transformers, and how far apart its two best logits were."""
-    found = []
-    for length in PROMPT_LENGTHS:
-        ids = torch.tensor([prompt(length)])
-        with torch.inference_mode():
-            out = plain_model.generate(
-                ids,
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            logits = plain_model(out).logits[0, length - 1 : -1]
-        top = logits.topk(2).values
-        found.append(
-            Reference(prompt(length), out[0, length:].tolist(), (top[:, 0] - top[:, 1]).tolist())
-        )
-    return found
 
 
 @pytest.fixture(scope="module")
 def engine(open_engine: Any) -> Iterator[EngineCluster]:
     with open_engine() as cluster:
         yield cluster
-
-
-def plan_to(runtime: EngineRuntime, key: str, kv: KvCostParams = MIGRATE) -> SwitchPlan:
-    target = parse_deployment_key(key)
-    return plan_switch(runtime.spec, runtime.deployment, runtime.epoch, target, kv)
-
-
-async def serve(
-    runtime: EngineRuntime,
-    references: list[Reference],
-    at_token: int,
-    plan: SwitchPlan | None,
-    name: str,
-) -> tuple[list[list[int]], SwitchTicket | None]:
-    """Run one greedy request per reference; apply the plan when the first has `at_token` tokens."""
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    streams = [runtime.generate(f"{name}-{i}", r.prompt, params) for i, r in enumerate(references)]
-    ticket: SwitchTicket | None = None
-
-    async def collect(index: int) -> list[int]:
-        nonlocal ticket
-        tokens: list[int] = []
-        async for chunk in streams[index]:
-            tokens += chunk.token_ids
-            if index == 0 and plan is not None and len(tokens) == at_token:
-                ticket = runtime.apply(plan)
-        return tokens
-
-    async with asyncio.timeout(60):
-        outputs = await asyncio.gather(*(collect(i) for i in range(len(streams))))
-    return list(outputs), await runtime.ended(ticket.ticket_id) if ticket is not None else None
-
-
-def assert_identical(references: list[Reference], outputs: list[list[int]]) -> int:
-    """Tokens equal the reference up to an excused position; the number of excuses."""
-    excused = 0
-    for reference, tokens in zip(references, outputs, strict=True):
-        assert len(tokens) == len(reference.tokens)
-        for position, (expected, token) in enumerate(zip(reference.tokens, tokens, strict=True)):
-            if token != expected:
-                assert reference.gaps[position] < EPSILON, (position, expected, token)
-                excused += 1
-                break  # from here on the contexts differ
-    return excused
 
 
 @pytest.mark.parametrize("at_token", [1, 7, 16])

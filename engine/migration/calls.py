@@ -1,0 +1,185 @@
+"""What a worker does for a switch, on its migration thread: build ranks, move and bind tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from engine.cluster import Transfer
+from engine.executor import WorkerConfig
+from engine.messages import (
+    BindRank,
+    BuildRank,
+    Call,
+    CloseTransfer,
+    HostStore,
+    KvMove,
+    MoveKv,
+    MoveWeights,
+    OpenTransfer,
+    Reply,
+)
+from engine.migration.transfer import fill_local, move_kv, move_weights, shard_view
+from engine.parallel import (
+    GroupConfig,
+    build_gloo,
+    build_parallel_state,
+    host_store,
+    open_store,
+)
+from engine.replica import RankState
+from engine.runner import ModelRunner, load_weights
+from engine.shards import Shard
+from engine.sockets import Sockets
+
+
+def torch_device(config: WorkerConfig) -> torch.device:
+    """Where this worker computes: devices share the GPUs of their machine in turn."""
+    if config.torch_device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError("device is 'cuda', but torch finds no CUDA device; serve with 'cpu'.")
+    return torch.device("cuda", config.device % torch.cuda.device_count())
+
+
+class MigrationCalls:
+    """Executes the MIGRATION_CALLS of one worker, one at a time. Owns the transfer group and the
+    stores that no group has taken yet; `ranks` and `serving` are the worker's."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        device: torch.device,
+        sockets: Sockets,
+        ranks: dict[int, RankState],
+        serving: Mapping[int, Any],
+    ) -> None:
+        self._config, self._sockets, self._ranks, self._serving = config, sockets, ranks, serving
+        self._groups = GroupConfig(
+            config.host, device, config.group_timeout_s, config.stage_tensors
+        )
+        self._hosted: dict[str, Any] = {}  # stores by address, until their group is built
+        self._transfer: tuple[Any, Any] | None = None  # group and its store
+        self._members: list[int] = []
+
+    def execute(self, call: Call) -> Reply:
+        """Carry out one call. Whatever it raises is the reply's error."""
+        match call:
+            case HostStore():
+                return Reply(call.call_id, endpoint=self._host_store(call.name))
+            case OpenTransfer():
+                self._open_transfer(call)
+            case BuildRank():
+                return Reply(call.call_id, endpoint=self._build(call))
+            case MoveWeights():
+                return Reply(call.call_id, checksums=self._move_weights(call))
+            case BindRank():
+                state = self._ranks[call.replica_id]
+                state.runner.bind(state.weights)
+            case MoveKv():
+                return Reply(call.call_id, checksums=self._move_kv(call.moves))
+            case CloseTransfer():
+                self._transfer = None
+                self._hosted.clear()
+        return Reply(call.call_id)
+
+    def _host_store(self, name: str) -> str:
+        config = self._config
+        store, address = host_store(config.run_dir, name, config.host, config.group_timeout_s)
+        self._hosted[address] = store
+        return address
+
+    def _store(self, address: str, size: int) -> Any:
+        hosted = self._hosted.pop(address, None)
+        return hosted or open_store(address, size, self._config.group_timeout_s)
+
+    def _open_transfer(self, call: OpenTransfer) -> None:
+        self._members, size = call.devices, len(call.devices)
+        store = self._store(call.store, size)
+        rank = call.devices.index(self._config.device)
+        self._transfer = (build_gloo(self._groups, store, "move", rank, size), store)
+
+    # ---------------------------------------------------------------- ranks
+
+    def _build(self, call: BuildRank) -> str:
+        """Make the rank and the socket for its inputs; the endpoint of that."""
+        spec, config = call.spec, self._config
+        store = self._store(call.store, spec.parallel.num_devices) if call.store else None
+        groups = build_parallel_state(self._groups, store, spec.parallel, spec.rank)
+        runner = ModelRunner(
+            Path(config.model_dir),
+            spec.parallel,
+            spec.rank,
+            spec.num_blocks,
+            config.block_size,
+            config.dtype,
+            str(self._groups.device),
+            groups.all_reduce if spec.parallel.tp > 1 else None,
+        )
+        if call.from_disk:
+            weights = load_weights(Path(config.model_dir), runner)
+        else:
+            weights = fill_local(
+                runner.spec, runner.shards, self._held(), runner.dtype, self._groups.device
+            )
+        name = f"in-{spec.nonce}-{spec.replica_id}-{spec.rank}"
+        inputs, endpoint = self._sockets.bind(zmq.PULL, name)
+        self._ranks[spec.replica_id] = RankState(spec, runner, groups, weights, inputs)
+        return endpoint
+
+    def _held(self) -> dict[str, tuple[Shard, torch.Tensor]]:
+        """Shards of the rank that serves here, if any."""
+        held: dict[str, tuple[Shard, torch.Tensor]] = {}
+        for replica_id in list(self._serving):
+            state = self._ranks[replica_id]
+            held |= {s.tensor: (s, state.weights[s.tensor]) for s in state.runner.shards}
+        return held
+
+    # ---------------------------------------------------------------- moves
+
+    def _move_weights(self, call: MoveWeights) -> list[tuple[int, int]]:
+        held = self._held()
+
+        def source(transfer: Transfer) -> torch.Tensor:
+            shard, tensor = held[transfer.tensor]
+            return shard_view(tensor, shard, transfer.start, transfer.stop)
+
+        def target(index: int, transfer: Transfer) -> torch.Tensor:
+            state = self._ranks[call.dst_replicas[index]]
+            shard = next(s for s in state.runner.shards if s.tensor == transfer.tensor)
+            return shard_view(state.weights[shard.tensor], shard, transfer.start, transfer.stop)
+
+        assert self._transfer is not None
+        return move_weights(
+            self._transfer[0],
+            self._members,
+            self._config.device,
+            call.transfers,
+            source,
+            target,
+        )
+
+    def _move_kv(self, moves: list[KvMove]) -> list[tuple[int, int]]:
+        def read(move: KvMove) -> torch.Tensor:
+            kv = self._ranks[move.src_replica].runner.kv
+            return kv.read_blocks(move.src_blocks, move.src_layers, move.src_heads)
+
+        def shape(move: KvMove) -> tuple[tuple[int, ...], torch.dtype]:
+            kv = self._ranks[move.dst_replica].runner.kv
+            layers = move.dst_layers[1] - move.dst_layers[0]
+            heads = move.dst_heads[1] - move.dst_heads[0]
+            size = (2, layers, len(move.dst_blocks), kv.block_size, heads, kv.data.shape[5])
+            return size, kv.data.dtype
+
+        def write(move: KvMove, tensor: torch.Tensor) -> None:
+            kv = self._ranks[move.dst_replica].runner.kv
+            kv.write_blocks(move.dst_blocks, move.dst_layers, move.dst_heads, tensor)
+
+        assert self._transfer is not None
+        return move_kv(
+            self._transfer[0], self._members, self._config.device, moves, read, shape, write
+        )

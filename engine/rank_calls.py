@@ -1,0 +1,88 @@
+"""The calls that bring the ranks of replicas to life, at start and in a switch alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from engine.cluster import ClusterSpec, Replica
+from engine.messages import Activate, BindRank, BuildRank, HostStore, RankSpec, Reply
+from engine.shards import num_kv_blocks
+
+CallWorker = Callable[..., Awaitable[Reply]]  # (device, kind, **fields)
+Endpoints = dict[int, list[str]]  # input endpoints of a replica's ranks, in rank order
+
+
+async def await_all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Await every call, then raise the first failure: none is left running."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return list(results)
+
+
+def rank_spec(spec: ClusterSpec, replica: Replica, rank: int, nonce: str) -> RankSpec:
+    """What the worker of `rank` is told of `replica`."""
+    return RankSpec(
+        replica_id=replica.replica_id,
+        parallel=replica.parallel,
+        rank=rank,
+        num_blocks=num_kv_blocks(spec, replica.parallel),
+        nonce=nonce,
+    )
+
+
+async def host_store(call: CallWorker, device: int, name: str) -> str:
+    """Address of a rendezvous store that `device` hosts."""
+    return (await call(device, HostStore, name=name)).endpoint
+
+
+async def build_ranks(
+    call: CallWorker, spec: ClusterSpec, replicas: Sequence[Replica], nonce: str, from_disk: bool
+) -> Endpoints:
+    """Groups, modules, weight storage and input sockets of all ranks of `replicas`."""
+    built = await await_all(_build(call, spec, r, nonce, from_disk) for r in replicas)
+    return {r.replica_id: endpoints for r, endpoints in zip(replicas, built, strict=True)}
+
+
+async def _build(
+    call: CallWorker, spec: ClusterSpec, replica: Replica, nonce: str, from_disk: bool
+) -> list[str]:
+    devices, store = replica.placement.devices, ""
+    if len(devices) > 1:
+        store = await host_store(call, devices[0], f"{nonce}-{replica.replica_id}")
+    replies: list[Reply] = await await_all(
+        call(
+            device,
+            BuildRank,
+            spec=rank_spec(spec, replica, rank, nonce),
+            from_disk=from_disk,
+            store=store,
+        )
+        for rank, device in enumerate(devices)
+    )
+    return [reply.endpoint for reply in replies]
+
+
+async def bind_ranks(call: CallWorker, replicas: Iterable[Replica]) -> None:
+    """All weights are there: bind them."""
+    await await_all(
+        call(device, BindRank, replica_id=r.replica_id)
+        for r in replicas
+        for device in r.placement.devices
+    )
+
+
+async def activate_ranks(
+    call: CallWorker, replicas: Sequence[Replica], endpoints: Endpoints
+) -> None:
+    """The ranks serve from now on: followers first, so that a leader finds them listening."""
+    for leaders in (False, True):
+        await await_all(
+            call(device, Activate, replica_id=r.replica_id, peers=endpoints[r.replica_id])
+            for r in replicas
+            for rank, device in enumerate(r.placement.devices)
+            if (rank == 0) == leaders
+        )
