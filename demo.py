@@ -1,7 +1,8 @@
-"""The main job on one machine: `make demo`, or `make demo TRACE=FILE`.
+"""The main job on one machine: `make demo`, `make demo TRACE=FILE` or `make demo MODEL=smollm2`.
 
 Starts an engine (4 workers, tiny model) and a controller with the shipped policy, replays a window
 of a trace against the OpenAI API, then serves the same window with the deployment kept as it was.
+With --model smollm2 it asks chat questions instead and shows some answers; a rule decides.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from envs.showcase import TrainedPool
+    from envs.chat import ChatTrace
+    from envs.showcase import ShowcaseConfig
     from envs.showcase_report import Showcase
     from envs.workload import Trace
+
+SMOLLM2_PROFILE = Path("configs/profiles/smollm2_cpu4.json")
+SMOLLM2_DEPLOYMENT = "4xtp1pp1"
+RULE = "hysteresis"
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,6 +33,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--model", choices=("tiny", "smollm2"), default="tiny", help="(default tiny)")
     add("--trace", type=Path, help="CSV, gzipped or not (default: the embedded generator)")
     add("--start", type=float, default=0.0, help="of the window in the trace, s (default 0)")
     add("--seconds", type=float, default=60.0, help="length of the replay, s (default 60)")
@@ -56,10 +63,62 @@ def load_window(args: argparse.Namespace, max_tokens: int, console: Console) -> 
     return trace
 
 
+def tiny_showcase(
+    args: argparse.Namespace, console: Console
+) -> tuple[ShowcaseConfig, Trace | ChatTrace]:
+    """The tiny model on the pool that the policy was trained for."""
+    from envs.showcase import ShowcaseConfig, read_trained_pool
+
+    pool = read_trained_pool(args.policy)
+    config = ShowcaseConfig(
+        policy=args.policy,
+        run_dir=Path("runs/demo"),
+        engine_args=pool.engine_args(args.deployment),
+        seed=args.seed,
+    )
+    return config, load_window(args, pool.max_model_len, console)
+
+
+def chat_showcase(
+    args: argparse.Namespace, console: Console
+) -> tuple[ShowcaseConfig, Trace | ChatTrace]:
+    """SmolLM2 on the pool its step times were measured on. Raises CheckpointError."""
+    from engine.build import resolve_model
+    from engine.errors import InvalidRequestError
+    from envs.chat import chat_traffic
+    from envs.showcase import ShowcaseConfig, measured_pool
+
+    if args.trace is not None:
+        raise InvalidRequestError(
+            "a trace has lengths but no words; leave out --trace, or --model smollm2."
+        )
+    resolve_model(args.model)  # before anything is started
+    pool = measured_pool(SMOLLM2_PROFILE, SMOLLM2_DEPLOYMENT)
+    chat = chat_traffic(args.seconds, args.seed)
+    console.print(
+        f"{len(chat.questions)} chat requests in {args.seconds:g} s: quick questions, then "
+        "passages to summarise, then long answers. The shipped policy was trained on step times "
+        f"of the tiny model, so the {RULE} rule decides here, on those of this one "
+        f"({SMOLLM2_PROFILE}).",
+        soft_wrap=True,
+    )
+    config = ShowcaseConfig(
+        policy=args.policy,
+        run_dir=Path("runs/demo-smollm2"),
+        engine_args=(
+            *("--model", args.model, "--dtype", "bfloat16"),
+            *pool.engine_args(args.deployment),
+        ),
+        controller_args=("--rule", RULE, "--profile", str(SMOLLM2_PROFILE)),
+        seed=args.seed,
+    )
+    return config, chat
+
+
 async def run(
-    args: argparse.Namespace, pool: TrainedPool, trace: Trace, console: Console
+    config: ShowcaseConfig, traffic: Trace | ChatTrace, keep: bool, console: Console
 ) -> Showcase:
-    from envs.showcase import RunReport, ShowcaseConfig, run_once
+    from envs.showcase import RunReport, run_once
     from envs.showcase_report import Showcase
     from envs.terminal import build_view
 
@@ -67,19 +126,14 @@ async def run(
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
-    config = ShowcaseConfig(
-        policy=args.policy,
-        run_dir=Path("runs/demo"),
-        engine_args=pool.engine_args(args.deployment),
-        seed=args.seed,
-    )
+    steered_by = "a rule" if "--rule" in config.controller_args else "the policy"
 
     async def serve(mode: str, title: str) -> RunReport:
         with build_view(console) as view:
-            return await run_once(config, trace, mode, title, view)
+            return await run_once(config, traffic, mode, title, view)
 
-    steered = await serve("active", "steered by the policy")
-    kept = None if args.skip_keep else await serve("off", "the same window, deployment kept")
+    steered = await serve("active", f"steered by {steered_by}")
+    kept = await serve("off", "the same window, deployment kept") if keep else None
     return Showcase(steered, kept)
 
 
@@ -90,14 +144,13 @@ def main() -> int:
     from rich.console import Console
 
     from engine.errors import TidewrightError
-    from envs.showcase import read_trained_pool
     from envs.showcase_report import print_report
 
     console = Console()
     try:
-        pool = read_trained_pool(args.policy)
-        trace = load_window(args, pool.max_model_len, console)
-        showcase = asyncio.run(run(args, pool, trace, console))
+        prepare = tiny_showcase if args.model == "tiny" else chat_showcase
+        config, traffic = prepare(args, console)
+        showcase = asyncio.run(run(config, traffic, not args.skip_keep, console))
     except asyncio.CancelledError:
         console.print("Stopped; no process is left.")
         return 130

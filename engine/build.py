@@ -11,7 +11,7 @@ from typing import Any
 from engine.channel import ChannelConfig
 from engine.cluster import ClusterSpec, Deployment, dense_deployment, parse_deployment_key
 from engine.config import EngineConfig
-from engine.errors import InvalidRequestError
+from engine.errors import CheckpointError, InvalidRequestError
 from engine.executor import Executor, LocalExecutor, WorkerConfig
 from engine.migration.plan import check_memory, place
 from engine.runtime import EngineRuntime, make_run_dir
@@ -20,11 +20,20 @@ from engine.tiny_model import cached_tiny_model
 from engine.weights import read_config, read_model_spec
 
 DEFAULT_CACHE_DIR = Path(".cache/models")
+DEMO_MODEL = "smollm2-135m-instruct"  # folder there that engine.demo_model writes
 
 
 def resolve_model(model: str, seed: int = 0) -> Path:
-    """Folder of the checkpoint; "tiny" is the embedded random-weight model, made when missing."""
-    return cached_tiny_model(DEFAULT_CACHE_DIR, seed) if model == "tiny" else Path(model)
+    """Folder of the checkpoint. "tiny" is the embedded random-weight model, made when missing;
+    "smollm2" is the one that `make model` writes: CheckpointError when it has not."""
+    if model == "tiny":
+        return cached_tiny_model(DEFAULT_CACHE_DIR, seed)
+    if model != "smollm2":
+        return Path(model)
+    folder = DEFAULT_CACHE_DIR / DEMO_MODEL
+    if not folder.is_dir():
+        raise CheckpointError(f"model smollm2 is not at {folder} yet; run 'make model' once.")
+    return folder
 
 
 def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
@@ -50,10 +59,15 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
 
 
 def _eos_token_ids(model_dir: Path) -> tuple[int, ...]:
-    eos = read_config(model_dir).get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    """Of config.json and, as chat models may name more there, of generation_config.json."""
+    found: list[int] = []
+    generation = model_dir / "generation_config.json"
+    configs = [read_config(model_dir)]
+    configs += [json.loads(generation.read_text())] if generation.is_file() else []
+    for config in configs:
+        eos = config.get("eos_token_id")
+        found += eos if isinstance(eos, list) else [] if eos is None else [int(eos)]
+    return tuple(dict.fromkeys(found))
 
 
 def _profile(path: Path | None) -> dict[str, Any] | None:
@@ -67,9 +81,15 @@ def _profile(path: Path | None) -> dict[str, Any] | None:
 
 
 def build_channel_config(config: EngineConfig) -> ChannelConfig:
-    """`ipc://` for local workers; `tcp://` with fresh CURVE keys for those of Ray."""
+    """`ipc://` for local workers; `tcp://` with fresh CURVE keys for those of Ray. Raises
+    InvalidRequestError for an address that nobody can connect to."""
     if config.executor == "local":
         return ChannelConfig(heartbeat_timeout_s=config.heartbeat_timeout_s)
+    if config.channel_host in ("", "*", "0.0.0.0", "::"):
+        raise InvalidRequestError(
+            f"channel_host is {config.channel_host!r}, which is no address to connect to; give "
+            "one of this machine's own."
+        )
     keys = None if config.trusted_network else make_curve_keys()
     return ChannelConfig(config.channel_host, keys, config.heartbeat_timeout_s)
 
@@ -113,6 +133,7 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=_eos_token_ids(model_dir),
             enable_prefix_caching=config.enable_prefix_caching,
+            num_threads=config.threads_per_worker,
             host=channel.host,
             keys=channel.keys,
         )

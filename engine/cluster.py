@@ -63,6 +63,18 @@ class ParallelConfig:
         width = size // self.tp
         return tp_rank * width, (tp_rank + 1) * width
 
+    def kv_head_range(self, tp_rank: int, num_kv_heads: int) -> tuple[int, int]:
+        """KV heads [start, stop) of a tensor-parallel rank. With fewer heads than ranks, each head
+        is held by tp / num_kv_heads neighbouring ranks: those whose query heads attend to it."""
+        if self.tp <= num_kv_heads:
+            return self.shard_range(tp_rank, num_kv_heads)
+        if self.tp % num_kv_heads:
+            raise InfeasibleError(
+                f"{num_kv_heads} key/value heads cannot be replicated evenly over tp={self.tp}."
+            )
+        head = tp_rank // (self.tp // num_kv_heads)
+        return head, head + 1
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -165,13 +177,14 @@ class TensorSpec:
 
     `layer` is None for tensors outside the decoder layers; `role` is then "embed" (needed by the
     first stage), "head" (last stage, tp rank 0: the rank that samples), "embed+head" (both: tied
-    embeddings) or "norm" (last stage, all ranks).
+    embeddings) or "norm" (last stage, all ranks). In a layer it is "layer", or "kv" for a key or
+    value projection, which is sliced by whole KV heads (see `ParallelConfig.kv_head_range`).
     `tp_dim` is the dimension that tensor parallelism slices, or None if replicated.
     """
 
     name: str
     shape: tuple[int, ...]
-    role: str  # "layer", "embed", "norm", "head" or "embed+head"
+    role: str  # "layer", "kv", "embed", "norm", "head" or "embed+head"
     layer: int | None = None
     tp_dim: int | None = None
 
@@ -197,14 +210,28 @@ class ModelSpec:
     def kv_bytes_per_token(self, num_layers: int, num_kv_heads: int) -> int:
         return 2 * num_layers * num_kv_heads * self.head_dim * self.dtype_bytes
 
+    def kv_heads_per_rank(self, parallel: ParallelConfig) -> int:
+        """KV heads in a rank's cache; one at least, held by several ranks when tp exceeds them."""
+        return max(1, self.num_kv_heads // parallel.tp)
+
+    def allows_tp(self, tp: int) -> bool:
+        """Whether heads split evenly: tp divides the attention heads, and divides the KV heads or
+        is a multiple of them (each is then replicated)."""
+        kv = self.num_kv_heads
+        return self.num_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0)
+
     def check(self, parallel: ParallelConfig) -> None:
         """Raise InfeasibleError when heads or layers cannot be split like that."""
-        for what, count in (("attention", self.num_heads), ("key/value", self.num_kv_heads)):
-            if count % parallel.tp:
-                raise InfeasibleError(
-                    f"{self.name} has {count} {what} heads, which tp={parallel.tp} does not "
-                    f"divide; choose a tp that divides {count}."
-                )
+        if not self.allows_tp(parallel.tp):
+            allowed = [tp for tp in range(1, self.num_heads + 1) if self.allows_tp(tp)]
+            raise InfeasibleError(
+                f"{self.name} has {self.num_heads} attention heads, which tp={parallel.tp} does "
+                f"not divide; choose tp from {', '.join(map(str, allowed))}."
+                if self.num_heads % parallel.tp
+                else f"{self.name} has {self.num_kv_heads} key/value heads, which "
+                f"tp={parallel.tp} neither divides nor is a multiple of; choose tp from "
+                f"{', '.join(map(str, allowed))}."
+            )
         if parallel.pp > self.num_layers:
             raise InfeasibleError(
                 f"{self.name} has {self.num_layers} layers, pp={parallel.pp} needs at least one "

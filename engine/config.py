@@ -21,13 +21,17 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("tiny", description="checkpoint folder (Hugging Face format), or 'tiny'")
+    model: str = Field(
+        "tiny",
+        description="checkpoint folder (Hugging Face format), 'tiny', or 'smollm2' (make model)",
+    )
     served_model_name: str = Field("", description="name in the API; none: the folder's own")
     num_workers: int = Field(4, ge=1, le=64, description="worker processes, one per device")
     deployment: str = Field("4xtp1pp1", description="initial replicas, e.g. 1xtp2pp1+2xtp1pp1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of weights and KV cache"
     )
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads that a worker computes with")
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where ranks compute: cpu, or cuda (workers share GPUs in turn)"
     )

@@ -41,6 +41,7 @@ class WorkerConfig:
     eos_token_ids: tuple[int, ...]
     group_timeout_s: float = 30.0
     enable_prefix_caching: bool = True
+    num_threads: int = 1
     engine_endpoint: str = ""  # set by the engine when its socket is bound
     host: str = ""
     keys: CurveKeys | None = None
@@ -84,7 +85,7 @@ class LocalExecutor:
 
     def start(self, configs: Sequence[WorkerConfig], on_death: OnDeath) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["engine.worker"])
+        context.set_forkserver_preload(["engine.preload"])
         for config in configs:
             process = context.Process(
                 target=_enter, args=(config,), name=f"worker-{config.device}", daemon=True

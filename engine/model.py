@@ -1,7 +1,8 @@
 """Any supported transformers decoder as one rank of a replica: its stage's layers, its tp slices.
 
-The modules are transformers' own, built on the meta device; linear layers are replaced by this
-rank's slice, the loop over layers is ours, and parameters are bound from outside.
+The modules are transformers' own, built on the meta device and found by the table of
+`engine.architectures`; linear layers are replaced by this rank's slice, the loop over layers is
+ours, and parameters are bound from outside.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from engine.architectures import Architecture
 from engine.attention import ATTENTION_NAME, ForwardContext, paged_attention
-from engine.cluster import ParallelConfig
-from engine.weights import TP_DIM
+from engine.cluster import ModelSpec, ParallelConfig
+from engine.shards import rank_shards
+from engine.weights import read_architecture, read_model_spec
 
 AllReduce = Callable[[Tensor], None]  # sums a tensor over the stage's tp ranks, in place
 
@@ -60,25 +63,40 @@ class ShardedModel:
         self.is_first = self.stage == 0
         self.is_last = self.stage == parallel.pp - 1
         self.samples = self.is_last and parallel.tp_rank_of(rank) == 0
+        self._names = read_architecture(model_dir)
         built = _build_on_meta(model_dir, dtype)
-        decoder, head = built.model, built.lm_head
+        decoder = built.get_submodule(self._names.decoder)
         self.first_layer, stop = parallel.layer_range(self.stage, len(decoder.layers))
         self._layers: list[nn.Module] = list(decoder.layers[self.first_layer : stop])
-        self._rotary: Any = _build_rotary(decoder, device)
+        self._rotary: Any = _build_rotary(decoder, device) if self._names.rotary else None
         self._embed: nn.Module | None = decoder.embed_tokens if self.is_first else None
-        self._norm: nn.Module | None = decoder.norm if self.is_last else None
-        self._head: nn.Linear | None = head if self.samples else None
+        learned = self.is_first and not self._names.rotary
+        self._positions: nn.Module | None = decoder.embed_positions if learned else None
+        self._norm: nn.Module | None = (
+            decoder.get_submodule(self._names.norm) if self.is_last else None
+        )
+        self._head: nn.Linear | None = built.lm_head if self.samples else None
         if tp_all_reduce is not None and parallel.tp > 1:
-            for layer in self._layers:
-                _slice_linears(layer, parallel.tp, dtype, tp_all_reduce)
+            spec = read_model_spec(model_dir, str(dtype).removeprefix("torch."))
+            widths = _shard_widths(spec, parallel, rank)
+            for name, layer in self._named_layers().items():
+                _slice_linears(layer, name, self._names, widths, dtype, tp_all_reduce)
+                _count_own_heads(layer, self._names, spec.num_heads // parallel.tp)
+
+    def _named_layers(self) -> dict[str, nn.Module]:
+        return {self._names.layer(self.first_layer + i): m for i, m in enumerate(self._layers)}
 
     def _owners(self, tied: bool) -> dict[str, nn.Module]:
         """Checkpoint prefix -> module. A tied head answers to the embedding's name."""
-        owners = {f"model.layers.{self.first_layer + i}": m for i, m in enumerate(self._layers)}
-        named = {"model.embed_tokens": self._embed, "model.norm": self._norm}
+        named = {
+            self._names.embedding: self._embed,
+            self._names.positions: self._positions,
+            self._names.final_norm: self._norm,
+        }
         if not tied:
             named["lm_head"] = self._head
-        return owners | {name: module for name, module in named.items() if module is not None}
+        others = {name: module for name, module in named.items() if module is not None}
+        return self._named_layers() | others
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Use these tensors as parameters, without copying: their storage stays the caller's.
@@ -91,7 +109,7 @@ class ShardedModel:
                 _bind_parameter(owner, name, weights[f"{prefix}.{name}"], parameter)
         if tied:
             assert self._head is not None
-            embed = weights["model.embed_tokens.weight"]
+            embed = weights[f"{self._names.embedding}.weight"]
             _bind_parameter(self._head, "weight", embed, self._head.weight)
 
     def forward(self, inputs: Tensor, context: ForwardContext) -> Tensor:
@@ -102,13 +120,16 @@ class ShardedModel:
         hidden = self._embed(inputs) if self._embed is not None else inputs
         hidden = hidden.unsqueeze(0)
         positions = context.positions.unsqueeze(0)
-        embeddings = self._rotary(hidden, position_ids=positions)
+        if self._positions is not None:
+            hidden = hidden + self._positions(None, position_ids=positions)
+        # a layer without rotary embedding takes no notice of None
+        rotary = None if self._rotary is None else self._rotary(hidden, position_ids=positions)
         for layer in self._layers:
             hidden = layer(
                 hidden,
                 attention_mask=None,
                 position_ids=positions,
-                position_embeddings=embeddings,
+                position_embeddings=rotary,
                 use_cache=False,
                 forward_context=context,
             )
@@ -136,20 +157,42 @@ def _build_rotary(decoder: Any, device: torch.device | str) -> Any:
         return type(decoder.rotary_emb)(config=decoder.config)
 
 
-def _slice_linears(layer: nn.Module, tp: int, dtype: torch.dtype, all_reduce: AllReduce) -> None:
-    """Replace a layer's projections by meta-device ones of this rank's shape."""
-    for name, module in list(layer.named_modules()):
-        path, _, leaf = name.rpartition(".")
-        if not isinstance(module, nn.Linear) or leaf not in TP_DIM:
+def _shard_widths(spec: ModelSpec, parallel: ParallelConfig, rank: int) -> dict[str, int]:
+    """Tensor -> length of this rank's shard along the dimension that is sliced."""
+    shards = rank_shards(spec, parallel, rank)
+    return {s.tensor: s.stop - s.start for s in shards if s.dim is not None}
+
+
+def _slice_linears(
+    layer: nn.Module,
+    prefix: str,
+    names: Architecture,
+    widths: Mapping[str, int],
+    dtype: torch.dtype,
+    all_reduce: AllReduce,
+) -> None:
+    """Replace the projections of the layer called `prefix` by meta-device ones of this rank's
+    shape."""
+    for name, axes in names.linears.items():
+        if axes.tp_dim is None:
             continue
-        has_bias, rows, columns = module.bias is not None, module.out_features, module.in_features
+        path, _, leaf = name.rpartition(".")
+        whole: Any = layer.get_submodule(name)
+        width, has_bias = widths[f"{prefix}.{name}.weight"], whole.bias is not None
         with torch.device("meta"):
             narrow = (
-                nn.Linear(columns, rows // tp, has_bias)
-                if TP_DIM[leaf] == 0
-                else RowwiseLinear(columns // tp, rows, has_bias, all_reduce)
+                nn.Linear(whole.in_features, width, has_bias)
+                if axes.tp_dim == 0
+                else RowwiseLinear(width, whole.out_features, has_bias, all_reduce)
             )
         setattr(layer.get_submodule(path), leaf, narrow.to(dtype).requires_grad_(False))
+
+
+def _count_own_heads(layer: nn.Module, names: Architecture, num_heads: int) -> None:
+    """Most layers see from a projection how many heads they have; OPT's are told."""
+    path, _, attribute = names.head_count.rpartition(".")
+    if attribute:
+        setattr(layer.get_submodule(path), attribute, num_heads)
 
 
 def _bind_parameter(owner: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:

@@ -50,11 +50,11 @@ class StepSample:
 
 
 def candidate_configs(runtime: EngineRuntime) -> list[ParallelConfig]:
-    """Configurations that fit this pool: tp a power of two, pp up to four."""
+    """Configurations that fit this pool: tp up to four or eight, pp up to four."""
     spec = runtime.spec
     return [
         parallel
-        for tp in (1, 2, 4, 8)
+        for tp in (1, 2, 3, 4, 8)
         for pp in (1, 2, 3, 4)
         if (parallel := ParallelConfig(tp, pp)).num_devices <= spec.num_devices
         and fits(spec, parallel)

@@ -43,7 +43,7 @@ class RayWorker:
     """The actor. `run` is a worker's whole life; the rest is asked before."""
 
     def __init__(self) -> None:
-        import engine.worker  # noqa: F401  the slow import, while the engine still waits for it
+        import engine.preload  # noqa: F401  the slow import, while the engine still waits for it
 
     def where(self) -> tuple[int, str, str]:
         """(process id, node id, the node's own address)."""
@@ -190,6 +190,7 @@ class RayExecutor:
                 device = self._running.pop(reference)
                 if not self._stop.is_set():
                     _log_end(device, reference)
+                    self.kill(device)  # "unavailable" may come back; the engine is done with it
                     on_death(device)
 
     def pid(self, device: int) -> int:

@@ -54,7 +54,7 @@ class ModelRunner:
             num_layers=stop - first,
             num_blocks=num_blocks,
             block_size=block_size,
-            num_kv_heads=self.spec.num_kv_heads // parallel.tp,
+            num_kv_heads=self.spec.kv_heads_per_rank(parallel),
             head_dim=self.spec.head_dim,
             dtype=self.dtype,
             device=self.device,

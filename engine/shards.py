@@ -25,7 +25,12 @@ def _shard(tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, tp_ra
     if tensor.tp_dim is None:
         return Shard(tensor.name, None, 0, tensor.shape[0], total)
     size = tensor.shape[tensor.tp_dim]
-    start, stop = parallel.shard_range(tp_rank, size)
+    if tensor.role == "kv":  # whole KV heads, shared by ranks when tp exceeds their number
+        first, last = parallel.kv_head_range(tp_rank, model.num_kv_heads)
+        width = size // model.num_kv_heads
+        start, stop = first * width, last * width
+    else:
+        start, stop = parallel.shard_range(tp_rank, size)
     return Shard(tensor.name, tensor.tp_dim, start, stop, total // size * (stop - start))
 
 
@@ -63,10 +68,9 @@ def rank_weight_bytes(model: ModelSpec, parallel: ParallelConfig, rank: int) -> 
 def kv_bytes_per_block(
     model: ModelSpec, parallel: ParallelConfig, rank: int, block_size: int
 ) -> int:
-    """Bytes of one KV block on that rank: its stage's layers, its share of the KV heads."""
+    """Bytes of one KV block on that rank: its stage's layers, its KV heads."""
     first, last = parallel.layer_range(parallel.stage_of(rank), model.num_layers)
-    heads = model.num_kv_heads // parallel.tp
-    return block_size * model.kv_bytes_per_token(last - first, heads)
+    return block_size * model.kv_bytes_per_token(last - first, model.kv_heads_per_rank(parallel))
 
 
 @lru_cache(maxsize=4096)
@@ -86,8 +90,6 @@ def num_kv_blocks(spec: ClusterSpec, parallel: ParallelConfig) -> int:
 
 def fits(spec: ClusterSpec, parallel: ParallelConfig) -> bool:
     """Whether a replica can hold the weights and at least one sequence of the longest length."""
-    if spec.model.num_heads % parallel.tp or spec.model.num_kv_heads % parallel.tp:
-        return False
-    if parallel.pp > spec.model.num_layers:
+    if not spec.model.allows_tp(parallel.tp) or parallel.pp > spec.model.num_layers:
         return False
     return num_kv_blocks(spec, parallel) * spec.block_size >= spec.model.max_model_len

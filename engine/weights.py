@@ -12,6 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from engine.architectures import (
+    Architecture,
+    find_architecture,
+    read_sizes,
+    tensor_specs,
+)
 from engine.cluster import ModelSpec, TensorSpec
 from engine.errors import CheckpointError
 from engine.shards import Shard
@@ -19,23 +25,7 @@ from engine.shards import Shard
 if TYPE_CHECKING:
     import torch
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-# Which dimension of a projection's weight tensor parallelism slices; a bias follows its weight
-# only along dimension 0. The same as transformers' base_model_tp_plan (colwise 0, rowwise 1).
-TP_DIM = {
-    "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1,
-    "gate_proj": 0, "up_proj": 0, "down_proj": 1,
-}  # fmt: skip
-
-
-def tp_dim(name: str) -> int | None:
-    """Dimension of checkpoint tensor `name` that tensor parallelism slices, or None."""
-    module, _, kind = name.rpartition(".")
-    dim = TP_DIM.get(module.rpartition(".")[2])
-    return None if kind == "bias" and dim == 1 else dim
-
 
 # ------------------------------------------------------------------------------------
 # The model as planning sees it
@@ -50,18 +40,19 @@ def read_model_spec(model_dir: Path, dtype: str | None = None) -> ModelSpec:
     """
     model_dir = Path(model_dir)
     config = read_config(model_dir)
-    tensors = _tensor_specs(config, model_dir)
+    architecture = find_architecture(config, model_dir / "config.json")
+    sizes = read_sizes(architecture, config, model_dir / "config.json")
+    tensors = tensor_specs(architecture, config, sizes)
     _check_headers(model_dir, tensors)
-    heads = int(config["num_attention_heads"])
     return ModelSpec(
         name=model_dir.resolve().name,
-        num_layers=int(config["num_hidden_layers"]),
-        num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=_head_dim(config),
-        hidden_size=int(config["hidden_size"]),
-        vocab_size=int(config["vocab_size"]),
-        max_model_len=int(config["max_position_embeddings"]),
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        hidden_size=sizes.hidden_size,
+        vocab_size=sizes.vocab_size,
+        max_model_len=sizes.max_model_len,
         dtype_bytes=DTYPE_BYTES[dtype or checkpoint_dtype(config, model_dir)],
         tensors=tensors,
     )
@@ -73,18 +64,13 @@ def read_config(model_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"model folder {model_dir} does not exist; give a local folder.")
     path = model_dir / "config.json"
     config = _read_json(path)
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED:
-        raise CheckpointError(
-            f"{path} names architecture {architecture}, which is not supported; supported are "
-            f"{', '.join(SUPPORTED)}."
-        )
-    wanted = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
-              "vocab_size", "max_position_embeddings")  # fmt: skip
-    missing = [key for key in wanted if key not in config]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; it is not a complete config.")
+    find_architecture(config, path)
     return config
+
+
+def read_architecture(model_dir: Path) -> Architecture:
+    """The table's entry for a checkpoint. Raises CheckpointError."""
+    return find_architecture(read_config(model_dir), model_dir / "config.json")
 
 
 def checkpoint_dtype(config: Mapping[str, Any], model_dir: Path) -> str:
@@ -95,65 +81,6 @@ def checkpoint_dtype(config: Mapping[str, Any], model_dir: Path) -> str:
             f"{model_dir / 'config.json'} has dtype {name}; supported are {', '.join(DTYPE_BYTES)}."
         )
     return name
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _tensor_specs(config: Mapping[str, Any], model_dir: Path) -> tuple[TensorSpec, ...]:
-    """Every tensor the architecture has, in the order a token meets them."""
-    hidden, vocab = int(config["hidden_size"]), int(config["vocab_size"])
-    tied = bool(config.get("tie_word_embeddings", False))
-    embed_role = "embed+head" if tied else "embed"
-    specs = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), embed_role)]
-    for layer in range(int(config["num_hidden_layers"])):
-        for name, shape in _layer_shapes(config).items():
-            full = f"model.layers.{layer}.{name}"
-            specs.append(TensorSpec(full, shape, "layer", layer, tp_dim(full)))
-    specs.append(TensorSpec("model.norm.weight", (hidden,), "norm"))
-    if not tied:
-        specs.append(TensorSpec("lm_head.weight", (vocab, hidden), "head"))
-    return tuple(specs)
-
-
-def _layer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    architecture = config["architectures"][0]
-    hidden, inner, head = (
-        int(config["hidden_size"]),
-        int(config["intermediate_size"]),
-        _head_dim(config),
-    )
-    q = int(config["num_attention_heads"]) * head
-    kv = int(config.get("num_key_value_heads") or config["num_attention_heads"]) * head
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if architecture == "Qwen3ForCausalLM":
-        shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
-    for name in _biased(config, architecture):
-        shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
-    return shapes
-
-
-def _biased(config: Mapping[str, Any], architecture: str) -> list[str]:
-    """Projections of a layer that have a bias."""
-    qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    if architecture == "Qwen2ForCausalLM":
-        return qkv
-    if architecture == "MistralForCausalLM":
-        return []
-    attention = [*qkv, "self_attn.o_proj"] if config.get("attention_bias") else []
-    mlp = architecture == "LlamaForCausalLM" and config.get("mlp_bias")
-    return attention + (["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] if mlp else [])
 
 
 # ------------------------------------------------------------------------------------
@@ -167,6 +94,7 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
     """
     index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
     if not index.is_file():
+        _check_no_pickle(model_dir, single)
         return dict.fromkeys(_read_header(single), single)
     files = {n: model_dir / f for n, f in _read_json(index).get("weight_map", {}).items()}
     for file in sorted(set(files.values())):
@@ -179,16 +107,34 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
     return files
 
 
+def _check_no_pickle(model_dir: Path, single: Path) -> None:
+    pickled = sorted(model_dir.glob("pytorch_model*.bin"))
+    if pickled and not single.is_file():
+        raise CheckpointError(
+            f"{model_dir} has its weights in {pickled[0].name}, a pickle, and no safetensors file; "
+            "convert it with transformers: from_pretrained, then save_pretrained."
+        )
+
+
+def stored_name(tensor: str, files: Mapping[str, Path]) -> str:
+    """The name under which a checkpoint stores `tensor`: its own, or without "model." when the
+    checkpoint was saved from the model without its head. Raises CheckpointError."""
+    for name in (tensor, tensor.removeprefix("model.")):
+        if name in files:
+            return name
+    where = next(iter(files.values())).parent if files else "the checkpoint"
+    raise CheckpointError(
+        f"tensor {tensor} is in no file of {where}; the checkpoint is incomplete."
+    )
+
+
 def _check_headers(model_dir: Path, tensors: tuple[TensorSpec, ...]) -> None:
     files = tensor_files(model_dir)
     headers = {file: _read_header(file) for file in set(files.values())}
     for tensor in tensors:
-        if tensor.name not in files:
-            raise CheckpointError(
-                f"tensor {tensor.name} is in no file of {model_dir}; the checkpoint is incomplete."
-            )
-        file = files[tensor.name]
-        shape = tuple(headers[file][tensor.name]["shape"])
+        name = stored_name(tensor.name, files)
+        file = files[name]
+        shape = tuple(headers[file][name]["shape"])
         if shape != tensor.shape:
             raise CheckpointError(
                 f"tensor {tensor.name} in {file} has shape {shape}, config.json implies "
@@ -244,9 +190,8 @@ class CheckpointReader:
         """The interval of a tensor that `shard` names, contiguous, in its own memory."""
         import torch
 
-        if shard.tensor not in self._files:
-            raise CheckpointError(f"tensor {shard.tensor} is in no file of the checkpoint.")
-        view = self._file(self._files[shard.tensor]).get_slice(shard.tensor)
+        name = stored_name(shard.tensor, self._files)
+        view = self._file(self._files[name]).get_slice(name)
         interval = slice(shard.start, shard.stop)
         index = (slice(None),) * (shard.dim or 0) + (
             interval if shard.dim is not None else slice(None),

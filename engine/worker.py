@@ -16,6 +16,7 @@ import time
 from multiprocessing import connection, parent_process
 from typing import Any
 
+import numba
 import torch
 import zmq
 
@@ -74,7 +75,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until told to shut down. The only place that ends this process in order."""
-        torch.set_num_threads(1)
+        _use_threads(self.config.num_threads)
         wake = self.sockets.context.socket(zmq.PAIR)
         wake.bind(REPLIES)
         migration = threading.Thread(target=self._migrate, name="migration", daemon=True)
@@ -245,6 +246,11 @@ class Worker:
                 reply = Reply(call.call_id, error=f"{type(error).__name__}: {error}")
             wake.send(encode(reply))
         wake.close(0)
+
+
+def _use_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.get_num_threads()))
 
 
 def _die_with_parent() -> None:

@@ -93,7 +93,7 @@ def random_prompts(trace: Trace, vocab_size: int, seed: int) -> list[list[int]]:
 
 
 @dataclass(slots=True)
-class _TokenClock:
+class TokenClock:
     """When the tokens of one stream came: seconds since it was sent."""
 
     start_s: float
@@ -136,15 +136,13 @@ class Replay:
         return summarise(self.records, time.monotonic() - start_s)
 
     async def _request(self, index: int, arrival_s: float) -> None:
-        clock = _TokenClock(time.monotonic())
+        clock = TokenClock(time.monotonic())
         status, tokens, reason = RequestStatus.FAILED, 0, ""
         try:
             tokens = await self._stream(index, clock)
-            wanted = int(self.trace.output_tokens[index])
-            if tokens == wanted:
+            reason = self._shortfall(index, tokens)
+            if not reason:
                 status = RequestStatus.FINISHED
-            else:
-                reason = f"ended after {tokens} of {wanted} tokens"
         except APIStatusError as error:
             reason = f"HTTP {error.status_code}: {error.message}"
             if error.status_code in REJECTING_STATUS:
@@ -153,7 +151,12 @@ class Replay:
             reason = str(error) or type(error).__name__
         self._record(index, arrival_s, clock, status, tokens, reason)
 
-    async def _stream(self, index: int, clock: _TokenClock) -> int:
+    def _shortfall(self, index: int, tokens: int) -> str:
+        """What a stream that ended without an error lacks; empty when it is whole."""
+        wanted = int(self.trace.output_tokens[index])
+        return "" if tokens == wanted else f"ended after {tokens} of {wanted} tokens"
+
+    async def _stream(self, index: int, clock: TokenClock) -> int:
         """Number of tokens the server says it gave; `clock` is marked as they come."""
         tokens = 0
         stream = await self.client.completions.create(
@@ -177,7 +180,7 @@ class Replay:
         self,
         index: int,
         arrival_s: float,
-        clock: _TokenClock,
+        clock: TokenClock,
         status: RequestStatus,
         tokens: int,
         reason: str,
@@ -189,7 +192,7 @@ class Replay:
             index=index,
             status=status,
             arrival_s=arrival_s,
-            prompt_tokens=len(self.prompts[index]),
+            prompt_tokens=int(self.trace.prompt_tokens[index]),
             output_tokens=tokens,
             latency_s=time.monotonic() - clock.start_s,
             ttft_s=clock.first_s,

@@ -10,18 +10,20 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from controller.build import load_profiled_cluster
 from controller.records import TickRecord
 from controller.remote import RemoteCluster
 from controller.remote_control import RemoteControl
 from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
+from envs.chat import ChatReplay, ChatTrace, build_chat_replay
 from envs.processes import ServerProcess, start_server
 from envs.replay import Replay, ReplaySummary, build_replay
 from envs.workload import Trace, WorkloadConfig, generate
@@ -30,6 +32,7 @@ ENGINE_READY = r"ready: (?P<url>\S+) grpc (?P<grpc>\S+) model (?P<model>\S+)"
 CONTROLLER_READY = r"ready:.* grpc (?P<grpc>\S+)"
 START_TIMEOUT_S = 60.0
 SAMPLE_INTERVAL_S = 0.5
+NUM_ANSWERS = 6  # of a chat, shown in the end
 NUM_BYTE_TOKENS = 256  # prompts draw from token ids below it: bytes, in the tiny model
 
 
@@ -40,12 +43,13 @@ class ShowcaseConfig:
     policy: Path
     run_dir: Path  # logs of both servers, decision logs
     engine_args: tuple[str, ...] = ()
+    controller_args: tuple[str, ...] = ()
     seed: int = 0  # of prompts
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedPool:
-    """The pool that a policy was trained for, as its checkpoint tells."""
+    """The pool that a policy was trained for, as its checkpoint tells; or a measured one."""
 
     deployment: str  # the one that suits the mean load
     max_model_len: int  # tokens
@@ -68,20 +72,28 @@ class TrainedPool:
         )
 
 
+def _pool(spec: Mapping[str, Any], deployment: str) -> TrainedPool:
+    return TrainedPool(
+        deployment=deployment,
+        max_model_len=spec["model"]["max_model_len"],
+        num_workers=spec["num_devices"],
+        device_memory_bytes=spec["device_memory_bytes"],
+        block_size=spec["block_size"],
+        max_num_seqs=spec["max_num_seqs"],
+        max_num_batched_tokens=spec["max_num_batched_tokens"],
+    )
+
+
+def measured_pool(profile: Path, deployment: str) -> TrainedPool:
+    """The pool that a profile was measured on. Raises InvalidRequestError."""
+    return _pool(load_profiled_cluster(profile).to_json()["spec"], deployment)
+
+
 def read_trained_pool(policy: Path) -> TrainedPool:
     """From the checkpoint's manifest. Raises CheckpointError."""
     try:
         manifest = json.loads((policy / "manifest.json").read_text())
-        spec = manifest["cluster"]["spec"]
-        return TrainedPool(
-            deployment=manifest["default_deployment"],
-            max_model_len=spec["model"]["max_model_len"],
-            num_workers=spec["num_devices"],
-            device_memory_bytes=spec["device_memory_bytes"],
-            block_size=spec["block_size"],
-            max_num_seqs=spec["max_num_seqs"],
-            max_num_batched_tokens=spec["max_num_batched_tokens"],
-        )
+        return _pool(manifest["cluster"]["spec"], manifest["default_deployment"])
     except OSError as error:
         raise CheckpointError(
             f"no policy checkpoint at {policy} ({error.strerror}); give the folder that train.py "
@@ -123,6 +135,7 @@ class RunReport:
     switches: tuple[SwitchTicket, ...]
     decision_ids: frozenset[str]
     reasons: tuple[str, ...]  # why requests were rejected or lost, each once
+    answers: tuple[tuple[str, str], ...] = ()  # (question, answer), some, when chat was served
 
 
 def demo_traffic(duration_s: float, seed: int) -> Trace:
@@ -180,6 +193,7 @@ async def running_pool(config: ShowcaseConfig, mode: str) -> AsyncIterator[Pool]
         arguments = [
             *("controller", "--engine", ready["grpc"], "--grpc-port", "0", "--mode", mode),
             *("--policy", str(config.policy), "--log", str(run_dir / "decisions.jsonl")),
+            *config.controller_args,
         ]
         controller = stack.enter_context(
             running_server("controller", arguments, run_dir / "controller.log")
@@ -243,12 +257,20 @@ class Observer:
             await asyncio.to_thread(self.sample)
 
 
+def _build_replay(pool: Pool, traffic: Trace | ChatTrace, seed: int) -> Replay:
+    url = f"{pool.url}/v1"
+    if isinstance(traffic, ChatTrace):
+        return build_chat_replay(url, pool.model, traffic)
+    return build_replay(url, pool.model, traffic, NUM_BYTE_TOKENS, seed)
+
+
 async def run_once(
-    config: ShowcaseConfig, trace: Trace, mode: str, title: str, view: View
+    config: ShowcaseConfig, traffic: Trace | ChatTrace, mode: str, title: str, view: View
 ) -> RunReport:
-    """Start the pool in `mode`, replay `trace`, stop the pool."""
+    """Start the pool in `mode`, replay `traffic`, stop the pool."""
     async with running_pool(config, mode) as pool:
-        replay = build_replay(f"{pool.url}/v1", pool.model, trace, NUM_BYTE_TOKENS, config.seed)
+        replay = _build_replay(pool, traffic, config.seed)
+        trace = replay.trace
         grid_s = await asyncio.to_thread(pool.control.grid_s)
         status = LiveStatus(f"{title}; a decision every {grid_s:g} s", len(trace))
         observer = Observer(pool, replay, status, time.monotonic())
@@ -266,4 +288,5 @@ async def run_once(
         switches=tuple(status.switches),
         decision_ids=frozenset(t.decision_id for t in status.ticks if t.decision_id),
         reasons=tuple(sorted({r.reason for r in replay.records if r.reason})),
+        answers=tuple(replay.samples(NUM_ANSWERS)) if isinstance(replay, ChatReplay) else (),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -87,9 +88,12 @@ def _rows(runs: list[RunReport]) -> list[tuple[str, list[str]]]:
 
 
 def print_report(showcase: Showcase, console: Console) -> None:
-    """The table, every switch with the decision that made it, and why requests went unanswered."""
+    """The table, every switch with the decision that made it, some answers of a chat, and why
+    requests went unanswered."""
     console.print(summary_table(showcase))
     for ticket in showcase.steered.switches:
         console.print(switch_text(ticket), markup=False, soft_wrap=True)
+    for question, answer in showcase.steered.answers:
+        console.print(f"\n> {shorten(question, 100)}\n{answer}", markup=False, soft_wrap=True)
     for reason in showcase.steered.reasons:
         console.print(f"not answered: {reason}", markup=False, soft_wrap=True)

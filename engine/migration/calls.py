@@ -11,6 +11,7 @@ import zmq
 
 from engine.cluster import Transfer
 from engine.executor import WorkerConfig
+from engine.memory import release_memory
 from engine.messages import (
     BindRank,
     BuildRank,
@@ -85,6 +86,7 @@ class MigrationCalls:
             case CloseTransfer():
                 self._transfer = None
                 self._hosted.clear()
+                release_memory()  # the ranks of the old generation are gone, or of a new one
         return Reply(call.call_id)
 
     def _host_store(self, name: str) -> str:
@@ -119,9 +121,11 @@ class MigrationCalls:
             config.dtype,
             str(self._groups.device),
             groups.all_reduce if spec.parallel.tp > 1 else None,
+            num_threads=config.num_threads,
         )
         if call.from_disk:
             weights = load_weights(Path(config.model_dir), runner)
+            release_memory()  # what reading took
         else:
             weights = fill_local(
                 runner.spec, runner.shards, self._held(), runner.dtype, self._groups.device

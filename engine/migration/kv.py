@@ -14,7 +14,20 @@ def _holding(model: ModelSpec, replica: Replica, rank: int) -> tuple[Interval, I
     """(layers, KV heads) that a rank's cache covers, in whole-model numbers."""
     parallel = replica.parallel
     layers = parallel.layer_range(parallel.stage_of(rank), model.num_layers)
-    return layers, parallel.shard_range(parallel.tp_rank_of(rank), model.num_kv_heads)
+    return layers, parallel.kv_head_range(parallel.tp_rank_of(rank), model.num_kv_heads)
+
+
+def _source_ranks(model: ModelSpec, src: Replica, dst_rank: int, dst_device: int) -> list[int]:
+    """Ranks of `src` that together hold every (layer, head) exactly once. Of ranks that hold the
+    same (replicated KV heads), the one on the target's own device, else they take turns."""
+    alike: dict[tuple[Interval, Interval], list[int]] = {}
+    for rank in range(src.parallel.num_devices):
+        alike.setdefault(_holding(model, src, rank), []).append(rank)
+    devices = src.placement.devices
+    return [
+        next((r for r in ranks if devices[r] == dst_device), ranks[dst_rank % len(ranks)])
+        for ranks in alike.values()
+    ]
 
 
 def _intersection(a: Interval, b: Interval) -> Interval | None:
@@ -50,7 +63,8 @@ def kv_moves(
         return
     for dst_rank, dst_device in enumerate(dst.placement.devices):
         dst_layers, dst_heads = _holding(model, dst, dst_rank)
-        for src_rank, src_device in enumerate(src.placement.devices):
+        for src_rank in _source_ranks(model, src, dst_rank, dst_device):
+            src_device = src.placement.devices[src_rank]
             src_layers, src_heads = _holding(model, src, src_rank)
             layers = _intersection(src_layers, dst_layers)
             heads = _intersection(src_heads, dst_heads)

@@ -18,18 +18,18 @@ def keep_within_nodes(
     assignment does. A group that no node has room for is left free.
     """
     forbidding = float(np.abs(costs).sum()) + 1.0
-    shaped, free = costs.copy(), np.ones(len(nodes), dtype=bool)
-    for rows in sorted((list(g) for g in groups if len(g) > 1), key=len, reverse=True):
+    node_of, shaped = np.array(nodes), costs.copy()
+    free = np.ones(len(nodes), dtype=bool)
+    for rows in sorted((np.array(g) for g in groups if len(g) > 1), key=len, reverse=True):
         options = []
         for node in sorted(set(nodes)):
-            columns = np.flatnonzero(free & (np.array(nodes) == node))
+            columns = np.flatnonzero(free & (node_of == node))
             if len(columns) >= len(rows):
-                block = costs[np.ix_(rows, columns)]
+                block = costs[rows][:, columns]
                 chosen = linear_sum_assignment(block)
                 options.append((float(block[chosen].sum()), node, columns[chosen[1]]))
         if options:
             _, node, taken = min(options, key=lambda option: option[:2])
             free[taken] = False
-            elsewhere = np.flatnonzero(np.array(nodes) != node)
-            shaped[np.ix_(rows, elsewhere)] += forbidding
+            shaped[rows] += forbidding * (node_of != node)
     return shaped

@@ -309,8 +309,9 @@ class Switch:
         calls += [
             self.host.call(_leader(r), Resume, replica_id=r.replica_id) for r in self._old.replicas
         ]
-        calls += [self.host.call(d, CloseTransfer) for d in self.devices]
         await asyncio.gather(*calls, return_exceptions=True)
+        closed = (self.host.call(d, CloseTransfer) for d in self.devices)
+        await asyncio.gather(*closed, return_exceptions=True)
         self.host.unhold()
         self._end_pause()
         cancelled = isinstance(error, SwitchCancelledError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,29 @@ def plain_model(tiny_model_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def references(plain_model: Any) -> list[Reference]:
-    """Greedy tokens of transformers, and how far apart its two best logits were."""
+def greedy(plain_model: Any) -> Callable[[list[int], int], Reference]:
+    """greedy(prompt, number of tokens): what transformers generates, and how far apart its two
+    best logits were."""
     import torch
 
-    found = []
-    for length in PROMPT_LENGTHS:
-        ids = torch.tensor([prompt(length)])
-        with torch.inference_mode():
-            out = plain_model.generate(
-                ids,
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            logits = plain_model(out).logits[0, length - 1 : -1]
-        top = logits.topk(2).values
-        found.append(
-            Reference(prompt(length), out[0, length:].tolist(), (top[:, 0] - top[:, 1]).tolist())
+    @torch.inference_mode()
+    def generate(tokens: list[int], num_tokens: int) -> Reference:
+        ids = torch.tensor([tokens])
+        out = plain_model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),  # else token 0 would count as padding
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
-    return found
+        top = plain_model(out).logits[0, len(tokens) - 1 : -1].topk(2).values
+        gaps = (top[:, 0] - top[:, 1]).tolist()
+        return Reference(tokens, out[0, len(tokens) :].tolist(), gaps)
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def references(greedy: Callable[[list[int], int], Reference]) -> list[Reference]:
+    return [greedy(prompt(length), NUM_TOKENS) for length in PROMPT_LENGTHS]

@@ -42,8 +42,14 @@ async def serve(
     name: str,
 ) -> tuple[list[list[int]], SwitchTicket | None]:
     """Run one greedy request per reference; apply the plan when the first has `at_token` tokens."""
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    streams = [runtime.generate(f"{name}-{i}", r.prompt, params) for i, r in enumerate(references)]
+    streams = [
+        runtime.generate(
+            f"{name}-{i}",
+            r.prompt,
+            SamplingParams(max_tokens=len(r.tokens), temperature=0.0, ignore_eos=True),
+        )
+        for i, r in enumerate(references)
+    ]
     ticket: SwitchTicket | None = None
 
     async def collect(index: int) -> list[int]:

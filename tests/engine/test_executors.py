@@ -16,8 +16,11 @@ import zmq
 from identity import NUM_TOKENS, Reference, assert_identical, plan_to, serve
 from zmq.utils.monitor import recv_monitor_message
 
+from engine.build import build_channel_config
 from engine.channel import ChannelConfig
 from engine.cluster import RequestStatus, SwitchPhase
+from engine.config import EngineConfig
+from engine.errors import InvalidRequestError
 from engine.parallel import (
     DirectGroup,
     GroupConfig,
@@ -92,6 +95,19 @@ def test_a_plain_client_does_not_reach_a_socket_with_keys(tmp_path: Path) -> Non
     finally:
         stranger.destroy(linger=0)
         engine.close()
+
+
+def test_options_choose_the_channel() -> None:
+    local = build_channel_config(EngineConfig(heartbeat_timeout_s=3))
+    assert (local.host, local.keys, local.heartbeat_timeout_s) == ("", None, 3.0)
+    first, second = (build_channel_config(EngineConfig(executor="ray")) for _ in range(2))
+    assert first.host == LOOPBACK
+    assert first.keys is not None
+    assert first.keys != second.keys
+    assert first.keys.secret.decode() not in repr(first)
+    assert build_channel_config(EngineConfig(executor="ray", trusted_network=True)).keys is None
+    with pytest.raises(InvalidRequestError, match="channel_host"):
+        build_channel_config(EngineConfig(executor="ray", channel_host="0.0.0.0"))
 
 
 @pytest.mark.parametrize("host", ["", LOOPBACK])

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from identity import NUM_TOKENS, Reference, assert_identical, plan_to, serve
+from identity import NUM_TOKENS, Reference, assert_identical, plan_to, prompt, serve
 
 from engine.channel import ChannelConfig
 from engine.cluster import RequestStatus, SwitchPhase
@@ -23,7 +23,6 @@ from engine.sockets import make_curve_keys
 from envs.processes import start_server
 
 pytest.importorskip("ray", reason="extra 'ray' is not installed")
-pytestmark = pytest.mark.timeout(240)
 READY = r"ready: (http://\S+) grpc (\S+)"
 GONE_TIMEOUT_S = 20.0
 
@@ -69,9 +68,10 @@ def engine(nodes: Any, open_engine: Any) -> Iterator[EngineCluster]:
 
 
 async def lose_node(
-    cluster: EngineCluster, references: list[Reference], lose: Any, left: str
+    cluster: EngineCluster, references: list[Reference], lose: Any, lost: tuple[int, ...]
 ) -> list[list[int]]:
-    """Serve the references twice; call `lose` when the first has four tokens; await `left`."""
+    """Serve the references twice; call `lose` when the first has four tokens; wait until the
+    engine knows the `lost` devices."""
     runtime, outputs = cluster.runtime, [[] for _ in references * 2]
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     streams = [
@@ -86,13 +86,15 @@ async def lose_node(
 
     async with asyncio.timeout(60):
         await asyncio.gather(*(collect(i) for i in range(len(streams))))
-        while runtime.deployment.key != left:
+        while runtime.snapshot().dead_devices != lost:
             await runtime.wait_for_change(1.0)
     return outputs
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_serve_switch_and_lose_a_node(
-    engine: EngineCluster, nodes: Any, references: list[Reference]
+    engine: EngineCluster, nodes: Any, references: list[Reference], greedy: Any
 ) -> None:
     runtime = engine.runtime
     executor = runtime._executor
@@ -102,26 +104,27 @@ def test_serve_switch_and_lose_a_node(
     outputs, _ = engine.run(serve(runtime, references, 0, None, "tp2pp2"), 120)
     assert assert_identical(references, outputs) == 0
 
+    long = [greedy(prompt(length), 150) for length in (40, 60)]
     for key in ("1xtp4pp1", "2xtp2pp1"):  # both move weights and KV between the nodes
         plan = engine.on_loop(lambda key=key: plan_to(runtime, key))
         assert any(homes[t.src] != homes[t.dst] for t in plan.transfers)
-        outputs, ticket = engine.run(serve(runtime, references, 6, plan, key), 120)
+        outputs, ticket = engine.run(serve(runtime, long, 2, plan, key), 120)
         assert ticket is not None
         assert (ticket.phase, ticket.reason) == (SwitchPhase.DONE, "")
-        assert ticket.num_migrated > 0
-        assert assert_identical(references, outputs) == 0
+        assert ticket.num_migrated == len(long)
+        assert assert_identical(long, outputs) == 0
 
     victim = next(n for n in nodes.list_all_nodes() if n.node_id != nodes.head_node.node_id)
     lost = tuple(d for d in range(4) if homes[d] == victim.node_id)
     raylet = victim.all_processes["raylet"][0].process.pid
     outputs = engine.run(
-        lose_node(engine, references, lambda: os.kill(raylet, signal.SIGKILL), "1xtp2pp1"), 120
+        lose_node(engine, references, lambda: os.kill(raylet, signal.SIGKILL), lost), 120
     )
     assert assert_identical(references * 2, outputs) == 0
     ended = [e.outcome for e in runtime.events(0).events if e.outcome is not None]
     assert {o.status for o in ended} == {RequestStatus.FINISHED}
-    assert len(ended) == 5 * len(references)
-    assert engine.snapshot().dead_devices == lost
+    assert len(ended) == 3 * len(references) + 2 * len(long)
+    assert runtime.deployment.key == "1xtp2pp1"
 
 
 def test_an_unreachable_cluster_is_named(open_engine: Any) -> None:
@@ -133,6 +136,8 @@ def test_an_unreachable_cluster_is_named(open_engine: Any) -> None:
         pass
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_the_command_line_starts_a_cluster_and_leaves_nothing(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -7,23 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
+from engine.architectures import ARCHITECTURES
 from engine.cluster import ParallelConfig
 from engine.errors import CheckpointError
 from engine.shards import Shard, rank_shards
 from engine.tiny_model import cached_tiny_model
-from engine.weights import CheckpointReader, load_shard, read_model_spec, tp_dim
+from engine.weights import CheckpointReader, load_shard, read_model_spec
 
 CONFIGS = {
     "LlamaForCausalLM": LlamaConfig,
     "MistralForCausalLM": MistralConfig,
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,
+    "OPTForCausalLM": OPTConfig,
 }
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 128,
+    "ffn_dim": 48,
 }  # fmt: skip
 
 
@@ -42,17 +45,29 @@ def make_checkpoint(folder: Path, architecture: str, **changes: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_tp_dims_agree_with_transformers_plan(architecture: str) -> None:
-    plan = CONFIGS[architecture].base_model_tp_plan
-    dims = {"colwise": 0, "rowwise": 1}
-    for pattern, how in plan.items():
-        assert tp_dim(f"model.{pattern.replace('*', '3')}.weight") == dims.get(how), pattern
-    sliced = {p.rpartition(".")[2] for p, how in plan.items() if how in dims}
-    assert sliced == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert tp_dim("model.layers.0.self_attn.q_proj.bias") == 0
-    assert tp_dim("model.layers.0.self_attn.o_proj.bias") is None
-    assert tp_dim("model.embed_tokens.weight") is None
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if c.base_model_tp_plan])
+def test_tp_dims_agree_with_transformers_plan(name: str) -> None:
+    plan = {"colwise": 0, "rowwise": 1}
+    theirs = {
+        pattern.removeprefix("layers.*."): plan[how]
+        for pattern, how in CONFIGS[name].base_model_tp_plan.items()
+        if how in plan
+    }
+    assert {n: linear.tp_dim for n, linear in ARCHITECTURES[name].linears.items()} == theirs
+
+
+def test_tp_dims_of_tensors(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "OPTForCausalLM")
+    dims = {
+        t.name.removeprefix("model.decoder."): t.tp_dim for t in read_model_spec(folder).tensors
+    }
+    sliced = {n.removeprefix("layers.1."): dim for n, dim in dims.items() if dim is not None}
+    assert {n: dim for n, dim in sliced.items() if not n.startswith("layers.0.")} == {
+        "self_attn.q_proj.weight": 0, "self_attn.q_proj.bias": 0,
+        "self_attn.k_proj.weight": 0, "self_attn.k_proj.bias": 0,
+        "self_attn.v_proj.weight": 0, "self_attn.v_proj.bias": 0,
+        "self_attn.out_proj.weight": 1, "fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -63,6 +78,8 @@ def test_tp_dims_agree_with_transformers_plan(architecture: str) -> None:
         ("MistralForCausalLM", {}),
         ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
         ("Qwen3ForCausalLM", {"attention_bias": True}),
+        ("OPTForCausalLM", {}),
+        ("OPTForCausalLM", {"enable_bias": False, "tie_word_embeddings": False}),
     ],
 )
 def test_the_spec_names_exactly_the_checkpoints_tensors(
@@ -72,13 +89,19 @@ def test_the_spec_names_exactly_the_checkpoints_tensors(
     spec = read_model_spec(folder)
     stored = load_file(folder / "model.safetensors")
     assert {t.name: t.shape for t in spec.tensors} == {n: tuple(t.shape) for n, t in stored.items()}
-    assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (2, 4, 2, 8)
+    heads = (4, 4) if architecture == "OPTForCausalLM" else (4, 2)
+    assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (2, *heads, 8)
     assert (spec.vocab_size, spec.max_model_len, spec.dtype_bytes) == (64, 128, 4)
     roles = {t.name: t.role for t in spec.tensors if t.layer is None}
-    tied = bool(changes.get("tie_word_embeddings"))
-    assert roles["model.embed_tokens.weight"] == ("embed+head" if tied else "embed")
+    tied = changes.get("tie_word_embeddings", architecture == "OPTForCausalLM")
+    embedding = f"{ARCHITECTURES[architecture].embedding}.weight"
+    assert roles.pop(embedding) == ("embed+head" if tied else "embed")
     assert ("lm_head.weight" in roles) is not tied
-    layers = [t for t in spec.tensors if t.role == "layer"]
+    assert {n: r for n, r in roles.items() if "norm" not in n and n != "lm_head.weight"} == (
+        {"model.decoder.embed_positions.weight": "embed"} if heads == (4, 4) else {}
+    )
+    layers = [t for t in spec.tensors if t.layer is not None]
+    assert {t.name.split(".")[-2] for t in layers if t.role == "kv"} == {"k_proj", "v_proj"}
     assert all(t.layer == int(re.findall(r"layers\.(\d+)\.", t.name)[0]) for t in layers)
 
 
