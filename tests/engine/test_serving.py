@@ -248,7 +248,7 @@ def test_generate_streams_tokens_and_text(stub: Any, client: OpenAI) -> None:
     parts = list(stub.Generate(request, timeout=30))
     http = client.completions.create(model="tiny", prompt="abc", max_tokens=8, temperature=0)
     assert "".join(p.text for p in parts) == http.choices[0].text
-    assert [len(p.token_ids) for p in parts] == [1] * 8
+    assert sum(len(p.token_ids) for p in parts) == 8  # waiting tokens come together
     assert parts[-1].finish_reason == "length"
 
 
