@@ -91,7 +91,11 @@ def test_a_completion_streams_the_text_of_the_whole_one(client: OpenAI) -> None:
         )
     )
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage  # by then the prefix cache may know the prompt
+    assert usage is not None
+    assert usage.model_copy(update={"prompt_tokens_details": None}) == whole.usage.model_copy(
+        update={"prompt_tokens_details": None}
+    )
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
 
 
@@ -195,7 +199,7 @@ def test_chat_content_may_come_in_parts(client: OpenAI, served: Served) -> None:
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     response = httpx.post(f"{served.url}/v1/chat/completions", json={"messages": [image]})
     assert response.status_code == 400
-    assert "content" in response.json()["error"]["message"]
+    assert "only text is supported" in response.json()["error"]["message"]
 
 
 def test_overload_is_told_with_retry_after(served: Served, client: OpenAI) -> None:
@@ -244,7 +248,7 @@ def test_generate_streams_tokens_and_text(stub: Any, client: OpenAI) -> None:
     parts = list(stub.Generate(request, timeout=30))
     http = client.completions.create(model="tiny", prompt="abc", max_tokens=8, temperature=0)
     assert "".join(p.text for p in parts) == http.choices[0].text
-    assert [len(p.token_ids) for p in parts] == [1] * 8
+    assert sum(len(p.token_ids) for p in parts) == 8  # waiting tokens come together
     assert parts[-1].finish_reason == "length"
 
 
