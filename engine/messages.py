@@ -58,7 +58,8 @@ class TokenUpdate(msgspec.Struct, array_like=True, frozen=True):
     """The index-th output token of a request; `finish_reason` is "", "stop" or "length".
 
     `logprobs` holds the token's own last, on the first token after those of the prompt; the two
-    counts are given with the last token, the wait before the first step with the first.
+    counts are given with the first and the last token, the wait before the first step with the
+    first.
     """
 
     request_id: str

@@ -7,6 +7,7 @@ hidden states by torch.distributed.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,7 @@ class Replica:
         self._followers: list[Any] = []
         self._in_flight: deque[tuple[ScheduledBatch, Any]] = deque()
         self._arrivals = Arrivals(scheduler)
+        self._submitted_s: dict[str, float] = {}  # of those that have made no step yet
 
     def activate(self, sockets: Sockets, peers: list[str]) -> None:
         """Serve from now on. `peers` are the input endpoints of all ranks, in rank order."""
@@ -135,6 +137,7 @@ class Replica:
         batch = self.scheduler.schedule()
         if batch is None:
             return False
+        self._measure_queueing(batch)
         step = batch.to_step_input()
         if self._followers:
             data = encode(step)
@@ -143,6 +146,15 @@ class Replica:
         result, pending = self.state.run_stage(step)
         self._in_flight.append((batch, pending if pending is not None else result))
         return True
+
+    def _measure_queueing(self, batch: ScheduledBatch) -> None:
+        if not self._submitted_s:
+            return
+        now_s = time.monotonic()
+        for item in batch.items:
+            submitted_s = self._submitted_s.pop(item.seq.request_id, None)
+            if submitted_s is not None:
+                item.seq.queue_s = now_s - submitted_s
 
     def _collect(self, wait_ms: int) -> list[TokenUpdate] | None:
         batch, result = self._in_flight[0]
@@ -161,6 +173,11 @@ class Replica:
 
     def submit(self, state: SequenceState) -> None:
         self.scheduler.add(sequence_of(state))
+        self._submitted_s[state.request_id] = time.monotonic()
+
+    def abort(self, request_id: str) -> None:
+        self._submitted_s.pop(request_id, None)
+        self.scheduler.abort(request_id)
 
     def quiesce(self) -> tuple[list[SequenceState], list[TokenUpdate]]:
         """Finish what is in flight and stand still. Sequences and blocks stay, for a rollback."""
@@ -171,6 +188,7 @@ class Replica:
             if collected is None:
                 raise RuntimeError(f"a step did not end within {DRAIN_TIMEOUT_MS} ms")
             updates += collected
+        self._submitted_s.clear()  # they wait elsewhere from now on
         return [state_of(s) for s in self.scheduler.sequences()], updates
 
     def resume(self) -> None:

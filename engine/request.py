@@ -96,6 +96,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    queue_s: float | None = None  # from submission to its first step here
     arrival: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     pending_logprobs: list[TokenLogprobs] = field(default_factory=list)

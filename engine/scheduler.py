@@ -264,11 +264,13 @@ class BatchScheduler:
         seq.output_token_ids.append(token_id)
         index, reason = len(seq.output_token_ids) - 1, self._finish_reason(seq, token_id)
         logprobs, seq.pending_logprobs = seq.pending_logprobs, []
-        if not reason:
+        if reason:
+            self._remove(seq)
+        elif index:
             return TokenUpdate(seq.request_id, index, token_id, "", logprobs)
-        self._remove(seq)
         counts = seq.num_preemptions, seq.num_cached_tokens
-        return TokenUpdate(seq.request_id, index, token_id, reason, logprobs, *counts)
+        queue_s = None if index else seq.queue_s
+        return TokenUpdate(seq.request_id, index, token_id, reason, logprobs, *counts, queue_s)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> str:
         params = seq.params

@@ -164,7 +164,7 @@ class Worker:
                     self._leader(message.replica_id).submit(message.sequence)
             case Abort():
                 if message.replica_id in self.serving:
-                    self._leader(message.replica_id).scheduler.abort(message.request_id)
+                    self._leader(message.replica_id).abort(message.request_id)
             case Shutdown():
                 self._stopping = True
             case _:

@@ -79,6 +79,7 @@ def test_every_name_is_vllms(engine: EngineCluster, metrics: EngineMetrics) -> N
         "request_time_per_output_token_seconds_sum", "e2e_request_latency_seconds_count",
         "request_decode_time_seconds_bucket", "request_prompt_tokens_bucket",
         "request_generation_tokens_bucket", "cache_config_info",
+        "request_queue_time_seconds_bucket", "request_prefill_time_seconds_bucket",
     ):  # fmt: skip
         assert f"vllm:{name}" in found
 

@@ -118,14 +118,14 @@ def test_recompute_after_preemption_finds_its_blocks() -> None:
     assert (b.num_cached_tokens, scheduler.block_manager.prefix_cache_hits) == (0, 0)
 
 
-def test_counts_for_metrics_and_in_the_last_update() -> None:
+def test_counts_for_metrics_and_in_the_first_and_last_update() -> None:
     scheduler, cache = make_scheduler(), ImitatedCache()
     serve(scheduler, sequence("a", list(range(9)), 1), cache)
     scheduler.add(sequence("b", [*range(8), 40, 41], 2))
     updates: list[TokenUpdate] = []
     while (batch := scheduler.schedule()) is not None:
         updates += scheduler.update(batch, cache.execute(batch.to_step_input()))
-    assert [(u.finish_reason, u.num_cached_tokens) for u in updates] == [("", 0), ("length", 8)]
+    assert [(u.finish_reason, u.num_cached_tokens) for u in updates] == [("", 8), ("length", 8)]
     blocks = scheduler.block_manager
     assert (blocks.prefix_cache_queries, blocks.prefix_cache_hits) == (9 + 10, 8)
 
