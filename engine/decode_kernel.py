@@ -105,40 +105,45 @@ def _mix(values, scores, table, block_size, kv_heads, group, d, first, context, 
             at += d
 
 
+@njit(fastmath=True, error_model="numpy", forceinline=True)
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, rows, tables, offsets, contexts, window, scaling, out
+    query, keys, values, row, table, context, window, scaling, out
 ):
+    """One sequence."""
     block_size, kv_heads = keys.shape[1], keys.shape[2]
     num_heads, head_dim = query.shape[1], query.shape[2]
-    flat_keys, flat_values = keys.reshape(-1), values.reshape(-1)
-    flat_query, flat_out = query.reshape(-1), out.reshape(-1)
     # unsigned indices: numba would test signed ones for negative values in the innermost loops
     d, group, size = u64(head_dim), u64(num_heads // kv_heads), u64(num_heads * head_dim)
-    for s in prange(rows.shape[0]):
-        context = contexts[s]
-        first = max(0, context - window) if window > 0 else 0
+    first = max(0, context - window) if window > 0 else 0
+    q, mixed = np.empty(num_heads * head_dim, f32), np.empty(num_heads * head_dim, f32)
+    scores = np.empty(num_heads * context, f32)
+    flat_query, flat_out, base = query.reshape(-1), out.reshape(-1), u64(row) * size
+    for i in range(size):
+        q[i] = flat_query[base + i] * scaling
+    _score(keys.reshape(-1), q, table, block_size, kv_heads, group, d, first, context, scores)
+    _normalise(scores, num_heads, first, context)
+    _mix(values.reshape(-1), scores, table, block_size, kv_heads, group, d, first, context, mixed)
+    for i in range(size):
+        flat_out[base + i] = mixed[i]
+
+
+# two functions, since numba's files of compiled code do not tell `parallel` apart
+@njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+def _attend_all(  # type: ignore[no-untyped-def]
+    query, keys, values, rows, tables, offsets, contexts, window, scaling, out
+):
+    for s in range(rows.size):
         table = tables[offsets[s] :]
-        q, mixed = np.empty(num_heads * head_dim, f32), np.empty(num_heads * head_dim, f32)
-        scores = np.empty(num_heads * context, f32)
-        base = u64(rows[s]) * size
-        for i in range(size):
-            q[i] = flat_query[base + i] * scaling
-        _score(flat_keys, q, table, block_size, kv_heads, group, d, first, context, scores)
-        _normalise(scores, num_heads, first, context)
-        _mix(flat_values, scores, table, block_size, kv_heads, group, d, first, context, mixed)
-        for i in range(size):
-            flat_out[base + i] = mixed[i]
+        _attend(query, keys, values, rows[s], table, contexts[s], window, scaling, out)
 
 
-_OPTIONS: dict[str, Any] = {
-    "fastmath": True,
-    "nogil": True,
-    "error_model": "numpy",
-    "cache": True,
-}
-_KERNELS: dict[bool, Any] = {
-    parallel: njit(parallel=parallel, **_OPTIONS)(_attend) for parallel in (False, True)
-}
+@njit(fastmath=True, nogil=True, error_model="numpy", cache=True, parallel=True)
+def _attend_all_in_parallel(  # type: ignore[no-untyped-def]
+    query, keys, values, rows, tables, offsets, contexts, window, scaling, out
+):
+    for s in prange(rows.size):
+        table = tables[offsets[s] :]
+        _attend(query, keys, values, rows[s], table, contexts[s], window, scaling, out)
 
 
 def decode_attention(
@@ -162,7 +167,7 @@ def decode_attention(
     window 0 is none. Other rows of out stay as they are. `parallel` spreads the sequences over
     numba's threads.
     """
-    attend = _KERNELS[parallel]
+    attend = _attend_all_in_parallel if parallel else _attend_all
     attend(query, keys, values, rows, tables, offsets, contexts, window, f32(scaling), out)
 
 

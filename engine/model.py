@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from engine.architectures import Architecture
 from engine.attention import ATTENTION_NAME, ForwardContext, paged_attention
 from engine.cluster import ModelSpec, ParallelConfig
+from engine.packing import any_linear
 from engine.shards import rank_shards
 from engine.weights import read_architecture, read_model_spec
 
@@ -27,18 +27,23 @@ AllReduce = Callable[[Tensor], None]  # sums a tensor over the stage's tp ranks,
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
-class RowwiseLinear(nn.Module):
-    """A linear layer whose input columns are split over the tp ranks: the partial products are
-    summed over them, and only then the bias is added."""
+class ShardedLinear(nn.Module):
+    """A linear layer as one rank holds it. Where its input columns are split over the tp ranks
+    (`all_reduce` is given), the partial products are summed over them, and only then the bias is
+    added. `weight` may be packed, see `engine.packing`."""
 
-    def __init__(self, columns: int, rows: int, bias: bool, all_reduce: AllReduce) -> None:
+    def __init__(
+        self, columns: int, rows: int, bias: bool, all_reduce: AllReduce | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self._all_reduce = all_reduce
 
     def forward(self, x: Tensor) -> Tensor:
-        out = linear(x, self.weight)
+        if self._all_reduce is None:
+            return any_linear(x, self.weight, self.bias)
+        out = any_linear(x, self.weight, None)
         self._all_reduce(out)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -75,13 +80,12 @@ class ShardedModel:
         self._norm: nn.Module | None = (
             decoder.get_submodule(self._names.norm) if self.is_last else None
         )
-        self._head: nn.Linear | None = built.lm_head if self.samples else None
-        if tp_all_reduce is not None and parallel.tp > 1:
-            spec = read_model_spec(model_dir, str(dtype).removeprefix("torch."))
-            widths = _shard_widths(spec, parallel, rank)
-            for name, layer in self._named_layers().items():
-                _slice_linears(layer, name, self._names, widths, dtype, tp_all_reduce)
-                _count_own_heads(layer, self._names, spec.num_heads // parallel.tp)
+        self._head = _replace(built.lm_head, dtype) if self.samples else None
+        spec = read_model_spec(model_dir, str(dtype).removeprefix("torch."))
+        widths = _shard_widths(spec, parallel, rank)
+        for name, layer in self._named_layers().items():
+            _slice_linears(layer, name, self._names, widths, dtype, tp_all_reduce)
+            _count_own_heads(layer, self._names, spec.num_heads // parallel.tp)
 
     def _named_layers(self) -> dict[str, nn.Module]:
         return {self._names.layer(self.first_layer + i): m for i, m in enumerate(self._layers)}
@@ -97,6 +101,16 @@ class ShardedModel:
             named["lm_head"] = self._head
         others = {name: module for name, module in named.items() if module is not None}
         return self._named_layers() | others
+
+    def packable(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Names of the weights that only linear layers read; a tied head's is an embedding too."""
+        tied = "lm_head.weight" not in weights
+        return [
+            f"{prefix}.{name}.weight".replace("..", ".")
+            for prefix, owner in self._owners(tied).items()
+            for name, module in owner.named_modules()
+            if isinstance(module, ShardedLinear)
+        ]
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Use these tensors as parameters, without copying: their storage stays the caller's.
@@ -169,23 +183,38 @@ def _slice_linears(
     names: Architecture,
     widths: Mapping[str, int],
     dtype: torch.dtype,
-    all_reduce: AllReduce,
+    all_reduce: AllReduce | None,
 ) -> None:
     """Replace the projections of the layer called `prefix` by meta-device ones of this rank's
     shape."""
     for name, axes in names.linears.items():
-        if axes.tp_dim is None:
-            continue
         path, _, leaf = name.rpartition(".")
         whole: Any = layer.get_submodule(name)
-        width, has_bias = widths[f"{prefix}.{name}.weight"], whole.bias is not None
-        with torch.device("meta"):
-            narrow = (
-                nn.Linear(whole.in_features, width, has_bias)
-                if axes.tp_dim == 0
-                else RowwiseLinear(width, whole.out_features, has_bias, all_reduce)
-            )
-        setattr(layer.get_submodule(path), leaf, narrow.to(dtype).requires_grad_(False))
+        width = widths.get(f"{prefix}.{name}.weight")
+        match axes.tp_dim:
+            case 0:
+                narrow = _replace(whole, dtype, rows=width)
+            case 1:
+                narrow = _replace(whole, dtype, columns=width, all_reduce=all_reduce)
+            case _:
+                narrow = _replace(whole, dtype)
+        setattr(layer.get_submodule(path), leaf, narrow)
+
+
+def _replace(
+    whole: nn.Linear,
+    dtype: torch.dtype,
+    columns: int | None = None,
+    rows: int | None = None,
+    all_reduce: AllReduce | None = None,
+) -> ShardedLinear:
+    """On the meta device; sizes that are not given are the whole layer's."""
+    has_bias = whole.bias is not None
+    with torch.device("meta"):
+        narrow = ShardedLinear(
+            columns or whole.in_features, rows or whole.out_features, has_bias, all_reduce
+        )
+    return narrow.to(dtype).requires_grad_(False)
 
 
 def _count_own_heads(layer: nn.Module, names: Architecture, num_heads: int) -> None:

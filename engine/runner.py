@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from engine.cluster import ParallelConfig
 from engine.decode_kernel import compile_for
 from engine.kv_cache import KvCache
 from engine.model import AllReduce, ShardedModel
+from engine.packing import can_pack, pack
 from engine.request import StepInput, StepOutput, TokenLogprobs
 from engine.sampler import sample, token_logprobs
 from engine.shards import Shard, rank_shards
@@ -68,8 +69,12 @@ class ModelRunner:
         """What `bind` needs, under `Shard.tensor`."""
         return rank_shards(self.spec, self.parallel, self.rank)
 
-    def bind(self, weights: Mapping[str, Tensor]) -> None:
-        """Use these tensors (this rank's shards) as parameters, without copying them."""
+    def bind(self, weights: MutableMapping[str, Tensor]) -> None:
+        """Use these tensors (this rank's shards) as parameters, without copying them. On the CPU
+        those of linear layers are packed first: each takes its plain form's place in `weights`."""
+        if self.device.type == "cpu" and not self._plain and can_pack(self.dtype):
+            for name in self.model.packable(weights):
+                weights[name] = pack(weights[name])
         self.model.bind(weights)
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.cluster import ModelSpec, Transfer
 from engine.messages import KvMove
+from engine.packing import dense
 from engine.shards import Shard
 
 WINDOW = 8  # transfers in flight per worker: bounds the staging memory
@@ -29,7 +30,9 @@ def checksum(tensor: Tensor) -> int:
 
 
 def shard_view(tensor: Tensor, held: Shard, start: int, stop: int) -> Tensor:
-    """The part [start, stop) (in whole-tensor coordinates) of a rank's shard."""
+    """The part [start, stop) (in whole-tensor coordinates) of a rank's shard; of a packed one, of
+    a copy."""
+    tensor = dense(tensor)
     if held.dim is None:
         return tensor
     return tensor.narrow(held.dim, start - held.start, stop - start)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from engine.block_manager import BlockManager
 from engine.cluster import ParallelConfig
 from engine.errors import InfeasibleError
+from engine.packing import dense
 from engine.request import SampleSpec, SamplingParams, Sequence, StepInput
 from engine.runner import ModelRunner, load_weights
 from engine.scheduler import BatchScheduler
@@ -49,15 +50,22 @@ def test_bound_weights_are_shared_and_checked(tiny: Path) -> None:
     first, second = (ModelRunner(tiny, parallel, 1, 4, BLOCK, "float32", "cpu") for _ in range(2))
     weights = load_weights(tiny, first)
     assert set(weights) == {s.tensor for s in first.shards}
-    pointers = {t.data_ptr() for t in weights.values()}
+    plain = dict(weights)
+    first.bind(weights)
+    shared = dict(weights)
+    second.bind(weights)
+    assert all(weights[name] is shared[name] for name in weights)  # packed once
+    for name, tensor in weights.items():
+        assert torch.equal(dense(tensor), plain[name])
+    pointers = {t.data_ptr() for t in weights.values() if not t.is_mkldnn}
     for runner in (first, second):
-        runner.bind(weights)
         modules = [*runner.model._layers, runner.model._norm, runner.model._head]
-        held = {p.data_ptr() for m in modules if m is not None for p in m.parameters()}
-        assert held == pointers
+        parameters = [p for m in modules if m is not None for p in m.parameters()]
+        assert {p.data_ptr() for p in parameters if not p.is_mkldnn} == pointers
+        assert len(parameters) == len(weights)
     name = "model.layers.5.mlp.down_proj.weight"
     with pytest.raises(AssertionError, match="down_proj"):
-        first.bind(weights | {name: weights[name][:, :-1]})
+        first.bind(weights | {name: plain[name][:, :-1]})
     with pytest.raises(KeyError, match="down_proj"):
         first.bind({n: t for n, t in weights.items() if n != name})
 
