@@ -109,8 +109,9 @@ def build_executor(config: EngineConfig) -> Executor:
     return RayExecutor(RayConfig(config.ray_address, per_node, resource))
 
 
-def build_runtime(config: EngineConfig) -> EngineRuntime:
-    """A runtime that is not started yet. Raises what makes the configuration impossible."""
+def build_runtime(config: EngineConfig, executor: Executor | None = None) -> EngineRuntime:
+    """A runtime that is not started yet, on the given executor or the configuration's. Raises what
+    makes the configuration impossible."""
     model_dir = resolve_model(config.model, config.seed)
     spec = build_cluster_spec(config, model_dir)
     configs = parse_deployment_key(config.deployment)
@@ -118,7 +119,7 @@ def build_runtime(config: EngineConfig) -> EngineRuntime:
     for parallel in set(configs):
         check_memory(spec, parallel)
     profile = _profile(config.profile)
-    executor, channel = build_executor(config), build_channel_config(config)
+    executor, channel = executor or build_executor(config), build_channel_config(config)
     run_dir = make_run_dir()
     workers = [
         WorkerConfig(

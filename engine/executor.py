@@ -76,9 +76,10 @@ def _enter(config: WorkerConfig) -> None:
 
 
 class LocalExecutor:
-    """One forkserver process per device on this machine."""
+    """One forkserver process per device on this machine. `target` is what each runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Callable[[WorkerConfig], None] = _enter) -> None:
+        self._target = target
         self._processes: dict[int, ForkServerProcess] = {}
         self._watcher: threading.Thread | None = None
         self._stop_read, self._stop_write = -1, -1  # a pipe; closing its end stops the watcher
@@ -91,7 +92,7 @@ class LocalExecutor:
         context.set_forkserver_preload(["engine.preload"])
         for config in configs:
             process = context.Process(
-                target=_enter, args=(config,), name=f"worker-{config.device}", daemon=True
+                target=self._target, args=(config,), name=f"worker-{config.device}", daemon=True
             )
             process.start()
             self._processes[config.device] = process

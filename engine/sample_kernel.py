@@ -15,14 +15,20 @@ from numpy.typing import NDArray
 
 f32, f64, u32 = np.float32, np.float64, np.uint32
 NUM_BINS = (0x3F800000 >> 16) + 1  # of the upper 16 bits of weights from 0 to 1
-RUN = 256  # tokens whose weights are summed before the sum is compared
+LANES = 64  # partial results of a reduction: one alone would wait for itself
+RUN = 4 * LANES  # tokens whose weights are summed before the sum is compared
 
 
 @njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
 def _weigh(logits, temperature, weights):  # type: ignore[no-untyped-def]
-    """Fill weights [V]; returns their sum."""
-    top = logits[0]
-    for i in range(logits.size):
+    """Fill weights [V]."""
+    lanes = np.full(LANES, -np.inf, f32)
+    whole = logits.size // LANES * LANES
+    for begin in range(0, whole, LANES):
+        for j in range(LANES):
+            lanes[j] = max(lanes[j], logits[begin + j])
+    top = lanes.max()
+    for i in range(whole, logits.size):
         top = max(top, logits[i])
     scale = f32(1.0) / temperature
     for i in range(logits.size):
@@ -39,11 +45,23 @@ def _weigh(logits, temperature, weights):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
-def _sum(weights, begin, end):  # type: ignore[no-untyped-def]
-    total = f32(0.0)
-    for i in range(begin, end):
-        total += weights[i]
-    return f64(total)
+def _run_sums(weights, sums):  # type: ignore[no-untyped-def]
+    """Fill sums [ceil(V / RUN)] with the weight of each run of tokens; returns that of all."""
+    lanes = np.empty(LANES, f32)
+    total = f64(0.0)
+    for run in range(sums.size):
+        begin, end = run * RUN, min((run + 1) * RUN, weights.size)
+        whole = begin + (end - begin) // LANES * LANES
+        lanes[:] = f32(0.0)
+        for at in range(begin, whole, LANES):
+            for j in range(LANES):
+                lanes[j] += weights[at + j]
+        here = f64(lanes.sum())
+        for i in range(whole, end):
+            here += f64(weights[i])
+        sums[run] = here
+        total += here
+    return total
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -61,12 +79,13 @@ def _walk(counts, masses, highest, max_count, max_mass, count, mass):  # type: i
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _cut(weights, bits, counts, masses, max_count, max_mass):  # type: ignore[no-untyped-def]
+def _cut(weights, counts, masses, max_count, max_mass):  # type: ignore[no-untyped-def]
     """The likeliest tokens until `max_count` of them or `max_mass` are reached. A radix select: the
     histogram of the upper 16 bits is given, two more of 8 bits each lead to one weight.
 
     Returns (lowest kept weight, how many tokens of just that weight are kept, mass kept).
     """
+    bits = weights.view(np.uint32)
     prefix, count, mass = _walk(counts, masses, NUM_BINS - 1, max_count, max_mass, 0, f64(0.0))
     if prefix < 0:
         return f32(0.0), weights.size, mass
@@ -99,34 +118,42 @@ def _cut(weights, bits, counts, masses, max_count, max_mass):  # type: ignore[no
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _count(weights, bits, floor, counts, masses):  # type: ignore[no-untyped-def]
-    """Histogram of the weights of at least `floor` by their upper 16 bits."""
-    counts[:] = 0
-    masses[:] = 0.0
+def _at_least(weights, floor, found):  # type: ignore[no-untyped-def]
+    """Weights of at least `floor`, in `found`; without a branch, which nothing could predict."""
+    size = 0
     for i in range(weights.size):
-        if weights[i] >= floor:
-            bin = bits[i] >> u32(16)
-            counts[bin] += 1
-            masses[bin] += f64(weights[i])
+        found[size] = weights[i]
+        size += weights[i] >= floor
+    return found[:size]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _keep_likeliest(weights, top_k, top_p, counts, masses):  # type: ignore[no-untyped-def]
-    """Zero all weights but the `top_k` likeliest (0: all), of those the fewest whose share reaches
-    `top_p`. Of equally likely tokens the lower ids stay."""
-    bits, size = weights.view(np.uint32), weights.size
-    mass = f64(0.0)
-    for begin in range(0, size, RUN):
-        mass += _sum(weights, begin, min(begin + RUN, size))
+def _count(weights, counts, masses):  # type: ignore[no-untyped-def]
+    """Histogram of weights by their upper 16 bits."""
+    bits = weights.view(np.uint32)
+    counts[:] = 0
+    masses[:] = 0.0
+    for i in range(weights.size):
+        bin = bits[i] >> u32(16)
+        counts[bin] += 1
+        masses[bin] += f64(weights[i])
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _keep_likeliest(weights, mass, top_k, top_p, counts, masses, scratch):  # type: ignore[no-untyped-def]
+    """Zero all weights (their sum is `mass`) but the `top_k` likeliest (0: all), of those the
+    fewest whose share reaches `top_p`. Of equally likely tokens the lower ids stay."""
+    size = weights.size
     # all tokens below the floor weigh less than what top_p leaves out; half of it for rounding
     floor = f32(0.0) if 0 < top_k < size else f32(0.5 * (1.0 - top_p) * mass / size)
-    _count(weights, bits, floor, counts, masses)
+    likely = _at_least(weights, floor, scratch)
+    _count(likely, counts, masses)
     lowest, ties = f32(0.0), size
     if 0 < top_k < size:
-        lowest, ties, mass = _cut(weights, bits, counts, masses, top_k, np.inf)
+        lowest, ties, mass = _cut(likely, counts, masses, top_k, np.inf)
     if top_p < 1.0:
         most = top_k if 0 < top_k < size else size
-        lowest, ties, mass = _cut(weights, bits, counts, masses, most, top_p * mass)
+        lowest, ties, mass = _cut(likely, counts, masses, most, top_p * mass)
     equal = 0
     for i in range(size):
         equal += weights[i] == lowest
@@ -140,31 +167,26 @@ def _keep_likeliest(weights, top_k, top_p, counts, masses):  # type: ignore[no-u
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _invert(weights, u):  # type: ignore[no-untyped-def]
-    """The first token, by id, up to which the share of the weights exceeds u."""
-    total = f64(0.0)
-    for begin in range(0, weights.size, RUN):
-        total += _sum(weights, begin, min(begin + RUN, weights.size))
-    wanted, before, last = u * total, f64(0.0), 0
-    for begin in range(0, weights.size, RUN):
-        end = min(begin + RUN, weights.size)
-        here = _sum(weights, begin, end)
-        if here == 0.0:
-            continue
-        if before + here <= wanted and end < weights.size:
-            before += here
-            last = begin
-            continue
-        for i in range(begin, end):
-            before += f64(weights[i])
-            if weights[i] > f32(0.0):
-                last = i
-                if before > wanted:
-                    return i
-    for i in range(last, min(last + RUN, weights.size)):
+def _invert(weights, sums, wanted):  # type: ignore[no-untyped-def]
+    """The first token, by id, up to which the weights exceed `wanted`; where rounding leaves none,
+    the last of any weight. `sums` are the weights of runs."""
+    before, last_run = f64(0.0), 0
+    for run in range(sums.size):
+        if sums[run] > 0.0:
+            last_run = run
+            if before + sums[run] > wanted:
+                break
+            before += sums[run]
+    else:
+        before = -np.inf
+    found = 0
+    for i in range(last_run * RUN, min((last_run + 1) * RUN, weights.size)):
         if weights[i] > f32(0.0):
-            last = i
-    return last
+            found = i
+            before += f64(weights[i])
+            if before > wanted:
+                break
+    return found
 
 
 @njit(
@@ -177,17 +199,19 @@ def _invert(weights, u):  # type: ignore[no-untyped-def]
 def draw(logits, temperature, top_k, top_p, min_p, u, tokens):  # type: ignore[no-untyped-def]
     """Fill tokens [B] from logits [B, V]; see `engine.sampler.sample` for the meaning of the rest,
     each [B]."""
-    weights = np.empty(logits.shape[1], f32)
+    weights, scratch = np.empty(logits.shape[1], f32), np.empty(logits.shape[1], f32)
+    sums = np.empty(-(-logits.shape[1] // RUN), f64)
     counts, masses = np.empty(NUM_BINS, np.int64), np.empty(NUM_BINS, f64)
     for row in range(logits.shape[0]):
         _weigh(logits[row], temperature[row], weights)
         if min_p[row] > f32(0.0):
             for i in range(weights.size):
-                if weights[i] < min_p[row]:
-                    weights[i] = f32(0.0)
+                weights[i] = weights[i] if weights[i] >= min_p[row] else f32(0.0)
+        mass = _run_sums(weights, sums)
         if top_p[row] < 1.0 or 0 < top_k[row] < weights.size:
-            _keep_likeliest(weights, top_k[row], top_p[row], counts, masses)
-        tokens[row] = _invert(weights, u[row])
+            _keep_likeliest(weights, mass, top_k[row], top_p[row], counts, masses, scratch)
+            mass = _run_sums(weights, sums)
+        tokens[row] = _invert(weights, sums, u[row] * mass)
 
 
 def draw_array(

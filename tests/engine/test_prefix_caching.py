@@ -209,7 +209,7 @@ def run_random(
 @settings(max_examples=150, deadline=None)
 @given(
     drawn=requests,
-    num_blocks=st.integers(7, 14),
+    num_blocks=st.integers(8, 14),
     budget=st.integers(1, 24),
     max_num_seqs=st.integers(1, 6),
     pp=st.integers(1, 4),
