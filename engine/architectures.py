@@ -63,6 +63,11 @@ class Architecture:
         return self.position_offset is None
 
     @property
+    def gated_mlp(self) -> bool:
+        """Whether a layer's MLP is down(act(gate x) * (up x))."""
+        return "mlp.gate_proj" in self.linears
+
+    @property
     def embedding(self) -> str:
         return f"{self.decoder}.embed_tokens"
 

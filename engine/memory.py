@@ -1,4 +1,5 @@
-"""Gives memory that Python and the allocator have finished with back to the machine."""
+"""What a worker does with memory that it has freed: keeps it from step to step, gives it back to
+the machine after a load or a switch."""
 
 from __future__ import annotations
 
@@ -8,18 +9,29 @@ import sys
 from functools import cache
 from typing import Any
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 
 def release_memory() -> None:
     """Collect reference cycles and return free pages; takes milliseconds once `gc.freeze` has set
     the imported modules apart. Without glibc, pages stay with the process."""
     gc.collect()
-    trim = _malloc_trim()
+    trim = _libc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to hold on to what a step has freed: the next one needs as much, and pages that
+    went back to the system cost a fault and a page of zeros each. No effect without glibc."""
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            mallopt(parameter, value)
+
+
 @cache
-def _malloc_trim() -> Any:
+def _libc(name: str) -> Any:
     if not sys.platform.startswith("linux"):
         return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return getattr(ctypes.CDLL(None), name, None)

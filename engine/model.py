@@ -7,7 +7,7 @@ ours, and parameters are bound from outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from engine.architectures import Architecture
 from engine.attention import ATTENTION_NAME, ForwardContext, paged_attention
 from engine.cluster import ModelSpec, ParallelConfig
-from engine.packing import any_linear
+from engine.layers import AllReduce, GatedMlp, ShardedLinear
 from engine.shards import rank_shards
 from engine.weights import read_architecture, read_model_spec
 
-AllReduce = Callable[[Tensor], None]  # sums a tensor over the stage's tp ranks, in place
-
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
-
-
-class ShardedLinear(nn.Module):
-    """A linear layer as one rank holds it. Where its input columns are split over the tp ranks
-    (`all_reduce` is given), the partial products are summed over them, and only then the bias is
-    added. `weight` may be packed, see `engine.packing`."""
-
-    def __init__(
-        self, columns: int, rows: int, bias: bool, all_reduce: AllReduce | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
-        self._all_reduce = all_reduce
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._all_reduce is None:
-            return any_linear(x, self.weight, self.bias)
-        out = any_linear(x, self.weight, None)
-        self._all_reduce(out)
-        return out if self.bias is None else out.add_(self.bias)
 
 
 class ShardedModel:
@@ -86,6 +63,8 @@ class ShardedModel:
         for name, layer in self._named_layers().items():
             _slice_linears(layer, name, self._names, widths, dtype, tp_all_reduce)
             _count_own_heads(layer, self._names, spec.num_heads // parallel.tp)
+            if self._names.gated_mlp and built.config.hidden_act == "silu":
+                layer.mlp = GatedMlp(layer.mlp)
 
     def _named_layers(self) -> dict[str, nn.Module]:
         return {self._names.layer(self.first_layer + i): m for i, m in enumerate(self._layers)}

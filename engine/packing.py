@@ -47,6 +47,15 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def packed_gate(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None
+) -> Tensor:
+    """silu(gate x + bias) * (up x + bias) for packed weights."""
+    gated = _onednn._linear_pointwise(x, gate, gate_bias, "swish", [], "")
+    out: Tensor = _onednn._linear_pointwise.binary(x, gated, up, up_bias, "mul")
+    return out
+
+
 def any_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times a weight [out, in], packed or not, plus bias [out]."""
     return (packed_linear if weight.is_mkldnn else linear)(x, weight, bias)

@@ -13,7 +13,8 @@ from engine.attention import build_forward_context
 from engine.cluster import ParallelConfig
 from engine.decode_kernel import compile_for
 from engine.kv_cache import KvCache
-from engine.model import AllReduce, ShardedModel
+from engine.layers import AllReduce
+from engine.model import ShardedModel
 from engine.packing import can_pack, pack
 from engine.request import StepInput, StepOutput, TokenLogprobs
 from engine.sampler import sample, token_logprobs

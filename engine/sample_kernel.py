@@ -178,7 +178,7 @@ def _invert(weights, sums, wanted):  # type: ignore[no-untyped-def]
                 break
             before += sums[run]
     else:
-        before = -np.inf
+        before = f64(-np.inf)
     found = 0
     for i in range(last_run * RUN, min((last_run + 1) * RUN, weights.size)):
         if weights[i] > f32(0.0):

@@ -22,6 +22,7 @@ import zmq
 
 from engine.block_manager import BlockManager
 from engine.executor import WorkerConfig
+from engine.memory import keep_freed_memory
 from engine.messages import (
     MIGRATION_CALLS,
     Abort,
@@ -76,6 +77,7 @@ class Worker:
     def run(self) -> None:
         """Serve until told to shut down. The only place that ends this process in order."""
         _use_threads(self.config.num_threads)
+        keep_freed_memory()
         wake = self.sockets.context.socket(zmq.PAIR)
         wake.bind(REPLIES)
         migration = threading.Thread(target=self._migrate, name="migration", daemon=True)
