@@ -1,4 +1,4 @@
-"""`python -m engine.profiler`: measures a ServingProfile on the real engine, in under a minute.
+"""`python -m engine.profiler`: measures a ServingProfile on the real engine, in a minute or two.
 
 Every configuration is measured with the whole pool busy (as many replicas as fit, each with the
 same load), because ranks that share a host's cores slow one another. Times are taken where tokens
