@@ -26,8 +26,8 @@ def keep_freed_memory() -> None:
     went back to the system cost a fault and a page of zeros each. No effect without glibc."""
     mallopt = _libc("mallopt")
     if mallopt is not None:
-        for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            mallopt(parameter, value)
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @cache

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import gc
 
+import torch
+
 import engine.worker  # noqa: F401  torch, the model classes and everything a rank runs
+from engine.decode_kernel import as_array, compile_for
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    compile_for(as_array(torch.zeros(1, 1, 1, 1, dtype=dtype)), parallel=False)
 
 # A collection in a worker would otherwise write to the header of every object made so far, and so
 # give each worker pages of its own.

@@ -238,6 +238,9 @@ class Worker:
     # ---------------------------------------------------------------- the migration thread
 
     def _migrate(self) -> None:
+        # A second team of threads would make OpenMP believe that the cores are taken, and let the
+        # threads of the serving loop sleep between any two operations.
+        _use_threads(1)
         wake = self.sockets.context.socket(zmq.PAIR)
         wake.connect(REPLIES)
         while (call := self.calls.get()) is not None:
@@ -251,7 +254,9 @@ class Worker:
 
 
 def _use_threads(count: int) -> None:
+    """How many threads the calling thread computes with; the number is each thread's own."""
     torch.set_num_threads(count)
+    torch.get_num_threads()  # settles it: torch asks once per thread, and others may set it too
     numba.set_num_threads(min(count, numba.get_num_threads()))
 
 

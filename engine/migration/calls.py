@@ -81,6 +81,7 @@ class MigrationCalls:
             case BindRank():
                 state = self._ranks[call.replica_id]
                 state.runner.bind(state.weights)
+                release_memory()  # the plain forms of weights that are packed now
             case MoveKv():
                 return Reply(call.call_id, checksums=self._move_kv(call.moves))
             case CloseTransfer():
@@ -125,7 +126,6 @@ class MigrationCalls:
         )
         if call.from_disk:
             weights = load_weights(Path(config.model_dir), runner)
-            release_memory()  # what reading took
         else:
             weights = fill_local(
                 runner.spec, runner.shards, self._held(), runner.dtype, self._groups.device
