@@ -126,7 +126,7 @@ def paged_attention(
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if context.decode is not None:
         decode = decode_plain if context.plain else decode_in_place
-        decode(context, context.decode, layer, q, scaling, sliding_window, output)
+        decode(context, layer, q, scaling, sliding_window, output)
     for chunk in context.prefill:
         part = slice(chunk.start, chunk.stop)
         own = (k[part], v[part])
@@ -137,14 +137,15 @@ def paged_attention(
 
 def decode_in_place(
     context: ForwardContext,
-    group: DecodeGroup,
     layer: int,
     q: Tensor,
     scaling: float,
     window: int | None,
     output: Tensor,
 ) -> None:
-    """Fill the group's rows of output [T, Hq, d] by the CPU kernel."""
+    """Fill the decode group's rows of output [T, Hq, d] by the CPU kernel."""
+    group = context.decode
+    assert group is not None
     whole = q.dtype is torch.float32
     out = output if whole else torch.empty(q.shape, dtype=torch.float32)
     keys, values = context.kv.arrays[:, layer]
@@ -168,7 +169,6 @@ def decode_in_place(
 
 def decode_plain(
     context: ForwardContext,
-    group: DecodeGroup,
     layer: int,
     q: Tensor,
     scaling: float,
@@ -177,7 +177,8 @@ def decode_plain(
 ) -> None:
     """The same by torch's attention over gathered contexts, padded to the longest. The query heads
     that share a KV head ride as its query positions, so keys and values are not repeated."""
-    device, size = q.device, context.kv.block_size
+    group, device, size = context.decode, q.device, context.kv.block_size
+    assert group is not None
     rows = torch.from_numpy(group.rows).to(device)
     width = -(-int(group.contexts.max()) // size)
     at = np.minimum(group.offsets[:, None] + np.arange(width), len(group.tables) - 1)

@@ -15,24 +15,9 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.vector_exp import vector_exp
+
 f32, u32, u64 = np.float32, np.uint32, np.uint64
-_LOG2_E, _LN2_HIGH, _LN2_LOW = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4)
-
-
-@njit(inline="always")
-def _exp(x: Any) -> Any:
-    """e^x for x <= 0 within 2 ulp, written so that it vectorises: x = n ln 2 + r, a polynomial in
-    r (Cephes' expf) and n added to the exponent bits."""
-    x = max(x, f32(-87.0))
-    n = np.floor(x * _LOG2_E + f32(0.5))
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
-    p = p * r + f32(8.3334519073e-3)
-    p = p * r + f32(4.1665795894e-2)
-    p = p * r + f32(1.6666665459e-1)
-    p = p * r + f32(5.0000001201e-1)
-    p = p * r * r + r + f32(1.0)
-    return p * np.int32((np.int32(n) + np.int32(127)) << 23).view(np.float32)
 
 
 def _widen(x):  # type: ignore[no-untyped-def]
@@ -83,7 +68,7 @@ def _normalise(scores, num_heads, first, context):  # type: ignore[no-untyped-de
             top = max(top, scores[t])
         total = f32(0)
         for t in range(begin, end):
-            e = _exp(scores[t] - top)
+            e = vector_exp(scores[t] - top)
             scores[t] = e
             total += e
         share = f32(1) / total

@@ -85,9 +85,6 @@ class LocalExecutor:
         self._stop_read, self._stop_write = -1, -1  # a pipe; closing its end stops the watcher
 
     def start(self, configs: Sequence[WorkerConfig], on_death: OnDeath) -> None:
-        # Threads that wait for work spin for about 50 us instead of a millisecond: torch and numba
-        # take turns on the same cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["engine.preload"])
         for config in configs:

@@ -20,7 +20,7 @@ from engine.attention import ATTENTION_NAME, ForwardContext, paged_attention
 from engine.cluster import ModelSpec, ParallelConfig
 from engine.layers import AllReduce, GatedMlp, ShardedLinear
 from engine.shards import rank_shards
-from engine.weights import read_architecture, read_model_spec
+from engine.weights import read_architecture
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
@@ -34,6 +34,7 @@ class ShardedModel:
     def __init__(
         self,
         model_dir: Path,
+        spec: ModelSpec,
         parallel: ParallelConfig,
         rank: int,
         dtype: torch.dtype,
@@ -58,7 +59,6 @@ class ShardedModel:
             decoder.get_submodule(self._names.norm) if self.is_last else None
         )
         self._head = _replace(built.lm_head, dtype) if self.samples else None
-        spec = read_model_spec(model_dir, str(dtype).removeprefix("torch."))
         widths = _shard_widths(spec, parallel, rank)
         for name, layer in self._named_layers().items():
             _slice_linears(layer, name, self._names, widths, dtype, tp_all_reduce)
@@ -83,20 +83,23 @@ class ShardedModel:
 
     def packable(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Names of the weights that only linear layers read; a tied head's is an embedding too."""
-        tied = "lm_head.weight" not in weights
         return [
-            f"{prefix}.{name}.weight".replace("..", ".")
-            for prefix, owner in self._owners(tied).items()
+            ".".join(filter(None, (prefix, name, "weight")))  # the head is a linear layer itself
+            for prefix, owner in self._owners(self._is_tied(weights)).items()
             for name, module in owner.named_modules()
             if isinstance(module, ShardedLinear)
         ]
+
+    def _is_tied(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether this rank's head is the embedding."""
+        return self._head is not None and "lm_head.weight" not in weights
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Use these tensors as parameters, without copying: their storage stays the caller's.
 
         `weights` are this rank's shards under their checkpoint names; none may be missing.
         """
-        tied = self._head is not None and "lm_head.weight" not in weights
+        tied = self._is_tied(weights)
         for prefix, owner in self._owners(tied).items():
             for name, parameter in list(owner.named_parameters()):
                 _bind_parameter(owner, name, weights[f"{prefix}.{name}"], parameter)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+
+# Threads that wait for work spin for about 50 us instead of a millisecond: torch and numba take
+# turns on the same cores. OpenMP reads it when torch brings it in.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 

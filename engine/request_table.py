@@ -149,13 +149,17 @@ class RequestTable:
                 param="prompt",
             )
         check_sampling(params)
-        if self._host.not_ready:
-            raise UnavailableError(f"{self._host.not_ready}; retry later or elsewhere.")
+        self.check_ready()
         if len(self._requests) >= self._max_queue:
             raise OverloadedError(
                 f"{len(self._requests)} requests are in the engine, max_queue is "
                 f"{self._max_queue}; retry later."
             )
+
+    def check_ready(self) -> None:
+        """Raise UnavailableError, with the reason, while no request can be taken."""
+        if self._host.not_ready:
+            raise UnavailableError(f"{self._host.not_ready}; retry later or elsewhere.")
 
     def _reject(
         self, arrival: Arrival, params: SamplingParams, trace_headers: Mapping[str, str]

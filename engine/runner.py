@@ -50,7 +50,9 @@ class ModelRunner:
         self.spec.check(parallel)
         self.parallel, self.rank, self.device = parallel, rank, torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.model = ShardedModel(model_dir, parallel, rank, self.dtype, self.device, tp_all_reduce)
+        self.model = ShardedModel(
+            model_dir, self.spec, parallel, rank, self.dtype, self.device, tp_all_reduce
+        )
         first, stop = parallel.layer_range(parallel.stage_of(rank), self.spec.num_layers)
         self.kv = KvCache(
             num_layers=stop - first,
@@ -107,19 +109,15 @@ class ModelRunner:
         rows = torch.tensor([ends[b] - 1 for b, _ in drawn], device=hidden.device)
         logits = self.model.logits(hidden[rows])
         wanted = [i for i, (_, spec) in enumerate(drawn) if spec.logprobs is not None]
-        raw = logits[wanted]  # a copy: penalties change the logits
-        for (b, _), token in zip(
-            drawn, sample(logits, [spec for _, spec in drawn], self._plain), strict=True
-        ):
+        raw = logits[wanted] if wanted else None  # a copy: penalties change the logits
+        ids = sample(logits, [spec for _, spec in drawn], self._plain)
+        for (b, _), token in zip(drawn, ids, strict=True):
             tokens[b] = token
-        if wanted:
-            asked = [drawn[i] for i in wanted]
-            ids, tops = (
-                [tokens[b] or 0 for b, _ in asked],
-                [spec.logprobs or 0 for _, spec in asked],
-            )
-            for (b, _), own in zip(asked, token_logprobs(raw, ids, tops), strict=True):
-                logprobs[b] = [*logprobs.get(b, []), own]
+        if raw is not None:
+            tops = [drawn[i][1].logprobs or 0 for i in wanted]
+            own = token_logprobs(raw, [ids[i] for i in wanted], tops)
+            for i, found in zip(wanted, own, strict=True):
+                logprobs.setdefault(drawn[i][0], []).append(found)
         return StepOutput(step.step_id, tokens, logprobs)
 
     def _prompt_logprobs(

@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from engine.vector_exp import vector_exp
+
 f32, f64, u32 = np.float32, np.float64, np.uint32
 NUM_BINS = (0x3F800000 >> 16) + 1  # of the upper 16 bits of weights from 0 to 1
 LANES = 64  # partial results of a reduction: one alone would wait for itself
@@ -32,16 +34,7 @@ def _weigh(logits, temperature, weights):  # type: ignore[no-untyped-def]
         top = max(top, logits[i])
     scale = f32(1.0) / temperature
     for i in range(logits.size):
-        x = max((logits[i] - top) * scale, f32(-87.0))
-        n = np.floor(x * f32(1.44269504) + f32(0.5))  # Cephes' expf, see engine.decode_kernel
-        r = x - n * f32(0.693359375) - n * f32(-2.12194440e-4)
-        p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
-        p = p * r + f32(8.3334519073e-3)
-        p = p * r + f32(4.1665795894e-2)
-        p = p * r + f32(1.6666665459e-1)
-        p = p * r + f32(5.0000001201e-1)
-        p = p * r * r + r + f32(1.0)
-        weights[i] = p * np.int32((np.int32(n) + np.int32(127)) << 23).view(np.float32)
+        weights[i] = vector_exp((logits[i] - top) * scale)
 
 
 @njit(fastmath=True, nogil=True, error_model="numpy", cache=True)

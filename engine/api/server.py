@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from engine.api.errors import RETRY_AFTER_S, on_bug, on_http_error, on_tidewright_error
 from engine.api.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
 from engine.api.responses import Answer, ChatLogprobs, CompletionLogprobs, Usage, encode_json
-from engine.errors import InvalidRequestError, NotFoundError, TidewrightError, UnavailableError
+from engine.errors import InvalidRequestError, NotFoundError, TidewrightError
 from engine.live_request import RequestStream
 from engine.metrics import EngineMetrics
 from engine.request import SamplingParams
@@ -151,8 +151,7 @@ class OpenAIServer:
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         data = await request.body()
-        if self._runtime.not_ready:
-            raise UnavailableError(f"{self._runtime.not_ready}; retry later or elsewhere.")
+        self._runtime.requests.check_ready()
         body = parse_body(kind, data)
         self._check_model(body.model)
         return body

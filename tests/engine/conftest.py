@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from identity import NUM_TOKENS, PROMPT_LENGTHS, Reference, prompt
+from identity import NUM_TOKENS, PROMPT_LENGTHS, Reference, prompt, reference_of
 
 
 @pytest.fixture(scope="session")
@@ -21,26 +22,8 @@ def plain_model(tiny_model_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def greedy(plain_model: Any) -> Callable[[list[int], int], Reference]:
-    """greedy(prompt, number of tokens): what transformers generates, and how far apart its two
-    best logits were."""
-    import torch
-
-    @torch.inference_mode()
-    def generate(tokens: list[int], num_tokens: int) -> Reference:
-        ids = torch.tensor([tokens])
-        out = plain_model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),  # else token 0 would count as padding
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        top = plain_model(out).logits[0, len(tokens) - 1 : -1].topk(2).values
-        gaps = (top[:, 0] - top[:, 1]).tolist()
-        return Reference(tokens, out[0, len(tokens) :].tolist(), gaps)
-
-    return generate
+    """greedy(prompt, number of tokens): see `reference_of`."""
+    return partial(reference_of, plain_model)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.cluster import KvCostParams, SwitchPlan, SwitchTicket, parse_deployment_key
 from engine.migration.plan import plan_switch
@@ -29,9 +31,57 @@ def prompt(length: int, salt: int = 0) -> list[int]:
     return [(7 * i * i + 31 * i + length + 13 * salt) % 256 for i in range(length)]
 
 
+def reference_of(model: Any, tokens: list[int], num_tokens: int) -> Reference:
+    """What transformers generates from a prompt, and how far apart its two best logits were."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([tokens])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),  # else token 0 would count as padding
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        top = model(out).logits[0, len(tokens) - 1 : -1].topk(2).values
+    gaps = (top[:, 0] - top[:, 1]).tolist()
+    return Reference(tokens, out[0, len(tokens) :].tolist(), gaps)
+
+
 def plan_to(runtime: EngineRuntime, key: str, kv: KvCostParams = MIGRATE) -> SwitchPlan:
     target = parse_deployment_key(key)
     return plan_switch(runtime.spec, runtime.deployment, runtime.epoch, target, kv)
+
+
+async def outputs_of(
+    runtime: EngineRuntime,
+    references: list[Reference],
+    name: str,
+    at_token: int = 0,
+    act: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """Run one greedy request per reference; `act` when the first has `at_token` tokens."""
+    streams = [
+        runtime.generate(
+            f"{name}-{i}",
+            r.prompt,
+            SamplingParams(max_tokens=len(r.tokens), temperature=0.0, ignore_eos=True),
+        )
+        for i, r in enumerate(references)
+    ]
+
+    async def collect(index: int) -> list[int]:
+        tokens: list[int] = []
+        async for chunk in streams[index]:
+            tokens += chunk.token_ids
+            if index == 0 and len(tokens) == at_token:
+                act()
+        return tokens
+
+    async with asyncio.timeout(60):
+        return list(await asyncio.gather(*(collect(i) for i in range(len(streams)))))
 
 
 async def serve(
@@ -42,28 +92,28 @@ async def serve(
     name: str,
 ) -> tuple[list[list[int]], SwitchTicket | None]:
     """Run one greedy request per reference; apply the plan when the first has `at_token` tokens."""
-    streams = [
-        runtime.generate(
-            f"{name}-{i}",
-            r.prompt,
-            SamplingParams(max_tokens=len(r.tokens), temperature=0.0, ignore_eos=True),
-        )
-        for i, r in enumerate(references)
-    ]
-    ticket: SwitchTicket | None = None
+    tickets: list[SwitchTicket] = []
 
-    async def collect(index: int) -> list[int]:
-        nonlocal ticket
-        tokens: list[int] = []
-        async for chunk in streams[index]:
-            tokens += chunk.token_ids
-            if index == 0 and plan is not None and len(tokens) == at_token:
-                ticket = runtime.apply(plan)
-        return tokens
+    def act() -> None:
+        if plan is not None:
+            tickets.append(runtime.apply(plan))
 
+    outputs = await outputs_of(runtime, references, name, at_token, act)
+    return outputs, await runtime.ended(tickets[0].ticket_id) if tickets else None
+
+
+async def serve_through_loss(
+    runtime: EngineRuntime,
+    references: list[Reference],
+    strike: Callable[[], None],
+    is_noticed: Callable[[], bool],
+) -> list[list[int]]:
+    """Run the requests, `strike` at the first one's fourth token, wait until it `is_noticed`."""
+    outputs = await outputs_of(runtime, references, "lost", 4, strike)
     async with asyncio.timeout(60):
-        outputs = await asyncio.gather(*(collect(i) for i in range(len(streams))))
-    return list(outputs), await runtime.ended(ticket.ticket_id) if ticket is not None else None
+        while not is_noticed():
+            await runtime.wait_for_change(1.0)
+    return outputs
 
 
 def assert_identical(references: list[Reference], outputs: list[list[int]]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
@@ -13,7 +12,7 @@ import psutil
 import pytest
 import torch
 import zmq
-from identity import NUM_TOKENS, Reference, assert_identical, plan_to, serve
+from identity import Reference, assert_identical, plan_to, serve, serve_through_loss
 from zmq.utils.monitor import recv_monitor_message
 
 from engine.build import build_channel_config
@@ -29,7 +28,6 @@ from engine.parallel import (
     host_store,
     open_store,
 )
-from engine.request import SamplingParams
 from engine.sockets import Sockets, make_curve_keys
 
 LOOPBACK = "127.0.0.1"
@@ -181,28 +179,15 @@ def test_a_silent_worker_is_killed_and_loses_no_request(
         runtime = cluster.runtime
         victim = runtime.deployment.replicas[0].placement.devices[1]
         process = psutil.Process(runtime._executor.pid(victim))
-        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
-        async def run() -> list[list[int]]:
-            streams = [
-                runtime.generate(f"silent-{i}", r.prompt, params)
-                for i, r in enumerate(references * 3)
-            ]
-            outputs: list[list[int]] = [[] for _ in streams]
+        def stop() -> None:
+            os.kill(process.pid, signal.SIGSTOP)
 
-            async def collect(index: int) -> None:
-                async for chunk in streams[index]:
-                    outputs[index] += chunk.token_ids
-                    if index == 0 and len(outputs[0]) == 4:
-                        os.kill(process.pid, signal.SIGSTOP)
+        def is_noticed() -> bool:
+            return bool(runtime.deployment.key == "2xtp1pp1")
 
-            async with asyncio.timeout(60):
-                await asyncio.gather(*(collect(i) for i in range(len(streams))))
-                while runtime.deployment.key != "2xtp1pp1":
-                    await runtime.wait_for_change(1.0)
-            return outputs
-
-        outputs = cluster.run(run(), 120)
+        work = serve_through_loss(runtime, references * 3, stop, is_noticed)
+        outputs = cluster.run(work, 120)
         assert assert_identical(references * 3, outputs) == 0
         process.wait(10)  # killed, not left stopped
         outcomes = [e.outcome for e in runtime.events(0).events if e.outcome is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
@@ -13,14 +12,20 @@ from typing import Any
 
 import psutil
 import pytest
-from identity import NUM_TOKENS, Reference, assert_identical, plan_to, prompt, serve
+from identity import (
+    Reference,
+    assert_identical,
+    plan_to,
+    prompt,
+    serve,
+    serve_through_loss,
+)
 
 from engine.channel import ChannelConfig
 from engine.cluster import RequestStatus, SwitchPhase
 from engine.errors import UnavailableError
 from engine.facade import EngineCluster
 from engine.ray_executor import RayConfig, RayExecutor
-from engine.request import SamplingParams
 from engine.sockets import make_curve_keys
 from envs.processes import start_server
 
@@ -71,30 +76,6 @@ def engine(nodes: Any, open_engine: Any) -> Iterator[EngineCluster]:
     assert_gone(workers)
 
 
-async def lose_node(
-    cluster: EngineCluster, references: list[Reference], lose: Any, lost: tuple[int, ...]
-) -> list[list[int]]:
-    """Serve the references twice; call `lose` when the first has four tokens; wait until the
-    engine knows the `lost` devices."""
-    runtime, outputs = cluster.runtime, [[] for _ in references * 2]
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    streams = [
-        runtime.generate(f"lost-{i}", r.prompt, params) for i, r in enumerate(references * 2)
-    ]
-
-    async def collect(index: int) -> None:
-        async for chunk in streams[index]:
-            outputs[index] += chunk.token_ids
-            if index == 0 and len(outputs[0]) == 4:
-                lose()
-
-    async with asyncio.timeout(60):
-        await asyncio.gather(*(collect(i) for i in range(len(streams))))
-        while runtime.snapshot().dead_devices != lost:
-            await runtime.wait_for_change(1.0)
-    return outputs
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_serve_switch_and_lose_a_node(
@@ -121,9 +102,14 @@ def test_serve_switch_and_lose_a_node(
     victim = next(n for n in nodes.list_all_nodes() if n.node_id != nodes.head_node.node_id)
     lost = tuple(d for d in range(4) if homes[d] == victim.node_id)
     raylet = victim.all_processes["raylet"][0].process.pid
-    outputs = engine.run(
-        lose_node(engine, references, lambda: os.kill(raylet, signal.SIGKILL), lost), 120
-    )
+
+    def kill() -> None:
+        os.kill(raylet, signal.SIGKILL)
+
+    def is_noticed() -> bool:
+        return bool(runtime.snapshot().dead_devices == lost)
+
+    outputs = engine.run(serve_through_loss(runtime, references * 2, kill, is_noticed), 120)
     assert assert_identical(references * 2, outputs) == 0
     ended = [e.outcome for e in runtime.events(0).events if e.outcome is not None]
     assert {o.status for o in ended} == {RequestStatus.FINISHED}

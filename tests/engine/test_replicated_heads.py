@@ -3,10 +3,10 @@ of a model with two KV heads between four ranks, two and one."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from identity import MIGRATE, Reference, assert_identical, plan_to, reference_of, serve
 from rank_threads import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
-from test_switch import Reference, assert_identical
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engine.architectures import ARCHITECTURES, Sizes, tensor_specs
 from engine.cluster import (
     ClusterSpec,
     Deployment,
-    KvCostParams,
     ModelSpec,
     ParallelConfig,
     Placement,
     Replica,
     SwitchPhase,
-    SwitchTicket,
     dense_deployment,
     parse_deployment_key,
 )
@@ -39,12 +37,10 @@ from engine.facade import EngineCluster
 from engine.migration.check import check_plan
 from engine.migration.kv import kv_move_bytes, kv_moves
 from engine.migration.plan import plan_switch
-from engine.request import SamplingParams
 from engine.runtime import EngineRuntime, make_run_dir
 from engine.shards import fits, kv_bytes_per_block, rank_shards
 from engine.weights import read_model_spec
 
-MIGRATE = KvCostParams(1e9, 1.0, 0.01)  # recompute looks endless
 CONFIGS = [ParallelConfig(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 4) if tp * pp <= 4]
 
 
@@ -186,20 +182,8 @@ def references(model_dir: Path) -> list[Reference]:
     found = []
     for length in (3, 17, 40, 70):
         prompt = [(7 * i * i + 31 * i + length) % 96 for i in range(length)]
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = plain.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),  # else every pad token would be masked
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            top = plain(out).logits[0, length - 1 : -1].topk(2).values
-        tokens = out[0, length:].tolist()
-        assert len(set(tokens)) > 20
-        found.append(Reference(prompt, tokens, (top[:, 0] - top[:, 1]).tolist()))
+        found.append(reference_of(plain, prompt, NUM_TOKENS))
+        assert len(set(found[-1].tokens)) > 20
     return found
 
 
@@ -232,38 +216,15 @@ def open_engine(model_dir: Path, key: str) -> Iterator[EngineCluster]:
         yield cluster
 
 
-async def serve_through_a_switch(
-    runtime: EngineRuntime, references: list[Reference], key: str
-) -> tuple[list[list[int]], SwitchTicket]:
-    """Greedy requests; the switch starts at the first one's third token."""
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    streams = [runtime.generate(f"{key}-{i}", r.prompt, params) for i, r in enumerate(references)]
-    tickets: list[SwitchTicket] = []
-
-    async def collect(index: int) -> list[int]:
-        tokens: list[int] = []
-        async for chunk in streams[index]:
-            tokens += chunk.token_ids
-            if index == 0 and not tickets and len(tokens) >= 3:
-                plan = plan_switch(
-                    runtime.spec, runtime.deployment, runtime.epoch, parse_deployment_key(key),
-                    MIGRATE,
-                )  # fmt: skip
-                tickets.append(runtime.apply(plan))
-        return tokens
-
-    async with asyncio.timeout(60):
-        outputs = await asyncio.gather(*(collect(i) for i in range(len(streams))))
-        return list(outputs), await runtime.ended(tickets[0].ticket_id)
-
-
 def test_tokens_survive_switches_to_and_from_replicated_heads(
     model_dir: Path, references: list[Reference]
 ) -> None:
     with open_engine(model_dir, CYCLE[-1]) as cluster:
         runtime: Any = cluster.runtime
         for key in CYCLE:
-            outputs, ticket = cluster.run(serve_through_a_switch(runtime, references, key), 120)
+            plan = cluster.on_loop(partial(plan_to, runtime, key))
+            outputs, ticket = cluster.run(serve(runtime, references, 3, plan, key), 120)
+            assert ticket is not None
             assert ticket.phase is SwitchPhase.DONE, ticket.reason
             assert ticket.num_migrated > 0
             assert runtime.deployment.key == key

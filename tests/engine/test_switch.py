@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from identity import NUM_TOKENS, Reference, assert_identical, plan_to, prompt, serve
+from identity import (
+    NUM_TOKENS,
+    Reference,
+    assert_identical,
+    plan_to,
+    prompt,
+    serve,
+    serve_through_loss,
+)
 
 from engine.cluster import EventKind, KvCostParams, RequestStatus, SwitchPhase, SwitchTicket
 from engine.errors import StaleEpochError, SwitchInProgressError
@@ -179,29 +187,15 @@ def test_a_killed_worker_loses_no_request(open_engine: Any, references: list[Ref
     with open_engine("1xtp2pp1+2xtp1pp1") as cluster:
         runtime = cluster.runtime
         victim = runtime.deployment.replicas[0].placement.devices[1]
-        params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
-        async def run() -> list[list[int]]:
-            streams = [
-                runtime.generate(f"kill-{n}-{i}", r.prompt, params)
-                for n in range(3)
-                for i, r in enumerate(references)
-            ]
-            outputs: list[list[int]] = [[] for _ in streams]
+        def kill() -> None:
+            os.kill(runtime._executor.pid(victim), signal.SIGKILL)
 
-            async def collect(index: int) -> None:
-                async for chunk in streams[index]:
-                    outputs[index] += chunk.token_ids
-                    if index == 0 and len(outputs[0]) == 4:
-                        os.kill(runtime._executor.pid(victim), signal.SIGKILL)
+        def is_noticed() -> bool:
+            return bool(runtime.deployment.key == "2xtp1pp1")
 
-            async with asyncio.timeout(60):
-                await asyncio.gather(*(collect(i) for i in range(len(streams))))
-                while runtime.deployment.key != "2xtp1pp1":
-                    await runtime.wait_for_change(1.0)
-            return outputs
-
-        outputs = cluster.run(run(), 120)
+        work = serve_through_loss(runtime, references * 3, kill, is_noticed)
+        outputs = cluster.run(work, 120)
         assert assert_identical(references * 3, outputs) == 0
         events = runtime.events(0).events
         ended_now = [e.outcome.status for e in events if e.outcome is not None]
