@@ -404,11 +404,15 @@ class SwitchMode(StrEnum):
     IN_PLACE = "in_place"
 
 
+DISK = -1  # in place of a source device: the checkpoint, for what no device holds any more
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Interval [start, stop) of tensor `name` along `dim`, to be copied from src to dst device.
 
-    `dim` is None for a whole (unsliced) tensor.
+    `dim` is None for a whole (unsliced) tensor. `src` is `DISK`, or a device that holds the
+    interval when the switch begins or has received it by an earlier transfer of the same plan.
     """
 
     tensor: str
@@ -422,7 +426,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class KvCostParams:
-    """From these the engine binds each running request to migrate or recompute at prepare."""
+    """From these the engine binds each running request to drain, migrate or recompute."""
 
     link_bytes_per_s: float
     prefill_tokens_per_s: float
@@ -434,6 +438,25 @@ class KvCostParams:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; expected a finite number above 0."
                 )
+
+
+class Binding(StrEnum):
+    """What becomes of a sequence whose replica goes."""
+
+    DRAIN = "drain"  # it ends before the commit
+    MIGRATE = "migrate"  # its KV moves
+    RECOMPUTE = "recompute"  # its tokens are prefilled again
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSequence:
+    """How a request was bound at prepare, and the seconds that decided it; None: not possible."""
+
+    request_id: str
+    binding: Binding
+    drain_s: float | None
+    migrate_s: float | None
+    recompute_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +473,7 @@ class SwitchPlan:
     lower_bound_s: float
     mode: SwitchMode = SwitchMode.LIVE
     decision_id: str = ""  # of the policy decision that made it; empty when made by hand
+    mode_reason: str = ""  # why not live; empty when it is
 
     def __post_init__(self) -> None:
         names = ("expected_epoch", "weight_bytes", "lower_bound_bytes", "predicted_s")
@@ -480,6 +504,14 @@ class SwitchTicket:
     num_drained: int = 0
     pause_s: float = 0.0  # how long the affected replicas stood still
     phase_s: tuple[tuple[str, float], ...] = ()  # seconds spent in each phase so far
+    mode: SwitchMode = SwitchMode.LIVE
+    planned_bytes: int = 0  # weights that the plan moves
+    moved_bytes: int = 0  # weights and KV that have crossed a link so far, counted there
+    lower_bound_bytes: int = 0  # these three as planned
+    predicted_s: float = 0.0
+    lower_bound_s: float = 0.0
+    num_kv_rounds: int = 0  # copies of KV so far, the one in the final stop among them
+    bindings: tuple[BoundSequence, ...] = ()  # of the requests on the replicas that go
 
     @property
     def duration_s(self) -> float:

@@ -33,6 +33,13 @@ class SwitchMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SWITCH_MODE_LIVE: _ClassVar[SwitchMode]
     SWITCH_MODE_IN_PLACE: _ClassVar[SwitchMode]
 
+class Binding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BINDING_UNSPECIFIED: _ClassVar[Binding]
+    BINDING_DRAIN: _ClassVar[Binding]
+    BINDING_MIGRATE: _ClassVar[Binding]
+    BINDING_RECOMPUTE: _ClassVar[Binding]
+
 class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     EVENT_KIND_UNSPECIFIED: _ClassVar[EventKind]
@@ -58,6 +65,10 @@ SWITCH_PHASE_CANCELLED: SwitchPhase
 SWITCH_MODE_UNSPECIFIED: SwitchMode
 SWITCH_MODE_LIVE: SwitchMode
 SWITCH_MODE_IN_PLACE: SwitchMode
+BINDING_UNSPECIFIED: Binding
+BINDING_DRAIN: Binding
+BINDING_MIGRATE: Binding
+BINDING_RECOMPUTE: Binding
 EVENT_KIND_UNSPECIFIED: EventKind
 EVENT_KIND_ARRIVED: EventKind
 EVENT_KIND_ENDED: EventKind
@@ -256,7 +267,7 @@ class KvCostParams(_message.Message):
     def __init__(self, link_bytes_per_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ...) -> None: ...
 
 class SwitchPlan(_message.Message):
-    __slots__ = ("target", "expected_epoch", "transfers", "kv", "weight_bytes", "lower_bound_bytes", "predicted_s", "lower_bound_s", "mode", "decision_id")
+    __slots__ = ("target", "expected_epoch", "transfers", "kv", "weight_bytes", "lower_bound_bytes", "predicted_s", "lower_bound_s", "mode", "decision_id", "mode_reason")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +278,7 @@ class SwitchPlan(_message.Message):
     LOWER_BOUND_S_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     DECISION_ID_FIELD_NUMBER: _ClassVar[int]
+    MODE_REASON_FIELD_NUMBER: _ClassVar[int]
     target: Deployment
     expected_epoch: int
     transfers: _containers.RepeatedCompositeFieldContainer[Transfer]
@@ -277,7 +289,22 @@ class SwitchPlan(_message.Message):
     lower_bound_s: float
     mode: SwitchMode
     decision_id: str
-    def __init__(self, target: _Optional[_Union[Deployment, _Mapping]] = ..., expected_epoch: _Optional[int] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., kv: _Optional[_Union[KvCostParams, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., lower_bound_bytes: _Optional[int] = ..., predicted_s: _Optional[float] = ..., lower_bound_s: _Optional[float] = ..., mode: _Optional[_Union[SwitchMode, str]] = ..., decision_id: _Optional[str] = ...) -> None: ...
+    mode_reason: str
+    def __init__(self, target: _Optional[_Union[Deployment, _Mapping]] = ..., expected_epoch: _Optional[int] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., kv: _Optional[_Union[KvCostParams, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., lower_bound_bytes: _Optional[int] = ..., predicted_s: _Optional[float] = ..., lower_bound_s: _Optional[float] = ..., mode: _Optional[_Union[SwitchMode, str]] = ..., decision_id: _Optional[str] = ..., mode_reason: _Optional[str] = ...) -> None: ...
+
+class BoundSequence(_message.Message):
+    __slots__ = ("request_id", "binding", "drain_s", "migrate_s", "recompute_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BINDING_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    MIGRATE_S_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    binding: Binding
+    drain_s: float
+    migrate_s: float
+    recompute_s: float
+    def __init__(self, request_id: _Optional[str] = ..., binding: _Optional[_Union[Binding, str]] = ..., drain_s: _Optional[float] = ..., migrate_s: _Optional[float] = ..., recompute_s: _Optional[float] = ...) -> None: ...
 
 class PhaseDuration(_message.Message):
     __slots__ = ("phase", "duration_s")
@@ -288,7 +315,7 @@ class PhaseDuration(_message.Message):
     def __init__(self, phase: _Optional[str] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class SwitchTicket(_message.Message):
-    __slots__ = ("ticket_id", "phase", "from_key", "to_key", "from_epoch", "started_s", "updated_s", "decision_id", "reason", "weight_bytes", "kv_bytes", "num_migrated", "num_recomputed", "num_drained", "pause_s", "phase_s")
+    __slots__ = ("ticket_id", "phase", "from_key", "to_key", "from_epoch", "started_s", "updated_s", "decision_id", "reason", "weight_bytes", "kv_bytes", "num_migrated", "num_recomputed", "num_drained", "pause_s", "phase_s", "mode", "planned_bytes", "moved_bytes", "lower_bound_bytes", "predicted_s", "lower_bound_s", "num_kv_rounds", "bindings")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     FROM_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +332,14 @@ class SwitchTicket(_message.Message):
     NUM_DRAINED_FIELD_NUMBER: _ClassVar[int]
     PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     PHASE_S_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOWER_BOUND_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    LOWER_BOUND_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    BINDINGS_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     phase: SwitchPhase
     from_key: str
@@ -321,7 +356,15 @@ class SwitchTicket(_message.Message):
     num_drained: int
     pause_s: float
     phase_s: _containers.RepeatedCompositeFieldContainer[PhaseDuration]
-    def __init__(self, ticket_id: _Optional[str] = ..., phase: _Optional[_Union[SwitchPhase, str]] = ..., from_key: _Optional[str] = ..., to_key: _Optional[str] = ..., from_epoch: _Optional[int] = ..., started_s: _Optional[float] = ..., updated_s: _Optional[float] = ..., decision_id: _Optional[str] = ..., reason: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_migrated: _Optional[int] = ..., num_recomputed: _Optional[int] = ..., num_drained: _Optional[int] = ..., pause_s: _Optional[float] = ..., phase_s: _Optional[_Iterable[_Union[PhaseDuration, _Mapping]]] = ...) -> None: ...
+    mode: SwitchMode
+    planned_bytes: int
+    moved_bytes: int
+    lower_bound_bytes: int
+    predicted_s: float
+    lower_bound_s: float
+    num_kv_rounds: int
+    bindings: _containers.RepeatedCompositeFieldContainer[BoundSequence]
+    def __init__(self, ticket_id: _Optional[str] = ..., phase: _Optional[_Union[SwitchPhase, str]] = ..., from_key: _Optional[str] = ..., to_key: _Optional[str] = ..., from_epoch: _Optional[int] = ..., started_s: _Optional[float] = ..., updated_s: _Optional[float] = ..., decision_id: _Optional[str] = ..., reason: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_migrated: _Optional[int] = ..., num_recomputed: _Optional[int] = ..., num_drained: _Optional[int] = ..., pause_s: _Optional[float] = ..., phase_s: _Optional[_Iterable[_Union[PhaseDuration, _Mapping]]] = ..., mode: _Optional[_Union[SwitchMode, str]] = ..., planned_bytes: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., lower_bound_bytes: _Optional[int] = ..., predicted_s: _Optional[float] = ..., lower_bound_s: _Optional[float] = ..., num_kv_rounds: _Optional[int] = ..., bindings: _Optional[_Iterable[_Union[BoundSequence, _Mapping]]] = ...) -> None: ...
 
 class ClusterSnapshot(_message.Message):
     __slots__ = ("now_s", "epoch", "deployment", "routing", "replicas", "switch", "dead_devices", "num_arrived", "num_finished", "num_rejected", "num_queued_unrouted")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 from itertools import pairwise
 
@@ -44,24 +43,6 @@ class SwitchCost:
     weight_bytes: int
     seconds: float
     devices_changed: int
-
-
-class Binding(StrEnum):
-    """What becomes of a sequence whose replica changes."""
-
-    MIGRATE = "migrate"
-    RECOMPUTE = "recompute"
-
-
-def bind_sequence(
-    kv: KvCostParams, num_computed_tokens: int, kv_bytes: int, fits_target: bool
-) -> Binding:
-    """The cheaper of moving a sequence's KV and computing it again; engine and surrogate use it."""
-    if not fits_target or num_computed_tokens == 0:
-        return Binding.RECOMPUTE
-    migrate_s = kv_bytes / kv.link_bytes_per_s
-    recompute_s = num_computed_tokens / kv.prefill_tokens_per_s
-    return Binding.MIGRATE if migrate_s <= recompute_s else Binding.RECOMPUTE
 
 
 @lru_cache(maxsize=4096)

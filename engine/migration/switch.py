@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from engine.cluster import (
+    Binding,
     ClusterSpec,
     Deployment,
     Replica,
@@ -37,8 +38,8 @@ from engine.messages import (
     Resume,
     SequenceState,
 )
+from engine.migration.binding import bind_sequence
 from engine.migration.kv import kv_move_bytes, kv_moves, take_copies
-from engine.migration.plan import Binding, bind_sequence
 from engine.rank_calls import (
     Endpoints,
     activate_ranks,
@@ -227,7 +228,10 @@ class Switch:
         for old, state in mine:
             moved.owner[state.request_id] = target.replica_id
             computed = state.num_computed_tokens
-            if bind_sequence(kv, computed, computed * per_token, True) is Binding.MIGRATE:
+            bound = bind_sequence(
+                kv, state.request_id, computed, computed * per_token, True, 1 << 30
+            )
+            if bound.binding is Binding.MIGRATE:
                 migrate.append((old, state))
             else:
                 recompute.append(state)

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.cluster import Deployment, SwitchPhase, SwitchPlan, SwitchTicket
-from engine.migration.plan import Binding, bind_sequence, link_seconds
+from engine.cluster import Binding, Deployment, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.migration.binding import bind_sequence
+from engine.migration.plan import link_seconds
 from engine.profile import ServingProfile
 from envs.surrogate import kernel
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
 
+NEVER_DRAINS = 1 << 30  # tokens: here nothing waits for the end of a sequence
 Move = tuple[int, int, int]  # slot, new row, KV blocks reserved there (0: recompute)
 
 
@@ -168,8 +170,10 @@ class SurrogateSwitch:
         needed = -(-computed // host.spec.block_size)
         replica = host.state.replicas[row]
         fits = needed <= replica["free_blocks"]
-        binding = bind_sequence(self.plan.kv, computed, computed * per_token, bool(fits))
-        if binding is Binding.RECOMPUTE:
+        bound = bind_sequence(
+            self.plan.kv, "", computed, computed * per_token, bool(fits), NEVER_DRAINS
+        )
+        if bound.binding is Binding.RECOMPUTE:
             return 0
         replica["free_blocks"] -= needed
         return needed

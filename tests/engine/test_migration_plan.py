@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cluster import (
+    Binding,
+    BoundSequence,
     ClusterSpec,
     Deployment,
     KvCostParams,
@@ -22,10 +24,9 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.errors import InfeasibleError
+from engine.migration.binding import bind_sequence
 from engine.migration.kv import kv_moves
 from engine.migration.plan import (
-    Binding,
-    bind_sequence,
     held_shards,
     place,
     plan_switch,
@@ -222,10 +223,19 @@ def test_kv_copies_cover_every_layer_and_head_once(
     assert len(written) == 5 * 8
 
 
-def test_binding_takes_the_cheaper_way() -> None:
+def test_binding_takes_the_cheapest_way() -> None:
     kv = KvCostParams(link_bytes_per_s=1000.0, prefill_tokens_per_s=100.0, decode_step_s=0.1)
+
+    def bound(computed: int, nbytes: int, fits: bool, remaining: int) -> Binding:
+        return bind_sequence(kv, "r", computed, nbytes, fits, remaining).binding
+
     # 50 tokens: 0.5 s to compute again; 400 bytes: 0.4 s to move; 600 bytes: 0.6 s
-    assert bind_sequence(kv, 50, 400, fits_target=True) is Binding.MIGRATE
-    assert bind_sequence(kv, 50, 600, fits_target=True) is Binding.RECOMPUTE
-    assert bind_sequence(kv, 50, 400, fits_target=False) is Binding.RECOMPUTE
-    assert bind_sequence(kv, 0, 0, fits_target=True) is Binding.RECOMPUTE
+    assert bound(50, 400, True, 9) is Binding.MIGRATE
+    assert bound(50, 600, True, 9) is Binding.RECOMPUTE
+    assert bound(50, 400, False, 9) is Binding.RECOMPUTE
+    assert bound(50, 400, True, 3) is Binding.DRAIN
+    assert bound(50, 400, True, 4) is Binding.MIGRATE  # of equals the one that waits for nobody
+    assert bound(0, 0, True, 1) is Binding.RECOMPUTE
+    assert bind_sequence(kv, "r", 50, 400, False, 3) == BoundSequence(
+        "r", Binding.DRAIN, 3 * 0.1, None, 0.5
+    )
