@@ -156,13 +156,14 @@ def replay(
 
 
 @st.composite
-def switches(draw: st.DrawFn, num_devices: int) -> tuple[Deployment, Deployment]:
+def switches(draw: st.DrawFn, num_devices: int, max_pp: int) -> tuple[Deployment, Deployment]:
     """Two deployments on devices drawn at random; a replica of the first may stay."""
+    shapes = [shape for shape in SHAPES if shape.pp <= max_pp]
     found = []
     for first_id in (0, 10):
         devices = draw(st.permutations(range(num_devices)))
         replicas, at = [], 0
-        for shape in draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4)):
+        for shape in draw(st.lists(st.sampled_from(shapes), min_size=2, max_size=8)):
             if at + shape.num_devices <= num_devices:
                 placed = Placement(tuple(devices[at : at + shape.num_devices]))
                 replicas.append(Replica(first_id + len(replicas), shape, placed))
@@ -180,7 +181,7 @@ def _on(replica: Replica) -> set[int]:
     return set(replica.placement.devices)
 
 
-@given(switches(8), st.data())
+@given(switches(8, 3), st.data())
 @settings(max_examples=150, deadline=None)
 def test_no_step_needs_more_than_there_is(
     switch: tuple[Deployment, Deployment], data: st.DataObject
@@ -189,11 +190,12 @@ def test_no_step_needs_more_than_there_is(
     spec = spec_of(num_layers=data.draw(st.integers(3, 5)))
     leaving, coming = changing(current, target)
     old, new = holdings(spec.model, current), holdings(spec.model, target)
-    staging = data.draw(st.integers(0, 150))
+    staging = data.draw(st.sampled_from((0, 64, 128, 192)))
     free = {}
     for d in sorted(leaving | coming):
         before, after = (sum(s.nbytes for s in h.get(d, {}).values()) for h in (old, new))
-        free[d] = max(0, after - before) + staging + data.draw(st.integers(0, 300))
+        slack = data.draw(st.sampled_from((0, 0, 8, 64, 200)))
+        free[d] = max(0, after - before) + staging + slack
     transfers = transfers_of(spec.model, current, target)
     try:
         steps = in_place_order(spec, current, target, transfers, staging, free)
@@ -206,19 +208,17 @@ def test_no_step_needs_more_than_there_is(
     replay(spec, current, target, steps, staging, free)
 
 
-@given(switches(4), st.data())
+@given(switches(4, 1), st.data())
 @settings(max_examples=60, deadline=None)
 def test_an_order_is_found_whenever_one_exists(
     switch: tuple[Deployment, Deployment], data: st.DataObject
 ) -> None:
     """Without staging, against every permutation of the tensors."""
     current, target = switch
-    spec = spec_of(4, num_layers=1) if data.draw(st.booleans()) else spec_of(4, num_layers=3)
-    if any(r.parallel.pp > spec.model.num_layers for r in (*current.replicas, *target.replicas)):
-        return
+    spec = spec_of(4, num_layers=1)
     leaving, coming = changing(current, target)
     old, new = holdings(spec.model, current), holdings(spec.model, target)
-    free = {d: data.draw(st.integers(0, 400)) for d in sorted(leaving | coming)}
+    free = {d: data.draw(st.sampled_from((0, 72, 104, 136, 200))) for d in sorted(leaving | coming)}
     moves: dict[str, dict[int, tuple[int, int]]] = {}
     for d in free:
         for name in old.get(d, {}).keys() | new.get(d, {}).keys():
@@ -229,8 +229,6 @@ def test_an_order_is_found_whenever_one_exists(
                     comes.nbytes if comes else 0,
                     was.nbytes if was else 0,
                 )
-    if len(moves) > 5:  # 120 permutations at most
-        return
 
     def works(order: Sequence[str]) -> bool:
         used = dict.fromkeys(free, 0)
