@@ -46,6 +46,9 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
                 f"{model.max_model_len}; lower it."
             )
         model = replace(model, max_model_len=config.max_model_len)
+    headroom_mb = config.switch_headroom_mb
+    if headroom_mb is None and config.device != "cpu":
+        headroom_mb = 0.0
     return ClusterSpec(
         num_devices=config.num_workers,
         devices_per_node=config.devices_per_node or config.num_workers,
@@ -55,6 +58,7 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
         model=model,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        switch_headroom_bytes=None if headroom_mb is None else round(headroom_mb * 1e6),
     )
 
 

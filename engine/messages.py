@@ -159,6 +159,15 @@ class Resume(Message, frozen=True):
     replica_id: int
 
 
+class LimitBlocks(Message, frozen=True):
+    """Leader: keep at most so many KV blocks in use, while a switch needs the memory; None ends
+    that."""
+
+    call_id: int
+    replica_id: int
+    max_used: int | None
+
+
 class ImportSequences(Message, frozen=True):
     """Leader: reserve blocks for exactly these sequences about to arrive, as they are now. The
     reply has a table for each, empty where no room was left, and the blocks of them that hold
@@ -270,6 +279,7 @@ Call = (
     | TakeSequences
     | Quiesce
     | Resume
+    | LimitBlocks
     | ImportSequences
     | AdoptSequences
     | ReleaseRank

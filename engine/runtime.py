@@ -175,6 +175,10 @@ class EngineRuntime:
     def num_outstanding(self, replica_id: int) -> int:
         return self.requests.num_outstanding(replica_id)
 
+    def kv_blocks_used(self, replica_id: int) -> int:
+        stats = self._stats.get(replica_id)
+        return stats.kv_blocks_used if stats is not None else 0
+
     def request_id_of(self, key: str) -> str:
         return self.requests.request_id_of(key)
 

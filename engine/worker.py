@@ -32,6 +32,7 @@ from engine.messages import (
     Call,
     Hello,
     ImportSequences,
+    LimitBlocks,
     Quiesce,
     RankFailed,
     ReleaseRank,
@@ -186,6 +187,9 @@ class Worker:
                     return self._quiesce(call)
                 case Resume():
                     self._leader(call.replica_id).resume()
+                case LimitBlocks():
+                    blocks = self._leader(call.replica_id).scheduler.block_manager
+                    blocks.limit(call.max_used)
                 case ImportSequences():
                     leader = self._leader(call.replica_id)
                     tables, to_fill = leader.import_sequences(call.sequences)

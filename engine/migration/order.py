@@ -102,11 +102,11 @@ def live_shortage(
         if new is not None:
             kv += -(-spec.model.max_model_len // spec.block_size) * _block_bytes(spec, *new)
         needed = weights + kv + staging_bytes
-        if needed > spec.device_memory_bytes:
+        if needed > spec.switch_memory_bytes:
             return (
                 f"device {device} would need {needed} bytes for both generations ({weights} of "
                 f"weights, {kv} of KV, {staging_bytes} of staging), it has "
-                f"{spec.device_memory_bytes}."
+                f"{spec.switch_memory_bytes}."
             )
     return ""
 
