@@ -186,6 +186,14 @@ class BlockManager:
                 self._block_of[digest] = block
                 self._hash_of[block] = digest
 
+    def forget_cached(self) -> None:
+        """What blocks hold is lost: none is found again. No table may hold any."""
+        assert self.num_used == 0, self.num_used
+        self._free += reversed(self._reusable)
+        self._reusable.clear()
+        self._hash_of.clear()
+        self._block_of.clear()
+
     # ---------------------------------------------------------------- checks
 
     def check_integrity(self, live_tables: Iterable[list[int]]) -> None:

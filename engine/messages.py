@@ -84,12 +84,14 @@ class HostStore(Message, frozen=True):
 
 class BuildRank(Message, frozen=True):
     """Build a rank beside whatever runs: groups, modules, weight storage. `store` is the address
-    of its groups' store, empty for a rank alone. The reply's endpoint takes the rank's inputs."""
+    of its groups' store, empty for a rank alone. A bare one has only the weights whose very
+    interval is held here. The reply's endpoint takes the rank's inputs."""
 
     call_id: int
     spec: RankSpec
     from_disk: bool
     store: str = ""
+    is_bare: bool = False
 
 
 class OpenTransfer(Message, frozen=True):
@@ -126,6 +128,33 @@ class MoveKv(Message, frozen=True):
     call_id: int
     moves: list[KvMove]
     is_last: bool = False
+
+
+class SizeKv(Message, frozen=True):
+    """Give a rank that stands still a KV cache of so many blocks, empty, in place of the one it
+    has; with 0 that is dropped. A leader's sequences start over from their tokens."""
+
+    call_id: int
+    replica_id: int
+    num_blocks: int
+
+
+class MakeShards(Message, frozen=True):
+    """Of a switch in place: storage for these shards of a new rank, filled from what is held here.
+    Shards `parked` of the old rank go to host memory before; it cannot serve any more."""
+
+    call_id: int
+    replica_id: int
+    tensors: list[str]
+    parked: list[str] = []
+
+
+class FreeShards(Message, frozen=True):
+    """Of a switch in place: drop these shards of an old rank, which cannot serve any more."""
+
+    call_id: int
+    replica_id: int
+    tensors: list[str]
 
 
 class Activate(Message, frozen=True):
@@ -275,6 +304,9 @@ Call = (
     | MoveWeights
     | BindRank
     | MoveKv
+    | SizeKv
+    | MakeShards
+    | FreeShards
     | Activate
     | TakeSequences
     | Quiesce
@@ -294,6 +326,8 @@ MIGRATION_CALLS = (
     MoveWeights,
     BindRank,
     MoveKv,
+    MakeShards,
+    FreeShards,
     CloseTransfer,
 )
 

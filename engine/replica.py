@@ -203,6 +203,11 @@ class Replica:
         self._arrivals.give_back()
         self.paused = False
 
+    def start_over(self) -> None:
+        """The KV cache is another, and empty: see `BatchScheduler.start_over`."""
+        self._departures.let_go()
+        self.scheduler.start_over()
+
     def import_sequences(self, states: list[SequenceState]) -> tuple[list[list[int]], list[int]]:
         """Reserve blocks: see `Arrivals.reserve`."""
         return self._arrivals.reserve(states)

@@ -285,6 +285,13 @@ class EngineRuntime:
     def publish(self, ticket: SwitchTicket) -> None:
         self._switches.publish(ticket)
 
+    def is_alive(self, device: int) -> bool:
+        return device not in self._dead_devices
+
+    def lose(self, replica_id: int, reason: str) -> None:
+        """A switch leaves this replica broken: it is taken out when the switch has ended."""
+        self._lost.append((replica_id, reason))
+
     def _recover_lost(self) -> None:
         """No switch runs any more: take out the replicas that broke meanwhile."""
         lost, self._lost = self._lost, []

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Protocol
 
-from engine.cluster import EventKind, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.cluster import EventKind, SwitchMode, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
 from engine.events import EventLog
 from engine.migration.check import check_plan
 from engine.migration.host import SwitchHost
+from engine.migration.in_place import InPlaceSwitch
 from engine.migration.switch import Switch
 
 WATCH_POLL_S = 1.0
@@ -31,7 +32,7 @@ class Switchboard:
     def __init__(self, host: SwitchingEngine, log: EventLog, on_idle: Callable[[], None]) -> None:
         self._host, self._log, self._on_idle = host, log, on_idle
         self._tickets: dict[str, SwitchTicket] = {}
-        self.current: Switch | None = None
+        self.current: Switch | InPlaceSwitch | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -69,11 +70,12 @@ class Switchboard:
             lower_bound_s=plan.lower_bound_s,
         )
         self._tickets[ticket.ticket_id] = ticket
-        self.current = Switch(host, plan, ticket)
+        kind = InPlaceSwitch if plan.mode is SwitchMode.IN_PLACE else Switch
+        self.current = kind(host, plan, ticket)
         self._task = asyncio.create_task(self._run(self.current), name=ticket.ticket_id)
         return ticket
 
-    async def _run(self, switch: Switch) -> None:
+    async def _run(self, switch: Switch | InPlaceSwitch) -> None:
         try:
             await switch.run()
         finally:

@@ -16,13 +16,14 @@ import time
 from multiprocessing import connection, parent_process
 from typing import Any
 
+import msgspec
 import numba
 import torch
 import zmq
 
 from engine.block_manager import BlockManager
 from engine.executor import WorkerConfig
-from engine.memory import keep_freed_memory
+from engine.memory import keep_freed_memory, release_memory
 from engine.messages import (
     MIGRATION_CALLS,
     Abort,
@@ -39,6 +40,7 @@ from engine.messages import (
     Reply,
     Resume,
     Shutdown,
+    SizeKv,
     Submit,
     TakeSequences,
     Tokens,
@@ -196,6 +198,8 @@ class Worker:
                     return Reply(call.call_id, block_tables=tables, blocks_to_fill=to_fill)
                 case AdoptSequences():
                     self._leader(call.replica_id).adopt(call.recompute)
+                case SizeKv():
+                    self._size_kv(call)
                 case ReleaseRank():
                     self._release(call.replica_id)
             return Reply(call.call_id)
@@ -234,6 +238,14 @@ class Worker:
         sequences, updates = leader.quiesce()
         self._send_tokens(call.replica_id, leader, updates)
         return Reply(call.call_id, sequences=sequences)
+
+    def _size_kv(self, call: SizeKv) -> None:
+        state, leader = self.ranks[call.replica_id], self.serving.get(call.replica_id)
+        state.runner.size_kv(call.num_blocks)
+        state.spec = msgspec.structs.replace(state.spec, num_blocks=call.num_blocks)
+        if isinstance(leader, Replica):
+            leader.start_over()
+        release_memory()
 
     def _release(self, replica_id: int) -> None:
         serving = self.serving.pop(replica_id, None)

@@ -35,6 +35,15 @@ class SwitchHost(Protocol):
         """Return when none of these requests exists any more, at the latest after `timeout_s`."""
         ...
 
+    def is_alive(self, device: int) -> bool:
+        """Whether its worker is not known to be dead."""
+        ...
+
+    def lose(self, replica_id: int, reason: str) -> None:
+        """The switch leaves this replica of the present deployment broken: the engine is to
+        recover its requests when the switch has ended."""
+        ...
+
     def hold(self, replica_ids: Iterable[int]) -> None:
         """Send these replicas no further request until `commit` or `unhold`."""
         ...
