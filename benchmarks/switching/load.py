@@ -89,7 +89,10 @@ class Load:
         draw, runtime = self._draw, self.runtime
         vocab = runtime.spec.model.vocab_size
         prompt = [draw.randrange(3, vocab) for _ in range(draw.randint(*self.spec.prompt_tokens))]
-        length = draw.randint(*self.spec.output_tokens)
+        least, most = self.spec.output_tokens
+        if len(self.clients) < self.spec.num_streams:
+            least = 1 + most // 20  # the first ones end at different times, as if long under way
+        length = draw.randint(least, most)
         params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         name = f"s{len(self.clients)}"
         stream = runtime.generate(name, prompt, params)

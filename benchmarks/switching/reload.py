@@ -75,9 +75,7 @@ async def reload_replicas(runtime: EngineRuntime, plan: SwitchPlan, nonce: str) 
     leaving = [r for r in runtime.deployment.replicas if r not in kept]
     coming = [r for r in plan.target.replicas if r not in kept]
     runtime.hold(r.replica_id for r in leaving)
-    await await_all(
-        call(r.placement.devices[0], Quiesce, replica_id=r.replica_id) for r in leaving
-    )
+    await await_all(call(r.placement.devices[0], Quiesce, replica_id=r.replica_id) for r in leaving)
     await await_all(
         call(device, ReleaseRank, replica_id=r.replica_id)
         for r in leaving
