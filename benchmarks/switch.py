@@ -20,16 +20,16 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from switching.bound import Checkpoint, least_bytes, port_load, roles_of
-from switching.load import Load, LoadSpec
-from switching.model import LARGE, SMALL, Shape, make_model
+from switching.load import Load
+from switching.model import make_model
 from switching.ports import Ports
 from switching.reload import drop_page_cache, reload_replicas, restart, warm_page_cache
 from switching.report import print_tables, summarise
+from switching.settings import NUM_WORKERS, QUICK, Settings, engine_config
 from switching.transition import (
     Bench,
     Passage,
@@ -43,69 +43,10 @@ from switching.transition import (
 
 from engine.build import build_runtime
 from engine.cluster import KvCostParams, dense_deployment, parse_deployment_key
-from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.request import SamplingParams
 
-NUM_WORKERS = 4
 WARM_UP_S = 120.0
-WALK = (
-    "4xtp1pp1",
-    "1xtp2pp1+2xtp1pp1",
-    "2xtp2pp1",
-    "1xtp4pp1",
-    "2xtp2pp1",
-    "1xtp2pp1+2xtp1pp1",
-    "4xtp1pp1",
-    "1xtp1pp4",
-    "1xtp1pp2+2xtp1pp1",
-    "2xtp1pp2",
-    "1xtp2pp1+1xtp1pp2",
-    "1xtp2pp2",
-    "4xtp1pp1",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How long and how much. `reloaded` and `restarted` are indexes of steps of the walk."""
-
-    shape: Shape = LARGE
-    device_memory_mb: float = 2600.0
-    load: LoadSpec = field(default_factory=LoadSpec)
-    walk: tuple[str, ...] = WALK
-    reloaded: tuple[int, ...] = (0, 5, 2, 3)
-    restarted: tuple[int, ...] = (0, 3)
-    steady_s: float = 6.0
-    settle_s: float = 1.5
-    ring_bytes: int = 64 << 20
-
-
-QUICK = Settings(
-    shape=SMALL,
-    device_memory_mb=200.0,
-    walk=(WALK[0], WALK[1], WALK[2], WALK[1], WALK[0]),
-    reloaded=(0, 3),
-    restarted=(0,),
-    steady_s=1.5,
-    settle_s=0.5,
-    ring_bytes=16 << 20,
-)
-
-
-def engine_config(settings: Settings, folder: Path, deployment: str) -> EngineConfig:
-    return EngineConfig(
-        model=str(folder),
-        num_workers=NUM_WORKERS,
-        deployment=deployment,
-        dtype=settings.shape.dtype,  # type: ignore[arg-type]
-        device_memory_mb=settings.device_memory_mb,
-        max_model_len=settings.shape.max_model_len,
-        max_num_seqs=16,
-        max_num_batched_tokens=64,
-        enable_prefix_caching=False,
-    )
-
 
 # ------------------------------------------------------------------------------------
 # Live switches
@@ -313,12 +254,12 @@ def main() -> None:
     summary = summarise(rows, lost)
     if args.json:
         facts = {
+            "summary": summary,
             "requests_ended": ended,
             "model_bytes": sum(Checkpoint.read(folder).nbytes.values()),
+            "load_average_before": load_average,
         }
-        args.json.write_text(
-            json.dumps({"summary": summary, **facts, "transitions": rows}, indent=1)
-        )
+        args.json.write_text(json.dumps(facts | {"transitions": rows}, indent=1))
     print_tables(rows, ended)
     print(json.dumps(summary))
 
