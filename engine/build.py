@@ -135,6 +135,7 @@ def build_runtime(config: EngineConfig, executor: Executor | None = None) -> Eng
             eos_token_ids=_eos_token_ids(model_dir),
             enable_prefix_caching=config.enable_prefix_caching,
             num_threads=config.threads_per_worker,
+            switch_bytes_per_s=config.switch_bandwidth_mb_per_s * 1e6,
             host=channel.host,
             keys=channel.keys,
         )

@@ -59,6 +59,9 @@ class EngineConfig(BaseModel):
     enable_prefix_caching: bool = Field(
         True, description="keep KV blocks of finished requests for prompts that begin alike"
     )
+    switch_bandwidth_mb_per_s: float = Field(
+        0.0, ge=0, description="MB/s that each worker may send during a switch; 0: no limit"
+    )
     max_queue: int = Field(1000, ge=1, description="requests in the engine before it says 429")
     host: str = Field("127.0.0.1", description="address of both servers")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")

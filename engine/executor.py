@@ -40,6 +40,7 @@ class WorkerConfig:
     max_num_batched_tokens: int
     eos_token_ids: tuple[int, ...]
     group_timeout_s: float = 30.0
+    switch_bytes_per_s: float = 0.0  # that this worker sends during a switch; 0 is no limit
     enable_prefix_caching: bool = True
     num_threads: int = 1
     engine_endpoint: str = ""  # set by the engine when its socket is bound

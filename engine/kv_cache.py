@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.decode_kernel import as_array
+from engine.memory import lazy_zeros
 
 
 class KvCache:
@@ -30,9 +31,12 @@ class KvCache:
         device: torch.device | str,
     ) -> None:
         shape = (2, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        on_cpu = torch.device(device).type == "cpu"
+        self.data = (
+            lazy_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
+        )
         # the same memory for compiled kernels, which run on the CPU only
-        self.arrays: Any = as_array(self.data) if self.data.device.type == "cpu" else None
+        self.arrays: Any = as_array(self.data) if on_cpu else None
         self._gathered = torch.empty(0, dtype=dtype, device=device)  # grows; one per cache
 
     @property

@@ -1,13 +1,18 @@
-"""What a worker does with memory that it has freed: keeps it from step to step, gives it back to
-the machine after a load or a switch."""
+"""What a worker does with memory: keeps what a step frees for the next one, gives back what a load
+or a switch frees, and takes pages of a KV cache only as they are written."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import mmap
 import sys
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -28,6 +33,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory that take a page when it is first written and give all of them back
+    when the tensor goes. `torch.zeros` would clear every page at once."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 @cache

@@ -102,11 +102,14 @@ class OpenTransfer(Message, frozen=True):
 
 
 class MoveWeights(Message, frozen=True):
-    """Execute this device's part of the weight transfers, in the order given."""
+    """Execute this device's part of the weight transfers, in the order given. They are a stretch
+    of the plan's, from `first_index` on."""
 
     call_id: int
     transfers: list[Transfer]
     dst_replicas: list[int]  # replica that receives, per transfer
+    src_replicas: dict[int, int] = {}  # new replica on each device, which may forward what it got
+    first_index: int = 0
 
 
 class BindRank(Message, frozen=True):
@@ -117,10 +120,12 @@ class BindRank(Message, frozen=True):
 
 
 class MoveKv(Message, frozen=True):
-    """Execute this device's part of the KV copies, in the order given."""
+    """Execute this device's part of the KV copies, in the order given. The last ones are made
+    while their sequences stand still, as fast as can be."""
 
     call_id: int
     moves: list[KvMove]
+    is_last: bool = False
 
 
 class Activate(Message, frozen=True):
@@ -130,6 +135,14 @@ class Activate(Message, frozen=True):
     call_id: int
     replica_id: int
     peers: list[str] = []
+
+
+class TakeSequences(Message, frozen=True):
+    """Leader: the reply carries all sequences as they stand, and they run on. The blocks of their
+    computed tokens keep their content until the next such call, `Quiesce` and `Resume`."""
+
+    call_id: int
+    replica_id: int
 
 
 class Quiesce(Message, frozen=True):
@@ -147,8 +160,9 @@ class Resume(Message, frozen=True):
 
 
 class ImportSequences(Message, frozen=True):
-    """Leader: reserve blocks for sequences about to arrive. The reply has a table for each, empty
-    where no room was left, and the blocks of them that hold nothing yet."""
+    """Leader: reserve blocks for exactly these sequences about to arrive, as they are now. The
+    reply has a table for each, empty where no room was left, and the blocks of them that hold
+    nothing yet."""
 
     call_id: int
     replica_id: int
@@ -208,6 +222,7 @@ class Reply(Message, frozen=True):
     block_tables: list[list[int]] = []
     blocks_to_fill: list[int] = []
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
+    sent_bytes: int = 0
     endpoint: str = ""
 
 
@@ -252,6 +267,7 @@ Call = (
     | BindRank
     | MoveKv
     | Activate
+    | TakeSequences
     | Quiesce
     | Resume
     | ImportSequences

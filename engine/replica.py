@@ -26,7 +26,7 @@ from engine.messages import (
     decode_step,
     encode,
 )
-from engine.migration.arrivals import Arrivals, sequence_of, state_of
+from engine.migration.arrivals import Arrivals, Departures, sequence_of
 from engine.parallel import ParallelState
 from engine.request import StepInput
 from engine.runner import ModelRunner
@@ -110,7 +110,7 @@ class Replica:
         self._depth = parallel.pp
         self._followers: list[Any] = []
         self._in_flight: deque[tuple[ScheduledBatch, Any]] = deque()
-        self._arrivals = Arrivals(scheduler)
+        self._arrivals, self._departures = Arrivals(scheduler), Departures(scheduler)
         self._submitted_s: dict[str, float] = {}  # of those that have made no step yet
 
     def activate(self, sockets: Sockets, peers: list[str]) -> None:
@@ -179,6 +179,10 @@ class Replica:
         self._submitted_s.pop(request_id, None)
         self.scheduler.abort(request_id)
 
+    def take_sequences(self) -> list[SequenceState]:
+        """See `Departures.take`."""
+        return self._departures.take()
+
     def quiesce(self) -> tuple[list[SequenceState], list[TokenUpdate]]:
         """Finish what is in flight and stand still. Sequences and blocks stay, for a rollback."""
         self.paused = True
@@ -189,10 +193,11 @@ class Replica:
                 raise RuntimeError(f"a step did not end within {DRAIN_TIMEOUT_MS} ms")
             updates += collected
         self._submitted_s.clear()  # they wait elsewhere from now on
-        return [state_of(s) for s in self.scheduler.sequences()], updates
+        return self._departures.take(), updates
 
     def resume(self) -> None:
-        """After a rollback: serve on; imported sequences give their blocks back."""
+        """After a rollback: serve on; blocks held for either end of a move are given back."""
+        self._departures.let_go()
         self._arrivals.give_back()
         self.paused = False
 

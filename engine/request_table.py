@@ -88,6 +88,14 @@ class RequestTable:
     def generated_tokens(self, replica_id: int) -> int:
         return self._generated[replica_id]
 
+    @staticmethod
+    def request_id_of(key: str) -> str:
+        """The caller's id, also of a request that has ended."""
+        return key.rpartition(".")[0]
+
+    def is_live(self, key: str) -> bool:
+        return key in self._requests
+
     def is_in_use(self, request_id: str) -> bool:
         return request_id in self._in_use
 
@@ -113,7 +121,7 @@ class RequestTable:
         except TidewrightError:
             self._reject(arrival, params, trace_headers)
             raise
-        key = f"{arrival.request_id}.{self._num_keys:x}"
+        key = f"{arrival.request_id}.{self._num_keys:x}"  # see `request_id_of`
         self._num_keys += 1
         state = SequenceState(key, list(prompt_token_ids), [], params, arrival.arrival_s)
         stream = RequestStream(arrival.request_id, key, self.end, wake or asyncio.Event())

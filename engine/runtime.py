@@ -175,6 +175,17 @@ class EngineRuntime:
     def num_outstanding(self, replica_id: int) -> int:
         return self.requests.num_outstanding(replica_id)
 
+    def request_id_of(self, key: str) -> str:
+        return self.requests.request_id_of(key)
+
+    async def wait_until_ended(self, keys: Iterable[str], timeout_s: float) -> None:
+        """Return when none of these requests exists any more, at the latest after `timeout_s`."""
+        deadline, left = time.monotonic() + timeout_s, set(keys)
+        while (left := {k for k in left if self.requests.is_live(k)}) and (
+            remaining_s := deadline - time.monotonic()
+        ) > 0:
+            await self.wait_for_change(remaining_s)
+
     def send(self, replica_id: int, message: Any) -> None:
         """To that replica's leader."""
         leader = self.deployment.replica(replica_id).placement.devices[0]

@@ -11,7 +11,8 @@ from engine.cluster import EventKind, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
 from engine.events import EventLog
 from engine.migration.check import check_plan
-from engine.migration.switch import Switch, SwitchHost
+from engine.migration.host import SwitchHost
+from engine.migration.switch import Switch
 
 WATCH_POLL_S = 1.0
 
@@ -61,6 +62,11 @@ class Switchboard:
             started_s=now_s,
             updated_s=now_s,
             decision_id=plan.decision_id,
+            mode=plan.mode,
+            planned_bytes=plan.weight_bytes,
+            lower_bound_bytes=plan.lower_bound_bytes,
+            predicted_s=plan.predicted_s,
+            lower_bound_s=plan.lower_bound_s,
         )
         self._tickets[ticket.ticket_id] = ticket
         self.current = Switch(host, plan, ticket)

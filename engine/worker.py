@@ -39,6 +39,7 @@ from engine.messages import (
     Resume,
     Shutdown,
     Submit,
+    TakeSequences,
     Tokens,
     TokenUpdate,
     decode_to_worker,
@@ -178,6 +179,9 @@ class Worker:
             match call:
                 case Activate():
                     self._activate(call.replica_id, call.peers)
+                case TakeSequences():
+                    sequences = self._leader(call.replica_id).take_sequences()
+                    return Reply(call.call_id, sequences=sequences)
                 case Quiesce():
                     return self._quiesce(call)
                 case Resume():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import zmq
 
-from engine.cluster import Transfer
+from engine.cluster import DISK, Transfer
 from engine.executor import WorkerConfig
 from engine.memory import release_memory
 from engine.messages import (
@@ -24,7 +24,16 @@ from engine.messages import (
     OpenTransfer,
     Reply,
 )
-from engine.migration.transfer import fill_local, move_kv, move_weights, shard_view
+from engine.migration.transfer import (
+    Moved,
+    Pace,
+    exchange,
+    fill_local,
+    kv_jobs,
+    shard_view,
+    weight_jobs,
+)
+from engine.packing import dense
 from engine.parallel import (
     GroupConfig,
     build_gloo,
@@ -36,6 +45,7 @@ from engine.replica import RankState
 from engine.runner import ModelRunner, load_weights
 from engine.shards import Shard
 from engine.sockets import Sockets
+from engine.weights import CheckpointReader
 
 
 def torch_device(config: WorkerConfig) -> torch.device:
@@ -66,6 +76,7 @@ class MigrationCalls:
         self._hosted: dict[str, Any] = {}  # stores by address, until their group is built
         self._transfer: tuple[Any, Any] | None = None  # group and its store
         self._members: list[int] = []
+        self._pace = Pace(config.switch_bytes_per_s)
 
     def execute(self, call: Call) -> Reply:
         """Carry out one call. Whatever it raises is the reply's error."""
@@ -76,14 +87,13 @@ class MigrationCalls:
                 self._open_transfer(call)
             case BuildRank():
                 return Reply(call.call_id, endpoint=self._build(call))
-            case MoveWeights():
-                return Reply(call.call_id, checksums=self._move_weights(call))
+            case MoveWeights() | MoveKv():
+                moved = self._move(call)
+                return Reply(call.call_id, checksums=moved.checksums, sent_bytes=moved.sent_bytes)
             case BindRank():
                 state = self._ranks[call.replica_id]
                 state.runner.bind(state.weights)
                 release_memory()  # the plain forms of weights that are packed now
-            case MoveKv():
-                return Reply(call.call_id, checksums=self._move_kv(call.moves))
             case CloseTransfer():
                 self._transfer = None
                 self._hosted.clear()
@@ -105,6 +115,7 @@ class MigrationCalls:
         store = self._store(call.store, size)
         rank = call.devices.index(self._config.device)
         self._transfer = (build_gloo(self._groups, store, "move", rank, size), store)
+        self._pace = Pace(self._config.switch_bytes_per_s)
 
     # ---------------------------------------------------------------- ranks
 
@@ -145,29 +156,64 @@ class MigrationCalls:
 
     # ---------------------------------------------------------------- moves
 
-    def _move_weights(self, call: MoveWeights) -> list[tuple[int, int]]:
+    def _move(self, call: MoveWeights | MoveKv) -> Moved:
+        try:
+            if isinstance(call, MoveWeights):
+                return self._move_weights(call)
+            return self._move_kv(call)
+        except Exception:
+            self._transfer = None  # leaving the group ends the waits of those at the other ends
+            raise
+
+    def _move_weights(self, call: MoveWeights) -> Moved:
         held = self._held()
+        dense_of: dict[str, torch.Tensor] = {}  # the plain form of the tensor sent last
+
+        def is_held(transfer: Transfer) -> bool:
+            shard = held[transfer.tensor][0] if transfer.tensor in held else None
+            return shard is not None and shard.start <= transfer.start < transfer.stop <= shard.stop
 
         def source(transfer: Transfer) -> torch.Tensor:
+            if not is_held(transfer):  # it came by an earlier transfer
+                return self._new_slice(transfer, call.src_replicas[transfer.src])
             shard, tensor = held[transfer.tensor]
-            return shard_view(tensor, shard, transfer.start, transfer.stop)
+            if transfer.tensor not in dense_of:
+                dense_of.clear()
+                dense_of[transfer.tensor] = dense(tensor)
+            return shard_view(dense_of[transfer.tensor], shard, transfer.start, transfer.stop)
 
-        def target(index: int, transfer: Transfer) -> torch.Tensor:
-            state = self._ranks[call.dst_replicas[index]]
-            shard = next(s for s in state.runner.shards if s.tensor == transfer.tensor)
-            return shard_view(state.weights[shard.tensor], shard, transfer.start, transfer.stop)
+        def target(index: int) -> torch.Tensor:
+            return self._new_slice(call.transfers[index], call.dst_replicas[index])
 
-        assert self._transfer is not None
-        return move_weights(
-            self._transfer[0],
-            self._members,
-            self._config.device,
-            call.transfers,
-            source,
-            target,
-        )
+        device, transfers = self._config.device, call.transfers
+        self._read_from_disk(call)
+        jobs = weight_jobs(
+            self._members, device, call.first_index, transfers, source, target,
+            lambda transfer: not is_held(transfer),
+        )  # fmt: skip
+        return exchange(self._group, jobs, self._pace)
 
-    def _move_kv(self, moves: list[KvMove]) -> list[tuple[int, int]]:
+    def _new_slice(self, transfer: Transfer, replica_id: int) -> torch.Tensor:
+        """The part of a new rank's shard that a transfer fills."""
+        state = self._ranks[replica_id]
+        shard = next(s for s in state.runner.shards if s.tensor == transfer.tensor)
+        return shard_view(state.weights[shard.tensor], shard, transfer.start, transfer.stop)
+
+    def _read_from_disk(self, call: MoveWeights) -> None:
+        """What no device holds any more."""
+        wanted = [
+            (transfer, replica_id)
+            for transfer, replica_id in zip(call.transfers, call.dst_replicas, strict=True)
+            if transfer.src == DISK and transfer.dst == self._config.device
+        ]
+        if not wanted:
+            return
+        with CheckpointReader(Path(self._config.model_dir), self._config.dtype) as reader:
+            for t, replica_id in wanted:
+                part = Shard(t.tensor, t.dim, t.start, t.stop, t.nbytes)
+                self._new_slice(t, replica_id).copy_(reader.read(part))
+
+    def _move_kv(self, call: MoveKv) -> Moved:
         def read(move: KvMove) -> torch.Tensor:
             kv = self._ranks[move.src_replica].runner.kv
             return kv.read_blocks(move.src_blocks, move.src_layers, move.src_heads)
@@ -183,7 +229,10 @@ class MigrationCalls:
             kv = self._ranks[move.dst_replica].runner.kv
             kv.write_blocks(move.dst_blocks, move.dst_layers, move.dst_heads, tensor)
 
-        assert self._transfer is not None
-        return move_kv(
-            self._transfer[0], self._members, self._config.device, moves, read, shape, write
-        )
+        jobs = kv_jobs(self._members, self._config.device, call.moves, read, shape, write)
+        return exchange(self._group, jobs, Pace(0) if call.is_last else self._pace)
+
+    @property
+    def _group(self) -> Any:
+        assert self._transfer is not None, "no transfer is open"
+        return self._transfer[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from engine.cluster import ModelSpec, Replica
 from engine.messages import KvMove
@@ -39,14 +39,31 @@ def _local(interval: Interval, origin: Interval) -> Interval:
     return interval[0] - origin[0], interval[1] - origin[0]
 
 
-def take_copies(
-    src_table: Sequence[int], dst_table: Sequence[int], to_fill: set[int]
-) -> tuple[list[int], list[int]]:
-    """Source and destination blocks of the copies that one sequence needs. What it fills is taken
-    out of `to_fill`, so that a block which several tables share is sent once."""
-    pairs = [(s, d) for s, d in zip(src_table, dst_table, strict=False) if d in to_fill]
-    to_fill.difference_update(d for _, d in pairs)
-    return [s for s, _ in pairs], [d for _, d in pairs]
+class FilledBlocks:
+    """How many tokens of its source each block of a new replica holds already. KV only grows, so
+    a copy made while the sequence decodes lacks the tokens since, and nothing else."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._num_tokens: dict[int, int] = {}  # of blocks that were taken to be filled
+
+    def expect(self, blocks: Iterable[int]) -> None:
+        """These were taken just now and hold nothing yet."""
+        self._num_tokens |= dict.fromkeys(blocks, 0)
+
+    def take_copies(
+        self, src_table: Sequence[int], dst_table: Sequence[int], num_tokens: int
+    ) -> tuple[list[int], list[int]]:
+        """Source and destination blocks that must be copied for a sequence of `num_tokens` in the
+        cache. They count as copied: a block that several tables share is sent once."""
+        src_blocks, dst_blocks = [], []
+        for index, (src, dst) in enumerate(zip(src_table, dst_table, strict=False)):
+            wanted = min(self._block_size, num_tokens - index * self._block_size)
+            if self._num_tokens.get(dst, wanted) < wanted:
+                self._num_tokens[dst] = wanted
+                src_blocks.append(src)
+                dst_blocks.append(dst)
+        return src_blocks, dst_blocks
 
 
 def kv_moves(
@@ -82,6 +99,11 @@ def kv_moves(
                 src_heads=_local(heads, src_heads),
                 dst_heads=_local(heads, dst_heads),
             )
+
+
+def link_bytes_per_token(model: ModelSpec, src: Replica, dst: Replica) -> int:
+    """Bytes of a token's KV that cross a link when it moves from replica to replica."""
+    return sum(kv_move_bytes(model, move, 1) for move in kv_moves(model, src, dst, [0], [0]))
 
 
 def kv_move_bytes(model: ModelSpec, move: KvMove, block_size: int) -> int:

@@ -1,45 +1,33 @@
 """One switch: prepare, transfer, verify, commit, release; or roll back.
 
-Until commit the old generation is whole: its ranks keep their weights, sequences and blocks, and
-only stand still while KV is copied. Whatever fails before commit undoes the new one and resumes
-the old. After commit nothing is undone; a rank that breaks then is the engine's to recover.
+Until commit the old generation is whole, and it serves: weights and KV are copied beside it, KV in
+rounds, the last of them in one short stop that the commit ends. Whatever fails before commit
+undoes the new one and resumes the old. After commit nothing is undone; a rank that breaks then is
+the engine's to recover.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from engine.cluster import (
-    Binding,
-    ClusterSpec,
-    Deployment,
-    Replica,
-    Routing,
-    SwitchPhase,
-    SwitchPlan,
-    SwitchTicket,
-)
+from engine.cluster import Binding, SwitchPhase, SwitchPlan, SwitchTicket, Transfer
 from engine.errors import UnavailableError
 from engine.messages import (
     AdoptSequences,
     CloseTransfer,
-    ImportSequences,
-    KvMove,
-    MoveKv,
     MoveWeights,
     OpenTransfer,
-    Quiesce,
     ReleaseRank,
     Reply,
     Resume,
-    SequenceState,
 )
-from engine.migration.binding import bind_sequence
-from engine.migration.kv import kv_move_bytes, kv_moves, take_copies
+from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.sequences import SequenceMove, check_sums, ends_of
 from engine.rank_calls import (
     Endpoints,
     activate_ranks,
@@ -48,52 +36,11 @@ from engine.rank_calls import (
     build_ranks,
     host_store,
 )
-from engine.router import load_of, pick
 
 logger = logging.getLogger(__name__)
-
-
-class SwitchCancelledError(Exception):
-    """Somebody asked for the switch to be cancelled before it committed."""
-
-
-class SwitchHost(Protocol):
-    """What a switch needs of the engine."""
-
-    @property
-    def spec(self) -> ClusterSpec: ...
-    @property
-    def deployment(self) -> Deployment: ...
-    async def call(self, device: int, kind: type[Any], **fields: Any) -> Reply: ...
-    def now_s(self) -> float: ...
-    def num_outstanding(self, replica_id: int) -> int: ...
-    def hold(self, replica_ids: Iterable[int]) -> None:
-        """Send these replicas no further request until `commit` or `unhold`."""
-        ...
-
-    def unhold(self) -> None: ...
-    def commit(self, target: Deployment, owner: dict[str, int]) -> None:
-        """Make `target` current; `owner` names the new replica of every request that moved."""
-        ...
-
-    def abort_ended(self, owner: dict[str, int]) -> None:
-        """Tell the new replicas of requests that were cancelled while they moved."""
-        ...
-
-    def publish(self, ticket: SwitchTicket) -> None: ...
-    def failpoint(self, name: str) -> None:
-        """Raises when a test wants this point to fail."""
-        ...
-
-
-@dataclass(slots=True)
-class _Moved:
-    """Sequences of the old replicas and where they go."""
-
-    owner: dict[str, int] = field(default_factory=dict)
-    recompute: dict[int, list[SequenceState]] = field(default_factory=dict)
-    kv: list[KvMove] = field(default_factory=list)
-    kv_replies: list[Reply] = field(default_factory=list)
+BATCH_BYTES = 32 << 20  # of weights between two looks at progress and cancellation
+MAX_ROUNDS = 5  # of KV copies while sequences run
+DRAIN_SLACK = 1.5  # a sequence may take so much longer than predicted to end
 
 
 class Switch:
@@ -106,7 +53,9 @@ class Switch:
         self.leaving = [r for r in self._old.replicas if r not in kept]
         self.coming = [r for r in plan.target.replicas if r not in kept]
         self.devices = sorted(self._old.devices | plan.target.devices)
-        self._cancelled = False
+        self._sequences = SequenceMove(host, plan, self.leaving, self.coming)
+        self._weight_bytes_sent = 0
+        self._cancelled = self._committed = False
         self._paused_at_s: float | None = None
         self._endpoints: Endpoints = {}
 
@@ -114,22 +63,21 @@ class Switch:
 
     @property
     def committed(self) -> bool:
-        return self.ticket.phase in (SwitchPhase.COMMIT, SwitchPhase.RELEASE, SwitchPhase.DONE)
+        return self._committed
 
     def cancel(self) -> None:
-        """Takes effect at the next phase border before commit."""
+        """Takes effect before commit, at the next phase border or batch of copies."""
         self._cancelled = True
 
     async def run(self) -> None:
         """The whole switch."""
-        moved = _Moved()
         try:
             await self._phase(SwitchPhase.PREPARE, self._prepare)
-            await self._phase(SwitchPhase.TRANSFER, lambda: self._transfer(moved))
-            await self._phase(SwitchPhase.VERIFY, lambda: self._verify(moved))
-            await self._phase(SwitchPhase.COMMIT, lambda: self._commit(moved))
+            await self._phase(SwitchPhase.TRANSFER, self._transfer)
+            await self._phase(SwitchPhase.VERIFY, self._verify)
+            await self._phase(SwitchPhase.COMMIT, self._commit)
         except Exception as error:
-            if not self.committed:
+            if not self._committed:
                 await self._roll_back(error)
                 return
             logger.exception("switch %s: failed after its commit", self.ticket.ticket_id)
@@ -140,8 +88,7 @@ class Switch:
         self._update(phase=SwitchPhase.DONE)
 
     async def _phase(self, phase: SwitchPhase, work: Callable[[], Awaitable[None]]) -> None:
-        if phase is not SwitchPhase.RELEASE and self._cancelled:
-            raise SwitchCancelledError("cancelled on request")
+        self._stop_if_cancelled()
         started_s = self.host.now_s()
         if phase is not SwitchPhase.COMMIT:  # that phase is announced when it is a fact
             self._update(phase=phase)
@@ -150,6 +97,10 @@ class Switch:
         self.host.failpoint(f"after_{phase}")
         elapsed_s = self.host.now_s() - started_s
         self._update(phase_s=(*self.ticket.phase_s, (phase.value, elapsed_s)))
+
+    def _stop_if_cancelled(self) -> None:
+        if self._cancelled and not self._committed:
+            raise SwitchCancelledError("cancelled on request")
 
     def _update(self, **changes: Any) -> None:
         self.ticket = replace(self.ticket, updated_s=self.host.now_s(), **changes)
@@ -166,134 +117,111 @@ class Switch:
         )
         self._endpoints = await build_ranks(call, self.host.spec, self.coming, nonce, False)
 
-    async def _transfer(self, moved: _Moved) -> None:
+    async def _transfer(self) -> None:
         await self._move_weights()
-        if not self.leaving:
-            return
-        self.host.hold(r.replica_id for r in self.leaving)
-        self._paused_at_s = self.host.now_s()
-        sequences = await self._quiesce()
-        await self._import(sequences, moved)
-        moved.kv_replies = await await_all(
-            self.host.call(d, MoveKv, moves=moved.kv) for d in _ends(moved.kv)
-        )
+        if self.leaving:
+            await self._copy_sequences()
 
     async def _move_weights(self) -> None:
-        replica_on = {
-            d: r.replica_id for r in self.plan.target.replicas for d in r.placement.devices
-        }
-        transfers = list(self.plan.transfers)
-        receivers = [replica_on[t.dst] for t in transfers]
-        replies = await await_all(
-            self.host.call(d, MoveWeights, transfers=transfers, dst_replicas=receivers)
-            for d in _ends(transfers)
-        )
-        check_sums(replies, "weight")
+        """In batches, each sent before the one ahead of it has ended, so that links stay busy."""
+        under_way: deque[asyncio.Task[None]] = deque()
+        try:
+            for first, transfers in _batches(self.plan.transfers):
+                self._stop_if_cancelled()
+                under_way.append(asyncio.create_task(self._move_batch(first, transfers)))
+                if len(under_way) == 2:
+                    await under_way.popleft()
+            while under_way:
+                await under_way.popleft()
+        finally:
+            await asyncio.gather(*under_way, return_exceptions=True)
         await bind_ranks(self.host.call, self.coming)
         self._update(weight_bytes=self.plan.weight_bytes)
 
-    async def _quiesce(self) -> list[tuple[Replica, SequenceState]]:
-        replies = await await_all(
-            self.host.call(_leader(r), Quiesce, replica_id=r.replica_id) for r in self.leaving
-        )
-        return [
-            (replica, state)
-            for replica, reply in zip(self.leaving, replies, strict=True)
-            for state in reply.sequences
-        ]
-
-    async def _import(self, sequences: list[tuple[Replica, SequenceState]], moved: _Moved) -> None:
-        """Choose a new replica for every sequence, reserve blocks, list the copies."""
-        chosen = self._choose(state for _, state in sequences)
-        for replica in self.plan.target.replicas:
-            mine = [
-                (old, state)
-                for (old, state), target in zip(sequences, chosen, strict=True)
-                if target == replica.replica_id
-            ]
-            await self._import_into(replica, mine, moved)
-        block_size, model = self.host.spec.block_size, self.host.spec.model
-        self._update(
-            kv_bytes=sum(kv_move_bytes(model, m, block_size) for m in moved.kv),
-            num_recomputed=sum(len(states) for states in moved.recompute.values()),
-            num_migrated=len(moved.owner) - sum(len(s) for s in moved.recompute.values()),
-        )
-
-    async def _import_into(
-        self, target: Replica, mine: list[tuple[Replica, SequenceState]], moved: _Moved
-    ) -> None:
-        model, kv = self.host.spec.model, self.plan.kv
-        per_token = model.kv_bytes_per_token(model.num_layers, model.num_kv_heads)
-        migrate, recompute = [], []
-        for old, state in mine:
-            moved.owner[state.request_id] = target.replica_id
-            computed = state.num_computed_tokens
-            bound = bind_sequence(
-                kv, state.request_id, computed, computed * per_token, True, 1 << 30
-            )
-            if bound.binding is Binding.MIGRATE:
-                migrate.append((old, state))
-            else:
-                recompute.append(state)
-        if migrate:
-            reply = await self.host.call(
-                _leader(target),
-                ImportSequences,
-                replica_id=target.replica_id,
-                sequences=[state for _, state in migrate],
-            )
-            to_fill = set(reply.blocks_to_fill)
-            for (old, state), table in zip(migrate, reply.block_tables, strict=True):
-                if table:
-                    src_blocks, dst_blocks = take_copies(state.block_table, table, to_fill)
-                    moved.kv += kv_moves(model, old, target, src_blocks, dst_blocks)
-                else:
-                    recompute.append(state)
-        if mine:
-            moved.recompute[target.replica_id] = recompute
-
-    def _choose(self, states: Iterable[SequenceState]) -> list[int]:
-        """The router's rule without weights, over the new deployment."""
-        outstanding = {
-            r.replica_id: 0 if r in self.coming else self.host.num_outstanding(r.replica_id)
-            for r in self.plan.target.replicas
+    async def _move_batch(self, first: int, transfers: Sequence[Transfer]) -> None:
+        new_replicas = {
+            d: r.replica_id for r in self.plan.target.replicas for d in r.placement.devices
         }
-        chosen = []
-        for state in states:
-            loads = [
-                load_of(self.host.spec, r, outstanding[r.replica_id])
-                for r in self.plan.target.replicas
-            ]
-            prompt = len(state.prompt_token_ids)
-            target = pick(Routing(()), loads, prompt, prompt + len(state.output_token_ids))
-            assert target is not None, "every replica holds max_model_len tokens"
-            outstanding[target] += 1
-            chosen.append(target)
-        return chosen
+        replies = await await_all(
+            self.host.call(
+                device,
+                MoveWeights,
+                transfers=transfers,
+                dst_replicas=[new_replicas[t.dst] for t in transfers],
+                src_replicas=new_replicas,
+                first_index=first,
+            )
+            for device in ends_of(transfers)
+        )
+        check_sums(replies, "weight")
+        self._weight_bytes_sent += sum(reply.sent_bytes for reply in replies)
+        self._update(moved_bytes=self._weight_bytes_sent)
 
-    async def _verify(self, moved: _Moved) -> None:
-        """KV arrived as it left, and the new ranks answer: activate them, followers first. They
-        have nothing to run before commit. (Weights were checked before they were bound.)"""
-        check_sums(moved.kv_replies, "KV")
+    async def _copy_sequences(self) -> None:
+        """KV in rounds while sequences run, until a round is as short as a step or they grow as
+        fast as they are copied; and the end of those that are to end where they are."""
+        before_s = float("inf")
+        for number in range(MAX_ROUNDS):
+            self._stop_if_cancelled()
+            self.host.failpoint(f"before_round_{number}")
+            round_began_s = self.host.now_s()
+            await self._copy_round(is_last=False)
+            round_s = self.host.now_s() - round_began_s
+            if round_s < self.plan.kv.decode_step_s or round_s > before_s / 2:
+                break
+            before_s = round_s
+        if draining := self._sequences.draining:
+            deadline_s = max(draining.values()) * DRAIN_SLACK
+            await self.host.wait_until_ended(draining, deadline_s)
+            await self._copy_round(is_last=False)
+
+    async def _copy_round(self, is_last: bool) -> None:
+        moving = self._sequences
+        await moving.copy(is_last)
+        self._update(
+            kv_bytes=moving.kv_bytes,
+            moved_bytes=self._weight_bytes_sent + moving.moved_bytes,
+            num_kv_rounds=self.ticket.num_kv_rounds + 1,
+        )
+
+    async def _verify(self) -> None:
+        """The new ranks answer: activate them, followers first. They have nothing to run before
+        commit. (Weights and KV are checked as they arrive.)"""
         await activate_ranks(self.host.call, self.coming, self._endpoints)
 
-    async def _commit(self, moved: _Moved) -> None:
-        self.host.commit(self.plan.target, moved.owner)
-        self._update(phase=SwitchPhase.COMMIT)
-        for replica in self.plan.target.replicas:
-            if replica.replica_id in moved.recompute:
-                recompute = moved.recompute[replica.replica_id]
-                try:
-                    await self.host.call(
-                        _leader(replica),
-                        AdoptSequences,
-                        replica_id=replica.replica_id,
-                        recompute=recompute,
-                    )
-                except UnavailableError:  # its loss is noticed apart and its requests requeued
-                    logger.exception("replica %d did not adopt", replica.replica_id)
-        self.host.abort_ended(moved.owner)
-        self._end_pause()
+    async def _commit(self) -> None:
+        moving = self._sequences
+        if self.leaving:
+            self._paused_at_s = self.host.now_s()
+            self.host.hold(r.replica_id for r in self.leaving)
+            await self._copy_round(is_last=True)
+            self.host.failpoint("after_stop")
+            self._stop_if_cancelled()
+        self.host.commit(self.plan.target, moving.owner)
+        self._committed = True
+        await await_all(
+            self._adopt(r.placement.devices[0], r.replica_id)
+            for r in self.plan.target.replicas
+            if r.replica_id in moving.recompute
+        )
+        if self._paused_at_s is not None:
+            self._update(pause_s=self.host.now_s() - self._paused_at_s)
+        self.host.abort_ended(moving.owner)
+        num_recomputed = sum(map(len, moving.recompute.values()))
+        self._update(
+            phase=SwitchPhase.COMMIT,
+            num_recomputed=num_recomputed,
+            num_migrated=len(moving.owner) - num_recomputed,
+            num_drained=moving.num_bound(Binding.DRAIN),
+            bindings=moving.as_reported(),
+        )
+
+    async def _adopt(self, leader: int, replica_id: int) -> None:
+        recompute = self._sequences.recompute[replica_id]
+        try:
+            await self.host.call(leader, AdoptSequences, replica_id=replica_id, recompute=recompute)
+        except UnavailableError:  # its loss is noticed apart and its requests requeued
+            logger.exception("replica %d did not adopt", replica_id)
 
     async def _release(self) -> None:
         await await_all(
@@ -311,37 +239,28 @@ class Switch:
             for d in r.placement.devices
         ]
         calls += [
-            self.host.call(_leader(r), Resume, replica_id=r.replica_id) for r in self._old.replicas
+            self.host.call(r.placement.devices[0], Resume, replica_id=r.replica_id)
+            for r in self._old.replicas
         ]
         await asyncio.gather(*calls, return_exceptions=True)
         closed = (self.host.call(d, CloseTransfer) for d in self.devices)
         await asyncio.gather(*closed, return_exceptions=True)
         self.host.unhold()
-        self._end_pause()
+        if self._paused_at_s is not None:
+            self._update(pause_s=self.host.now_s() - self._paused_at_s)
         cancelled = isinstance(error, SwitchCancelledError)
         self._update(
             phase=SwitchPhase.CANCELLED if cancelled else SwitchPhase.ROLLED_BACK,
             reason=str(error) or type(error).__name__,
+            bindings=self._sequences.as_reported(),
         )
 
-    def _end_pause(self) -> None:
-        if self._paused_at_s is not None:
-            self._update(pause_s=self.host.now_s() - self._paused_at_s)
-            self._paused_at_s = None
 
-
-def check_sums(replies: Sequence[Reply], what: str) -> None:
-    """Every slice must have left its source and reached its target with the same CRC."""
-    seen: dict[int, int] = {}
-    for reply in replies:
-        for index, crc in reply.checksums:
-            if seen.setdefault(index, crc) != crc:
-                raise UnavailableError(f"{what} transfer {index} arrived with a wrong checksum")
-
-
-def _leader(replica: Replica) -> int:
-    return replica.placement.devices[0]
-
-
-def _ends(moves: Sequence[Any]) -> list[int]:
-    return sorted({m.src for m in moves} | {m.dst for m in moves})
+def _batches(transfers: Sequence[Transfer]) -> Iterator[tuple[int, Sequence[Transfer]]]:
+    """(index of the first, transfers) of stretches of about BATCH_BYTES."""
+    first = nbytes = 0
+    for index, transfer in enumerate(transfers, 1):
+        nbytes += transfer.nbytes
+        if nbytes >= BATCH_BYTES or index == len(transfers):
+            yield first, transfers[first:index]
+            first, nbytes = index, 0

@@ -1,14 +1,17 @@
 """Moves tensor slices and KV blocks between workers. The plan says what; this only carries it out.
 
 Both ends work through their part of one global order in windows. The first unfinished transfer of
-that order is in the present window of both its ends, so no cycle of waits can arise. Buffers are
-in host memory, also between GPUs: the transfer group is gloo on every device.
+that order is in the present window of both its ends, so no cycle of waits can arise. A window
+bounds the staging memory, and a sender goes no faster than its receiver takes. Buffers are in host
+memory, also between GPUs: the transfer group is gloo on every device.
 """
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,8 +23,46 @@ from engine.messages import KvMove
 from engine.packing import dense
 from engine.shards import Shard
 
-WINDOW = 8  # transfers in flight per worker: bounds the staging memory
-Checksums = list[tuple[int, int]]
+WINDOW = 8  # transfers in flight per worker
+
+
+@dataclass(slots=True)
+class Moved:
+    """What a worker's part of a move came to: the CRC of every transfer by its index, from either
+    end, and the bytes that left here."""
+
+    checksums: list[tuple[int, int]] = field(default_factory=list)
+    sent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One end of a transfer. A sender makes the buffer when its turn comes; if it `forwards` what
+    it received, then after all that came before. A receiver is told when the buffer is full."""
+
+    index: int
+    peer: int  # rank in the group
+    buffer: Callable[[], Tensor]
+    on_received: Callable[[Tensor], None] | None = None  # None: this end sends
+    forwards: bool = False
+
+
+class Pace:
+    """Keeps one sender below `bytes_per_s`, from its first byte on; 0 is no limit."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s, self._sent_bytes, self._start_s = bytes_per_s, 0, 0.0
+
+    def wait(self, nbytes: int) -> None:
+        """Return when `nbytes` more may leave."""
+        if self._bytes_per_s <= 0:
+            return
+        now_s = time.monotonic()
+        self._start_s = self._start_s or now_s
+        due_s = self._start_s + self._sent_bytes / self._bytes_per_s
+        if due_s > now_s:
+            time.sleep(due_s - now_s)
+        self._sent_bytes += nbytes
 
 
 def checksum(tensor: Tensor) -> int:
@@ -79,75 +120,77 @@ def _shard_shape(whole: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
     return (*whole[: shard.dim], shard.stop - shard.start, *whole[shard.dim + 1 :])
 
 
-def _exchange(
-    group: Any, jobs: Iterator[tuple[int, int, bool, Tensor, Callable[[Tensor], None] | None]]
-) -> Checksums:
-    """Run (index, peer rank, is_send, buffer, on_received) jobs in windows; CRC of every buffer."""
-    sums: Checksums = []
-    window: list[tuple[int, Any, Tensor, Callable[[Tensor], None] | None]] = []
+def exchange(group: Any, jobs: Iterable[Job], pace: Pace) -> Moved:
+    """Run jobs in windows of the order given."""
+    moved = Moved()
+    window: list[tuple[Job, Any, Tensor]] = []
 
     def finish() -> None:
-        for index, work, buffer, on_received in window:
+        for job, work, buffer in window:
             work.wait()
-            sums.append((index, checksum(buffer)))
-            if on_received is not None:
-                on_received(buffer)
+            moved.checksums.append((job.index, checksum(buffer)))
+            if job.on_received is not None:
+                job.on_received(buffer)
         window.clear()
 
-    for index, peer, is_send, buffer, on_received in jobs:
-        start = group.send if is_send else group.recv
-        window.append((index, start([buffer], peer, index), buffer, on_received))
-        if len(window) == WINDOW:
+    for job in jobs:
+        if job.forwards or len(window) == WINDOW:
             finish()
+        buffer = job.buffer()
+        if job.on_received is None:
+            pace.wait(buffer.nbytes)
+            moved.sent_bytes += buffer.nbytes
+        start = group.send if job.on_received is None else group.recv
+        window.append((job, start([buffer], job.peer, job.index), buffer))
     finish()
-    return sums
+    return moved
 
 
-def move_weights(
-    group: Any,
+def weight_jobs(
     members: Sequence[int],
     device: int,
+    first_index: int,
     transfers: Sequence[Transfer],
     source: Callable[[Transfer], Tensor],
-    target: Callable[[int, Transfer], Tensor],
-) -> Checksums:
-    """Carry out this device's transfers. `source` gives the slice to send, `target(i, transfer)`
-    the view that the i-th transfer of the list must fill."""
+    target: Callable[[int], Tensor],
+    forwards: Callable[[Transfer], bool],
+) -> Iterator[Job]:
+    """This device's ends of `transfers`. `source` gives the slice to send, `target` the view that
+    the i-th transfer of the list must fill."""
+    for i, transfer in enumerate(transfers):
+        if transfer.src == device:
+            peer, send = members.index(transfer.dst), partial(_send_slice, source, transfer)
+            yield Job(first_index + i, peer, send, forwards=forwards(transfer))
+        elif transfer.dst == device and transfer.src in members:
+            view = target(i)
+            buffer = partial(torch.empty, view.shape, dtype=view.dtype, device="cpu")
+            peer = members.index(transfer.src)
+            yield Job(first_index + i, peer, buffer, partial(_fill, view))
 
-    def jobs() -> Iterator[tuple[int, int, bool, Tensor, Callable[[Tensor], None] | None]]:
-        for i, transfer in enumerate(transfers):
-            if transfer.src == device:
-                yield i, members.index(transfer.dst), True, to_host(source(transfer)), None
-            elif transfer.dst == device:
-                view = target(i, transfer)
-                buffer = torch.empty(view.shape, dtype=view.dtype, device="cpu")
-                yield i, members.index(transfer.src), False, buffer, partial(_fill, view)
 
-    return _exchange(group, jobs())
+def _send_slice(source: Callable[[Transfer], Tensor], transfer: Transfer) -> Tensor:
+    return to_host(source(transfer))
 
 
-def move_kv(
-    group: Any,
+def kv_jobs(
     members: Sequence[int],
     device: int,
     moves: Sequence[KvMove],
     read: Callable[[KvMove], Tensor],
     shape: Callable[[KvMove], tuple[tuple[int, ...], torch.dtype]],
     write: Callable[[KvMove, Tensor], None],
-) -> Checksums:
-    """Carry out this device's KV copies; a copy within the device needs no link."""
-    sums: Checksums = []
+) -> Iterator[Job]:
+    """This device's ends of KV copies; a copy within the device is made at once."""
+    for i, move in enumerate(moves):
+        if move.src == move.dst == device:
+            write(move, read(move))
+        elif move.src == device:
+            yield Job(i, members.index(move.dst), partial(_read_to_host, read, move))
+        elif move.dst == device:
+            size, dtype = shape(move)
+            buffer = partial(torch.empty, size, dtype=dtype, device="cpu")
+            yield Job(i, members.index(move.src), buffer, partial(write, move))
 
-    def jobs() -> Iterator[tuple[int, int, bool, Tensor, Callable[[Tensor], None] | None]]:
-        for i, move in enumerate(moves):
-            if move.src == move.dst == device:
-                write(move, read(move))
-            elif move.src == device:
-                yield i, members.index(move.dst), True, to_host(read(move)), None
-            elif move.dst == device:
-                size, dtype = shape(move)
-                buffer = torch.empty(size, dtype=dtype, device="cpu")
-                peer = members.index(move.src)
-                yield i, peer, False, buffer, partial(write, move)
 
-    return sums + _exchange(group, jobs())
+def _read_to_host(read: Callable[[KvMove], Tensor], move: KvMove) -> Tensor:
+    return to_host(read(move))

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imitated_cache import ImitatedCache, make_scheduler, make_sequence, reference, run_all
+from imitated_cache import BLOCK, ImitatedCache, make_scheduler, make_sequence, reference, run_all
 
 from engine.messages import SequenceState
-from engine.migration.arrivals import Arrivals, state_of
-from engine.migration.kv import take_copies
+from engine.migration.arrivals import Arrivals, Departures, state_of
+from engine.migration.kv import FilledBlocks
 from engine.request import SamplingParams, Sequence
 from engine.scheduler import BatchScheduler
 
@@ -43,12 +43,13 @@ def test_a_shared_prefix_is_reserved_and_copied_once() -> None:
     assert [table[:2] for table in tables] == [tables[0][:2]] * 3
     assert sorted(blocks_to_fill) == sorted({b for t in tables for b in t})
     new.check_integrity(arrivals.tables())
-    to_fill, num_copied = set(blocks_to_fill), 0
+    filled, num_copied = FilledBlocks(BLOCK), 0
+    filled.expect(blocks_to_fill)
     for state, table in zip(moving, tables, strict=True):
-        src_blocks, dst_blocks = take_copies(state.block_table, table, to_fill)
+        src_blocks, dst_blocks = filled.take_copies(state.block_table, table, 10)
         new_cache.copy_blocks(old_cache, src_blocks, dst_blocks)
         num_copied += len(src_blocks)
-    assert (num_copied, to_fill) == (2 + 3, set())  # 9 without sharing
+    assert num_copied == 2 + 3  # 9 without sharing
     arrivals.adopt()
     new.check_integrity()
     seqs = new.sequences()
@@ -137,60 +138,81 @@ def test_counts_and_gathered_log_probabilities_travel() -> None:
     assert there.pending_logprobs == given
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     prompts=st.lists(
         st.tuples(st.integers(0, 8), st.lists(st.integers(0, 1), min_size=1, max_size=6)),
         min_size=1,
         max_size=7,
     ),
-    steps=st.integers(0, 6),
+    steps_between=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    num_old_blocks=st.integers(6, 16),
     num_blocks=st.integers(6, 16),
     serving=st.booleans(),
+    leaver=st.integers(0, 12),
 )
-def test_any_moment_to_move_gives_the_same_tokens(
-    prompts: list[tuple[int, list[int]]], steps: int, num_blocks: int, serving: bool
+def test_copies_made_while_sequences_run_give_the_same_tokens(
+    prompts: list[tuple[int, list[int]]],
+    steps_between: list[int],
+    num_old_blocks: int,
+    num_blocks: int,
+    serving: bool,
+    leaver: int,
 ) -> None:
-    """Two old replicas into one, which may be serving; what finds no room starts over."""
+    """Two old replicas into one, which may be serving, in one or more rounds of copies with steps
+    between. Sequences end, are preempted or leave meanwhile; what finds no room starts over."""
     caches = [ImitatedCache(), ImitatedCache()]
-    olds = [make_scheduler(16, max_num_batched_tokens=9) for _ in caches]
+    olds = [make_scheduler(num_old_blocks, max_num_batched_tokens=9) for _ in caches]
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     for i, (n, rest) in enumerate(prompts):
-        seq = Sequence(f"r{i}", [*PREFIX[:n], *rest], params, float(i))
-        olds[i % 2].add(seq)
-    for old, cache in zip(olds, caches, strict=True):
-        for _ in range(steps):
-            if (batch := old.schedule()) is not None:
-                old.update(batch, cache.execute(batch.to_step_input()))
+        olds[i % 2].add(Sequence(f"r{i}", [*PREFIX[:n], *rest], params, float(i)))
     new, new_cache = make_scheduler(num_blocks, max_num_batched_tokens=9), ImitatedCache()
     if serving:
         new.add(Sequence("own", [*PREFIX, 1], params, -1.0))
-        batch = new.schedule()
-        assert batch is not None
-        new.update(batch, new_cache.execute(batch.to_step_input()))
-    arrivals = Arrivals(new)
-    moving = [(i, state) for i, old in enumerate(olds) for state in states(old)]
-    started = [(i, s) for i, s in moving if s.num_computed_tokens]
-    tables, blocks_to_fill = arrivals.reserve([s for _, s in started])
-    to_fill = set(blocks_to_fill)
-    assert len(to_fill) == len(blocks_to_fill)
-    recompute = [s for _, s in moving if not s.num_computed_tokens]
-    for (i, state), table in zip(started, tables, strict=True):
-        if not table:
-            recompute.append(state)
-            continue
-        new_cache.copy_blocks(caches[i], *take_copies(state.block_table, table, to_fill))
-    assert not to_fill
-    if serving and (batch := new.schedule()) is not None:  # a step between reserve and adopt
-        new.update(batch, new_cache.execute(batch.to_step_input()))
-    new.check_integrity(arrivals.tables())
+
+    def step(scheduler: BatchScheduler, cache: ImitatedCache) -> None:
+        if (batch := scheduler.schedule()) is not None:
+            scheduler.update(batch, cache.execute(batch.to_step_input()))
+
+    departures, arrivals = [Departures(old) for old in olds], Arrivals(new)
+    filled = FilledBlocks(BLOCK)
+    recompute: list[SequenceState] = []
+    for number, num_steps in enumerate(steps_between):
+        for _ in range(num_steps):
+            for old, cache in zip(olds, caches, strict=True):
+                step(old, cache)
+            step(new, new_cache)
+        if number == 1:
+            for old in olds:
+                old.abort(f"r{leaver}")
+        moving = [(i, state) for i, d in enumerate(departures) for state in d.take()]
+        started = [(i, s) for i, s in moving if s.num_computed_tokens]
+        tables, fresh = arrivals.reserve([s for _, s in started])
+        assert len(set(fresh)) == len(fresh)
+        filled.expect(fresh)
+        recompute = [s for _, s in moving if not s.num_computed_tokens]
+        for (i, state), table in zip(started, tables, strict=True):
+            if table:
+                computed = state.num_computed_tokens
+                copies = filled.take_copies(state.block_table, table, computed)
+                new_cache.copy_blocks(caches[i], *copies)
+            else:
+                recompute.append(state)
+        for old, departing in zip(olds, departures, strict=True):
+            old.check_integrity(departing.tables())
+        new.check_integrity(arrivals.tables())
+    step(new, new_cache)  # between reserve and adopt
     arrivals.adopt()
     for state in recompute:
         outputs = list(state.output_token_ids)
-        fresh = Sequence(state.request_id, state.prompt_token_ids, params, state.arrival_s)
-        new.add(replace(fresh, output_token_ids=outputs))
+        fresh_seq = Sequence(state.request_id, state.prompt_token_ids, params, state.arrival_s)
+        new.add(replace(fresh_seq, output_token_ids=outputs))
     new.check_integrity()
     seqs = new.sequences()
+    assert {s.request_id for s in seqs} >= {s.request_id for old in olds for s in old.sequences()}
     run_all(new, new_cache)
     for seq in seqs:
         assert seq.output_token_ids == reference(seq.prompt_token_ids, 5)
+    for old, departing in zip(olds, departures, strict=True):
+        departing.let_go()
+        old.check_integrity()

@@ -18,7 +18,7 @@ from imitated_cache import (
 from engine.batch import ScheduledBatch
 from engine.errors import InfeasibleError
 from engine.migration.arrivals import Arrivals, state_of
-from engine.migration.kv import take_copies
+from engine.migration.kv import FilledBlocks
 from engine.request import SequenceStatus
 
 
@@ -170,9 +170,11 @@ def test_sequences_go_on_in_another_scheduler() -> None:
     assert [(s.request_id, s.num_computed_tokens) for s in moving] == [("a", 9), ("b", 7), ("c", 0)]
     arrivals = Arrivals(new)
     tables, blocks_to_fill = arrivals.reserve(moving[:2])
-    to_fill = set(blocks_to_fill)
+    filled = FilledBlocks(new.block_manager.block_size)
+    filled.expect(blocks_to_fill)
     for state, table in zip(moving, tables, strict=False):
-        new_cache.copy_blocks(old_cache, *take_copies(state.block_table, table, to_fill))
+        copies = filled.take_copies(state.block_table, table, state.num_computed_tokens)
+        new_cache.copy_blocks(old_cache, *copies)
     new.add(make_sequence("c", 9, max_tokens=6, arrival_s=2.0))
     arrivals.adopt()
     new.block_manager.free([0, 1])
