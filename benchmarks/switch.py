@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def reload(bench: Bench, settings: Settings, rows: list[dict[str, Any]]) -> None
             share = prepare(bench.folder)
             nonce = f"reload-{kind}-{index}"
             passage = pass_by(
-                bench, plan.target, lambda p=plan, n=nonce: reload_replicas(bench.runtime, p, n)
+                bench, plan.target, partial(reload_replicas, bench.runtime, plan, nonce)
             )
             kept = [r.replica_id for r in before.replicas if r in plan.target.replicas]
             leaving = [r.replica_id for r in before.replicas if r.replica_id not in kept]

@@ -45,6 +45,7 @@ class Settings:
 QUICK = Settings(
     shape=SMALL,
     device_memory_mb=200.0,
+    load=LoadSpec(num_streams=8, output_tokens=(100, 200)),
     walk=(WALK[0], WALK[1], WALK[2], WALK[1], WALK[0]),
     reloaded=(0, 3),
     restarted=(0,),
