@@ -167,32 +167,48 @@ def walk(bench: Bench, settings: Settings, ports: Ports) -> list[dict[str, Any]]
 # The same without a live switch
 
 
-def reload(bench: Bench, settings: Settings, rows: list[dict[str, Any]]) -> None:
-    """Adds `reload_warm` and `reload_dropped` to the rows chosen for it."""
-    for kind, prepare in (("warm", warm_page_cache), ("dropped", drop_page_cache)):
-        for index in settings.reloaded:
-            if bench.runtime.deployment.key != settings.walk[index]:
-                switch_live(bench, bench.plan(settings.walk[index])[0])
-            steady = observe(bench, settings.steady_s / 2)
-            before, plan = bench.runtime.deployment, bench.plan(settings.walk[index + 1])[0]
-            share = prepare(bench.folder)
-            nonce = f"reload-{kind}-{index}"
-            passage = pass_by(
-                bench, plan.target, partial(reload_replicas, bench.runtime, plan, nonce)
-            )
-            kept = [r.replica_id for r in before.replicas if r in plan.target.replicas]
-            leaving = [r.replica_id for r in before.replicas if r.replica_id not in kept]
-            figures = passage_figures(passage, steady, leaving, kept)
-            rows[index][f"reload_{kind}"] = figures | {"cached_before": share}
-            print(f"{nonce}: {passage.seconds:.2f} s", file=sys.stderr, flush=True)
-            time.sleep(settings.settle_s)
+def reload_circles(
+    bench: Bench, settings: Settings, rows: list[dict[str, Any]], enough_at_s: float
+) -> None:
+    """Adds `reload_warm` and `reload_dropped` to the rows chosen for it, while there is time (the first circle
+    always)."""
+    for number, circle in enumerate(settings.reloaded):
+        if number and time.monotonic() > enough_at_s:
+            return
+        if bench.runtime.deployment.key != settings.walk[circle[0]]:
+            switch_live(bench, bench.plan(settings.walk[circle[0]])[0])
+        for kind, prepare in (("warm", warm_page_cache), ("dropped", drop_page_cache)):
+            for index in circle:
+                time.sleep(settings.settle_s)
+                share = prepare(bench.folder)
+                figures = reload_once(bench, settings, index, f"reload-{kind}-{index}")
+                rows[index][f"reload_{kind}"] = figures | {"cached_before": share}
 
 
-def restart_all(settings: Settings, folder: Path, rows: list[dict[str, Any]], quick: bool) -> None:
+def reload_once(bench: Bench, settings: Settings, index: int, nonce: str) -> dict[str, Any]:
+    """The step `index` of the walk as a reload."""
+    steady = observe(bench, settings.steady_s / 2)
+    before, plan = bench.runtime.deployment, bench.plan(settings.walk[index + 1])[0]
+    passage = pass_by(bench, plan.target, partial(reload_replicas, bench.runtime, plan, nonce))
+    kept = [r.replica_id for r in before.replicas if r in plan.target.replicas]
+    leaving = [r.replica_id for r in before.replicas if r.replica_id not in kept]
+    print(f"{nonce}: {passage.seconds:.2f} s", file=sys.stderr, flush=True)
+    return passage_figures(passage, steady, leaving, kept)
+
+
+def restart_all(
+    settings: Settings,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    quick: bool,
+    enough_at_s: float,
+) -> None:
     """Adds `restart` to the rows chosen for it: every request is affected, at half its length."""
     prompts, outputs = settings.load.prompt_tokens, settings.load.output_tokens
     context = sum(prompts) // 2 + sum(outputs) // 4
-    for index in settings.restarted:
+    for number, index in enumerate(settings.restarted):
+        if number and time.monotonic() > enough_at_s:
+            return
         target = dense_deployment(parse_deployment_key(settings.walk[index + 1]))
         warm_page_cache(folder)
         contexts = [context] * settings.load.num_streams
@@ -240,18 +256,19 @@ def main() -> None:
     settings = QUICK if args.quick else Settings()
     folder = make_model(settings.shape)
     config = engine_config(settings, folder, settings.walk[0])
+    enough_at_s = time.monotonic() + settings.enough_s
     load_average = os.getloadavg()[0]  # of whatever else this machine does
     ports = Ports(NUM_WORKERS)
     try:
         with EngineCluster(lambda: build_runtime(config)) as cluster:
             bench = build_bench(settings, cluster, folder, ports)
             rows = walk(bench, settings, ports)
-            reload(bench, settings, rows)
+            reload_circles(bench, settings, rows, enough_at_s)
             cluster.run(bench.load.stop())
             lost, ended = bench.load.num_lost(), bench.load.num_ended()
     finally:
         ports.close()
-    restart_all(settings, folder, rows, args.quick)
+    restart_all(settings, folder, rows, args.quick, enough_at_s)
     summary = summarise(rows, lost)
     if args.json:
         facts = {

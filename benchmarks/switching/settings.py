@@ -29,14 +29,16 @@ WALK = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How long and how much. `reloaded` and `restarted` are indexes of steps of the walk."""
+    """How long and how much. `reloaded` are circles of steps of the walk, by index, `restarted`
+    single ones; when `enough_s` have passed, none of either begins but the first."""
 
     shape: Shape = LARGE
     device_memory_mb: float = 2600.0
     load: LoadSpec = field(default_factory=LoadSpec)
     walk: tuple[str, ...] = WALK
-    reloaded: tuple[int, ...] = (0, 5, 2, 3)
+    reloaded: tuple[tuple[int, ...], ...] = ((0, 5), (2, 3))
     restarted: tuple[int, ...] = (0, 3)
+    enough_s: float = 480.0
     steady_s: float = 6.0
     settle_s: float = 1.5
     ring_bytes: int = 64 << 20
@@ -47,8 +49,9 @@ QUICK = Settings(
     device_memory_mb=200.0,
     load=LoadSpec(num_streams=8, output_tokens=(100, 200)),
     walk=(WALK[0], WALK[1], WALK[2], WALK[1], WALK[0]),
-    reloaded=(0, 3),
+    reloaded=((0, 3),),
     restarted=(0,),
+    enough_s=45.0,
     steady_s=1.5,
     settle_s=0.5,
     ring_bytes=16 << 20,
