@@ -170,8 +170,8 @@ def walk(bench: Bench, settings: Settings, ports: Ports) -> list[dict[str, Any]]
 def reload_circles(
     bench: Bench, settings: Settings, rows: list[dict[str, Any]], enough_at_s: float
 ) -> None:
-    """Adds `reload_warm` and `reload_dropped` to the rows chosen for it, while there is time (the first circle
-    always)."""
+    """Adds `reload_warm` and `reload_dropped` to the rows chosen for it: to those of the first
+    circle, and to others while there is time."""
     for number, circle in enumerate(settings.reloaded):
         if number and time.monotonic() > enough_at_s:
             return
@@ -203,7 +203,8 @@ def restart_all(
     quick: bool,
     enough_at_s: float,
 ) -> None:
-    """Adds `restart` to the rows chosen for it: every request is affected, at half its length."""
+    """Adds `restart` to the rows chosen for it: every request is affected, at half its length.
+    As with reloads, the first is always made."""
     prompts, outputs = settings.load.prompt_tokens, settings.load.output_tokens
     context = sum(prompts) // 2 + sum(outputs) // 4
     for number, index in enumerate(settings.restarted):
