@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
 from scipy.sparse import csr_array
 
@@ -61,13 +60,11 @@ def units_of(parallel: ParallelConfig, node_size: int) -> list[Unit]:
     return [Unit(parallel, first, size) for first in range(0, parallel.num_devices, size)]
 
 
-def assign(
-    table: RoleTable, rows: Sequence[int], columns: Sequence[int]
-) -> tuple[int, NDArray[np.int64]]:
+def assign(table: RoleTable, rows: Sequence[int], columns: Sequence[int]) -> tuple[int, list[int]]:
     """Bytes missing, and the column of each row, when needed roles take devices with held ones."""
     costs = table.missing[np.ix_(rows, columns)]
     chosen = linear_sum_assignment(costs)
-    return int(costs[chosen].sum()), chosen[1]
+    return int(costs[chosen].sum()), chosen[1].tolist()
 
 
 def fill_greedily(
@@ -131,7 +128,9 @@ def fill_exactly(
         found, whole = _patterns(units, wanted, len(nodes[members[0]].roles), len(kinds))
         complete &= whole
         columns += [_column(table, k, nodes[members[0]], units, p) for p in {*found, *seeds}]
-    counts, optimal = _choose(columns, [len(m) for m in kinds.values()], units, wanted, time_limit_s)
+    counts, optimal = _choose(
+        columns, [len(m) for m in kinds.values()], units, wanted, time_limit_s
+    )
     if counts is None:
         return None
     filling = [Counter[Unit]() for _ in nodes]
@@ -148,7 +147,8 @@ def _patterns(
     units: Sequence[Unit], wanted: Counter[Unit], room: int, num_kinds: int
 ) -> tuple[list[Pattern], bool]:
     """Every multiset of units that fits, up to this kind's share of `MAX_PATTERNS`."""
-    limit, found = MAX_PATTERNS // num_kinds, []
+    limit = MAX_PATTERNS // num_kinds
+    found: list[Pattern] = []
     for pattern in _multisets([(u.size, wanted[u]) for u in units], room):
         if len(found) == limit:
             return found, False
@@ -207,7 +207,7 @@ def _choose(
     found = milp(
         nbytes / unit_bytes * (1 + float(sum(kind_sizes) * stays.max(initial=0))) - stays,
         constraints=LinearConstraint(matrix, demand, demand),
-        integrality=np.ones(len(columns)),
+        integrality=np.ones(len(columns), dtype=np.int64),
         bounds=Bounds(0, np.inf),
         options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
     )

@@ -180,7 +180,7 @@ def _assign_freely(
         away = (home[:, None] >= 0) & (home[:, None] != nodes)
         costs = missing + away * (int(missing.sum()) + 1)
     chosen = linear_sum_assignment(costs)
-    taken = iter([devices[c] for c in chosen[1]])
+    taken = iter([devices[c] for c in chosen[1].tolist()])
     result: Chosen = {}
     for unit in units:
         result.setdefault(unit, []).append(tuple(next(taken) for _ in range(unit.size)))
@@ -273,9 +273,7 @@ def _assign_exactly(
 def _filling_of(
     problem: _Problem, nodes: Sequence[Node], kept: Sequence[Replica], chosen: Chosen
 ) -> Filling:
-    counts: dict[int, Counter[Unit]] = {
-        n.devices[0] // problem.node_size: Counter() for n in nodes
-    }
+    counts: dict[int, Counter[Unit]] = {n.devices[0] // problem.node_size: Counter() for n in nodes}
     pairs = [pair for r in kept for pair in problem.unit_devices(r).items()]
     pairs += [(unit, devices) for unit, copies in chosen.items() for devices in copies]
     for unit, devices in pairs:
