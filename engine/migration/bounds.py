@@ -7,7 +7,7 @@ schedule: a certificate must not repeat the mistakes of what it certifies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -21,12 +21,12 @@ Pair = tuple[Role, Role]  # what a device holds and what it needs
 
 @dataclass(frozen=True, slots=True)
 class _Loads:
-    """Bytes that must pass at least: by device of a pair, by role that alone holds them, over all
-    ports together ("first": one copy of everything, "all": every copy), by node."""
+    """Bytes that must pass at least: into one device of a pair, out of all devices of these pairs
+    together (once, from those that hold; every copy, from those that hold or need), by node."""
 
     received: Counter[Pair] = field(default_factory=Counter)
-    only_held: Counter[Role] = field(default_factory=Counter)
-    total: Counter[str] = field(default_factory=Counter)
+    once: Counter[frozenset[Pair]] = field(default_factory=Counter)
+    all_copies: Counter[frozenset[Pair]] = field(default_factory=Counter)
     into_node: Counter[int] = field(default_factory=Counter)
     out_of_node: Counter[int] = field(default_factory=Counter)
 
@@ -40,10 +40,12 @@ def lower_bound_s(
     node_size: int = 0,
     nic_bytes_per_s: float = 0.0,
 ) -> float:
-    """Seconds: the largest of what a device must receive, what one role alone holds over its
-    devices, one copy of everything over all holders, all copies over all devices, and (given both)
-    what must enter or leave a node of `node_size` devices through its network port. Reading from
-    disk counts as nothing.
+    """Seconds: the largest of what a device must receive, what a set of devices must send, over
+    its size, and (given both) what must enter or leave a node of `node_size` devices through its
+    network port. Reading from disk counts as nothing.
+
+    A set must send one copy of what it alone holds, and all copies of what nobody else holds or
+    gets. Tried are the sets of devices that hold some tensor's rows, or hold or get them.
     """
     dead = set(dead_devices)
     held, needed = _roles(current, dead), _roles(target, dead)
@@ -53,10 +55,7 @@ def lower_bound_s(
     for device, pair in pairs.items() if nic_bytes_per_s else ():
         nodes.setdefault(pair, set()).add(device // node_size)
     loads = _loads(model, Counter(pairs.values()), nodes)
-    number = Counter(held.values())
-    ports = [0.0, *loads.received.values()]
-    ports += [nbytes / number[role] for role, nbytes in loads.only_held.items()]
-    ports += [loads.total["first"] / max(1, len(held)), loads.total["all"] / max(1, len(devices))]
+    ports = [0.0, *loads.received.values(), *_sent(loads, Counter(pairs.values()))]
     nics = [0, *loads.into_node.values(), *loads.out_of_node.values()]
     return max(max(ports) / link_bytes_per_s, max(nics) / (nic_bytes_per_s or 1.0))
 
@@ -103,11 +102,17 @@ def _count(
 ) -> None:
     for pair in lacking:
         loads.received[pair] += nbytes
-    loads.total["first"] += nbytes
-    loads.total["all"] += nbytes * sum(pairs[pair] for pair in lacking)
-    owners = {held for held, _ in holding}
-    if len(owners) == 1:
-        loads.only_held[owners.pop()] += nbytes
+    loads.once[frozenset(holding)] += nbytes
+    copies = sum(pairs[pair] for pair in lacking)
+    loads.all_copies[frozenset(holding + lacking)] += nbytes * copies
+    loads.once[frozenset(holding + lacking)] -= nbytes  # in "all copies" already
+
+
+def _sent(loads: _Loads, pairs: Counter[Pair]) -> Iterator[float]:
+    for ports in {*loads.once, *loads.all_copies, frozenset(pairs)}:
+        nbytes = sum(n for devices, n in loads.once.items() if devices <= ports)
+        nbytes += sum(n for devices, n in loads.all_copies.items() if devices <= ports)
+        yield nbytes / sum(pairs[pair] for pair in ports)
 
 
 def _count_nodes(

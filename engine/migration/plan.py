@@ -76,7 +76,8 @@ def plan_transfers(
     """Every missing interval once, in the order to carry them out, with the shortest makespan.
 
     Sources hold the interval or receive it earlier in the list; `DISK` is the source of what no
-    device holds that is alive. Without `relays` only holders send. No transfer exceeds `chunk_bytes` unless its tensor is not sliced.
+    device holds that is alive. Without `relays` only holders send. No transfer exceeds
+    `chunk_bytes` unless its tensor is not sliced.
     """
     table, groups, pieces = _moves(model, current, target, dead_devices)
     return schedule(table, groups, pieces, balance(table, groups, pieces, relays), chunk_bytes)
@@ -118,9 +119,9 @@ def plan_switch(
     """Plan the switch from `current` (of generation `epoch`) to configurations `target`.
 
     `overhead_s` is the measured time of a switch that moves no byte. `nic_bytes_per_s`, if given,
-    is what a node's network port carries in each direction; without `relays` only devices that hold bytes from
-    the start send them. What only `dead_devices` held is read
-    from disk and counts neither in `weight_bytes` nor in its bound. Raises InfeasibleError.
+    is what a node's network port carries in each direction. Without `relays` only devices that
+    hold bytes from the start send them. What only `dead_devices` held is read from disk and counts
+    neither in `weight_bytes` nor in its bound. Raises InfeasibleError.
     """
     dead = frozenset(dead_devices)
     placed = place_optimally(spec, current, target, dead)

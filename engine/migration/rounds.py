@@ -25,13 +25,16 @@ def order_jobs(jobs: Sequence[Job]) -> list[Job]:
     """Rounds in which a device sends at most one job and receives at most one.
 
     A greedy open shop: the device with most left to receive chooses first, the ready job whose
-    source has most left to send. Jobs of one pair of devices keep their order.
+    source has most left to send. Of one pair of devices' jobs, those at the beginning of their
+    pieces come first, so that all pieces advance alike.
     """
     to_send: Counter[int] = Counter()
     to_receive: Counter[int] = Counter()
     ready: dict[int, dict[int, deque[int]]] = {}
     waiting: dict[int, list[int]] = {}
-    for i, job in enumerate(jobs):
+    size = {job.piece: job.stop for job in jobs}
+    for i in sorted(range(len(jobs)), key=lambda i: jobs[i].start / size[jobs[i].piece]):
+        job = jobs[i]
         to_receive[job.dst] += job.stop - job.start
         if job.src != DISK:
             to_send[job.src] += job.stop - job.start

@@ -46,8 +46,8 @@ def balance(
 ) -> Sending:
     """The optimum of the programme above; without `relays`, of that in which only holders send.
 
-    Pieces on disk only have no senders. Receiving often decides; then a greedy filling that stays within it is optimal, and no
-    programme is solved.
+    Pieces on disk only have no senders. Receiving often decides; then a greedy filling that stays
+    within it is optimal, and no programme is solved.
     """
     received = _received_bytes(table, groups, pieces)
     shares = _fill(groups, pieces, received, relays)

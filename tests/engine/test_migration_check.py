@@ -43,7 +43,7 @@ def test_every_plan_of_ours_passes_and_no_transfer_is_spare(
     for i in range(0, len(made.transfers), 7):
         less = replace(made, transfers=made.transfers[:i] + made.transfers[i + 1 :])
         with pytest.raises(
-            InvalidRequestError, match="plan again|nor do transfers listed before bring it"
+            InvalidRequestError, match=r"plan again|nor do transfers listed before bring it"
         ):
             check_plan(tiny_spec, current, less)
 
