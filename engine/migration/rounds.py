@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from engine.cluster import DISK
@@ -22,56 +23,88 @@ class Job(NamedTuple):
 
 
 def order_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """Rounds in which a device sends at most one job and receives at most one.
+    """The order in which jobs begin when every device sends one at a time and receives one at a
+    time, and no port waits that could work (a dense open shop: at most twice the optimum).
 
-    A greedy open shop: the device with most left to receive chooses first, the ready job whose
-    source has most left to send. Of one pair of devices' jobs, those at the beginning of their
-    pieces come first, so that all pieces advance alike.
+    A free device with most left to receive chooses first, the ready job whose source has most left
+    to send. Of one pair of devices' jobs, those at the beginning of their pieces come first, so
+    that all pieces advance alike.
     """
-    to_send: Counter[int] = Counter()
-    to_receive: Counter[int] = Counter()
-    ready: dict[int, dict[int, deque[int]]] = {}
-    waiting: dict[int, list[int]] = {}
-    size = {job.piece: job.stop for job in jobs}
-    for i in sorted(range(len(jobs)), key=lambda i: jobs[i].start / size[jobs[i].piece]):
-        job = jobs[i]
-        to_receive[job.dst] += job.stop - job.start
-        if job.src != DISK:
-            to_send[job.src] += job.stop - job.start
-        if job.after < 0:
-            ready.setdefault(job.dst, {}).setdefault(job.src, deque()).append(i)
-        else:
-            waiting.setdefault(job.after, []).append(i)
+    ports = _Ports(jobs)
     ordered: list[Job] = []
-    while len(ordered) < len(jobs):
-        chosen = _round(ready, to_send, to_receive)
-        for i in chosen:
-            job = jobs[i]
-            ordered.append(job)
-            to_send[job.src] -= job.stop - job.start
-            to_receive[job.dst] -= job.stop - job.start
-            for child in waiting.pop(i, ()):
-                ready.setdefault(jobs[child].dst, {}).setdefault(job.dst, deque()).append(child)
-    return ordered
+    running: list[tuple[int, int]] = []  # when it ends, in bytes; which
+    now, seen = 0, set(ports.by_target)
+    while True:
+        for i in ports.begin(seen):
+            heappush(running, (now + jobs[i].stop - jobs[i].start, i))
+            ordered.append(jobs[i])
+        if not running:
+            assert len(ordered) == len(jobs), "a job's parent comes before it"
+            return ordered
+        now, seen = running[0][0], set()
+        while running and running[0][0] == now:
+            seen |= ports.end(heappop(running)[1])
 
 
-def _round(
-    ready: dict[int, dict[int, deque[int]]], to_send: Counter[int], to_receive: Counter[int]
-) -> list[int]:
-    busy: set[int] = set()
-    chosen = []
-    for dst in sorted(ready, key=to_receive.__getitem__, reverse=True):
-        queues = ready[dst]
-        free = [src for src in queues if src not in busy]
-        if not free:
-            continue
-        src = max(free, key=to_send.__getitem__)
-        chosen.append(queues[src].popleft())
+class _Ports:
+    """Jobs that are ready, and which devices are busy."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._to_send: dict[int, int] = defaultdict(int)
+        self._to_receive: dict[int, int] = defaultdict(int)
+        self._waiting: dict[int, list[int]] = defaultdict(list)
+        self._sending: set[int] = set()
+        self._receiving: set[int] = set()
+        self.by_target: dict[int, dict[int, deque[int]]] = defaultdict(dict)
+        self._by_source: dict[int, set[int]] = defaultdict(set)
+        size = {job.piece: job.stop for job in jobs}
+        progress = [job.start / size[job.piece] for job in jobs]
+        for i in sorted(range(len(jobs)), key=progress.__getitem__):
+            _, start, stop, src, dst, after = jobs[i]
+            self._to_receive[dst] += stop - start
+            self._to_send[src] += stop - start
+            if after < 0:
+                self._make_ready(i)
+            else:
+                self._waiting[after].append(i)
+
+    def begin(self, targets: Iterable[int]) -> list[int]:
+        """Jobs that these devices, if free, begin to receive now."""
+        begun = []
+        free = [t for t in targets if t not in self._receiving and t in self.by_target]
+        for dst in sorted(free, key=lambda d: (-self._to_receive[d], d)):
+            queues = self.by_target[dst]
+            sources = queues.keys() - self._sending
+            if sources:
+                src = max(sources, key=lambda s: (self._to_send[s], -s))
+                begun.append(queues[src].popleft())
+                self._take(begun[-1], src, dst)
+        return begun
+
+    def _take(self, i: int, src: int, dst: int) -> None:
+        nbytes = self._jobs[i].stop - self._jobs[i].start
+        self._to_send[src] -= nbytes
+        self._to_receive[dst] -= nbytes
+        self._receiving.add(dst)
         if src != DISK:
-            busy.add(src)
-        if not queues[src]:
-            del queues[src]
-            if not queues:
-                del ready[dst]
-    assert chosen, "some job is ready: a job's parent comes before it"
-    return chosen
+            self._sending.add(src)
+        if not self.by_target[dst][src]:
+            del self.by_target[dst][src]
+            self._by_source[src].discard(dst)
+            if not self.by_target[dst]:
+                del self.by_target[dst]
+
+    def end(self, i: int) -> set[int]:
+        """Frees both ports, makes ready what waited for this job; devices that may now begin."""
+        _, _, _, src, dst, _ = self._jobs[i]
+        self._sending.discard(src)
+        self._receiving.discard(dst)
+        for child in self._waiting.pop(i, ()):
+            self._make_ready(child)
+        return {dst} | self._by_source[src] | self._by_source[dst]
+
+    def _make_ready(self, i: int) -> None:
+        job = self._jobs[i]
+        self.by_target[job.dst].setdefault(job.src, deque()).append(i)
+        self._by_source[job.src].add(job.dst)

@@ -9,9 +9,11 @@ differs from the programme's optimum by at most a row (or such a tensor) per cut
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -24,6 +26,7 @@ from engine.migration.sources import Sending, num_copies
 CHUNK_BYTES = 16 << 20  # of one transfer, unless a tensor that is not sliced is larger
 MIN_JOB_BYTES = 1 << 18
 NUM_ROUNDS = 64  # jobs per busiest port, about: enough for a chain to flow
+NUM_JOBS = 16_000  # about; beyond, jobs grow, and rounds are fewer
 SMALL_BYTES = 1 << 16  # tensors below are not cut
 Slice = tuple[str, int | None, int, int, int]  # tensor, dim, start, stop, bytes
 
@@ -69,7 +72,8 @@ def schedule(
     In every round of the order a device sends at most one job and receives at most one; a job is
     about 1/`NUM_ROUNDS` of the busiest port's load. What a device forwards has arrived earlier.
     """
-    job_bytes = max(MIN_JOB_BYTES, int(sending.port_bytes) // NUM_ROUNDS)
+    total = sum(piece.nbytes * num_copies(piece, groups) for piece in pieces)
+    job_bytes = max(MIN_JOB_BYTES, int(sending.port_bytes) // NUM_ROUNDS, total // NUM_JOBS)
     senders = _device_shares(groups, pieces, sending)
     lines = [_line(table, piece) for piece in pieces]
     jobs: list[Job] = []
@@ -78,7 +82,20 @@ def schedule(
         trees = _trees(piece, line, targets, senders[p], num_copies(piece, groups))
         for start, stop, tree in trees:
             _add_jobs(jobs, p, line, start, stop, tree, job_bytes)
-    return tuple(_transfers(order_jobs(jobs), lines, chunk_bytes))
+    with _uncollected():
+        return tuple(_transfers(order_jobs(jobs), lines, chunk_bytes))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Up to a million small objects without cycles: the collector would only walk them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _device_shares(

@@ -77,28 +77,30 @@ def _fill(
     the others from holders, then from those that have received it. None if that fails."""
     room = [port * len(g.devices) for g in groups]
     shares: list[Share] = [{} for _ in pieces]
-    order = sorted(range(len(pieces)), key=lambda p: len(pieces[p].holders))
-    for copies in (1, None):
-        for p in order:
-            piece = pieces[p]
-            count = num_copies(piece, groups) - 1 if copies is None else copies
-            senders = _senders(piece, relays and copies is None)
-            if not _take(shares[p], room, senders if piece.holders else (), count * piece.nbytes):
-                return None
-    return shares
+    order = [p for p, piece in enumerate(pieces) if piece.holders]
+    order.sort(key=lambda p: len(pieces[p].holders))
+    lacking = {p: float(pieces[p].nbytes) for p in order}
+    for p in order:
+        lacking[p] = _take(shares[p], room, pieces[p].holders, lacking[p])
+    if any(lacking.values()):
+        return None
+    for p in order:
+        rest = float((num_copies(pieces[p], groups) - 1) * pieces[p].nbytes)
+        lacking[p] = _take(shares[p], room, pieces[p].holders, rest)
+    for p in order if relays else ():
+        lacking[p] = _take(shares[p], room, pieces[p].needers, lacking[p])
+    return None if any(lacking.values()) else shares
 
 
-def _take(share: Share, room: list[float], senders: Sequence[int], nbytes: float) -> bool:
-    """Take from whoever has most room of the holders, of the first that suffice."""
-    if not senders:
-        return True
-    for g in sorted(senders, key=lambda g: -room[g]) if len(senders) > 1 else senders:
+def _take(share: Share, room: list[float], senders: Sequence[int], nbytes: float) -> float:
+    """Take from those with most room, of as few as suffice; what is left to be sent."""
+    for g in sorted(senders, key=lambda g: -room[g]):
         part = min(room[g], nbytes)
         if part > 0:
             share[g] = share.get(g, 0.0) + part
             room[g] -= part
             nbytes -= part
-    return nbytes <= 0
+    return nbytes
 
 
 def _solve(
