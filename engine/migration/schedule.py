@@ -1,10 +1,8 @@
 """Pure: from shares of groups to transfers between devices, in an order that keeps ports busy.
 
-Realised: a group's work over all pieces is laid end to end and cut into equal portions, one per
-device (McNaughton's wrap-around), and so are a piece's copies: holders first, then devices that
-have received it. At every byte the senders then form a tree whose root is a holder. Cuts are moved
-to whole rows, or to whole tensors where these are small or cannot be cut: the largest port load
-differs from the programme's optimum by at most a row (or such a tensor) per cut.
+Who sends what is cut as `engine.migration.trees` says, at whole rows, or at whole tensors where
+these are small or cannot be cut: the largest port load differs from the programme's optimum by at
+most a row (or such a tensor) per cut.
 """
 
 from __future__ import annotations
@@ -18,15 +16,16 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from engine.cluster import DISK, Transfer
+from engine.migration.open_shop import Job, order_jobs
 from engine.migration.pieces import Group, Piece
 from engine.migration.roles import RoleTable
-from engine.migration.rounds import Job, order_jobs
 from engine.migration.sources import Sending, num_copies
+from engine.migration.trees import Edge, cut_copies, device_shares
 
 CHUNK_BYTES = 16 << 20  # of one transfer, unless a tensor that is not sliced is larger
 MIN_JOB_BYTES = 1 << 18
-NUM_ROUNDS = 64  # jobs per busiest port, about: enough for a chain to flow
-NUM_JOBS = 16_000  # about; beyond, jobs grow, and rounds are fewer
+JOBS_PER_PORT = 64  # about: enough for bytes to flow through a tree
+NUM_JOBS = 16_000  # in all, about; beyond, jobs grow
 SMALL_BYTES = 1 << 16  # tensors below are not cut
 Slice = tuple[str, int | None, int, int, int]  # tensor, dim, start, stop, bytes
 
@@ -69,17 +68,17 @@ def schedule(
 ) -> tuple[Transfer, ...]:
     """The transfers that bring every piece to its needers, in the order to carry them out.
 
-    In every round of the order a device sends at most one job and receives at most one; a job is
-    about 1/`NUM_ROUNDS` of the busiest port's load. What a device forwards has arrived earlier.
+    Pieces are cut into jobs of about 1/`JOBS_PER_PORT` of the busiest port's load, ordered as an
+    open shop would begin them. What a device forwards has arrived earlier in the list.
     """
     total = sum(piece.nbytes * num_copies(piece, groups) for piece in pieces)
-    job_bytes = max(MIN_JOB_BYTES, int(sending.port_bytes) // NUM_ROUNDS, total // NUM_JOBS)
-    senders = _device_shares(groups, pieces, sending)
+    job_bytes = max(MIN_JOB_BYTES, int(sending.port_bytes) // JOBS_PER_PORT, total // NUM_JOBS)
+    senders = device_shares(groups, pieces, sending)
     lines = [_line(table, piece) for piece in pieces]
     jobs: list[Job] = []
     for p, (piece, line) in enumerate(zip(pieces, lines, strict=True)):
         targets = sorted(d for g in piece.needers for d in groups[g].devices)
-        trees = _trees(piece, line, targets, senders[p], num_copies(piece, groups))
+        trees = cut_copies(piece.nbytes, targets, senders[p], line.snap)
         for start, stop, tree in trees:
             _add_jobs(jobs, p, line, start, stop, tree, job_bytes)
     with _uncollected():
@@ -98,29 +97,6 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _device_shares(
-    groups: Sequence[Group], pieces: Sequence[Piece], sending: Sending
-) -> list[list[tuple[int, float, bool]]]:
-    """By piece (device, bytes to send, whether it holds the piece), holders first."""
-    result: list[list[tuple[int, float, bool]]] = [[] for _ in pieces]
-    for g, group in enumerate(groups):
-        work = [(p, share[g]) for p, share in enumerate(sending.shares) if g in share]
-        portion = sum(nbytes for _, nbytes in work) / len(group.devices)
-        i, left = 0, portion
-        for p, nbytes in work:
-            while nbytes > 0:
-                last = i == len(group.devices) - 1
-                part = nbytes if last else min(nbytes, left)
-                if part > 0:
-                    result[p].append((group.devices[i], part, g in pieces[p].holders))
-                nbytes, left = nbytes - part, left - part
-                if left <= 0 and not last:
-                    i, left = i + 1, portion
-    for senders in result:
-        senders.sort(key=lambda sender: not sender[2])
-    return result
-
-
 def _line(table: RoleTable, piece: Piece) -> _Line:
     found = [
         (tensor.layer or 0, c, (tensor.name, kind.dim, a, b, (b - a) * kind.row_bytes), kind)
@@ -132,57 +108,6 @@ def _line(table: RoleTable, piece: Piece) -> _Line:
     begins = tuple(accumulate((entry[2][4] for entry in found), initial=0))
     slices = tuple((entry[2], entry[3].row_bytes) for entry in found)
     return _Line(slices, begins, min(SMALL_BYTES, piece.nbytes // 64))
-
-
-Edge = tuple[int, int, int]  # source, destination, edge that brings the bytes to the source or -1
-
-
-def _trees(
-    piece: Piece,
-    line: _Line,
-    targets: Sequence[int],
-    senders: Sequence[tuple[int, float, bool]],
-    copies: int,
-) -> Iterator[tuple[int, int, list[Edge]]]:
-    """Intervals of the line, each with the edges that bring it to all targets, parents first."""
-    size = piece.nbytes
-    if not senders:
-        yield 0, size, [(DISK, d, -1) for d in targets]
-        return
-    ends = list(accumulate(nbytes for _, nbytes, _ in senders))
-    held_end = sum(nbytes for _, nbytes, holds in senders if holds)
-    only_holders = held_end >= copies * size - 0.5
-    inner = [e for e in ends if 0.5 < e < copies * size - 0.5]
-    if only_holders:  # targets need not agree on where to cut
-        for j, target in enumerate(targets):
-            here = {line.snap(e - j * size) for e in inner if j * size < e < (j + 1) * size}
-            for start, stop in pairwise(sorted({0, size, *here})):
-                middle = j * size + (start + stop) / 2
-                yield start, stop, [(_sender(senders, ends, middle)[0], target, -1)]
-        return
-    for start, stop in pairwise(sorted({0, size, *(line.snap(e % size) for e in inner)})):
-        middle = (start + stop) / 2
-        sends = [_sender(senders, ends, j * size + middle) for j in range(copies)]
-        if not sends[0][2]:  # the solver's tolerance may leave holders a few bytes short
-            sends[0] = [sender for sender in senders if sender[2]][-1]
-        yield start, stop, _tree(sends, targets)
-
-
-def _sender(
-    senders: Sequence[tuple[int, float, bool]], ends: Sequence[float], at: float
-) -> tuple[int, float, bool]:
-    return senders[min(bisect_right(ends, at), len(senders) - 1)]
-
-
-def _tree(sends: Sequence[tuple[int, float, bool]], targets: Sequence[int]) -> list[Edge]:
-    """Copy j comes from the j-th sender, holders first. Forwarders receive first, in the order in
-    which they begin to send: before the j-th copy at most j of them have begun, so each has it."""
-    sources = [device for device, _, _ in sends]
-    assert sends[0][2], "the first copy comes from a holder"
-    relays = list(dict.fromkeys(device for device, _, holds in sends if not holds))
-    order = relays + [d for d in targets if d not in set(relays)]
-    brought = {target: j for j, target in enumerate(order)}
-    return [(src, dst, brought.get(src, -1)) for src, dst in zip(sources, order, strict=True)]
 
 
 def _add_jobs(
@@ -201,7 +126,7 @@ def _add_jobs(
         first = len(jobs)
         for src, dst, parent in tree:
             after = -1 if parent < 0 else first + parent
-            jobs.append(Job(piece, a, b, src, dst, after))
+            jobs.append(Job(piece, a, b, src, dst, after, (a - start) / (stop - start)))
 
 
 def _transfers(jobs: Sequence[Job], lines: Sequence[_Line], chunk_bytes: int) -> Iterator[Transfer]:

@@ -12,7 +12,7 @@ from engine.cluster import DISK
 
 class Job(NamedTuple):
     """Bytes [start, stop) of a piece's line from one device to another, after job `after` has
-    brought them to the source (-1: it holds them)."""
+    brought them to the source (-1: it holds them). `progress` in [0, 1) is that of its tree."""
 
     piece: int
     start: int
@@ -20,6 +20,7 @@ class Job(NamedTuple):
     src: int
     dst: int
     after: int
+    progress: float
 
 
 def order_jobs(jobs: Sequence[Job]) -> list[Job]:
@@ -27,8 +28,8 @@ def order_jobs(jobs: Sequence[Job]) -> list[Job]:
     time, and no port waits that could work (a dense open shop: at most twice the optimum).
 
     A free device with most left to receive chooses first, the ready job whose source has most left
-    to send. Of one pair of devices' jobs, those at the beginning of their pieces come first, so
-    that all pieces advance alike.
+    to send. Of one pair of devices' jobs, those at the beginning of their trees come first: trees
+    have different forwarders, all of which are to be busy.
     """
     ports = _Ports(jobs)
     ordered: list[Job] = []
@@ -58,10 +59,8 @@ class _Ports:
         self._receiving: set[int] = set()
         self.by_target: dict[int, dict[int, deque[int]]] = defaultdict(dict)
         self._by_source: dict[int, set[int]] = defaultdict(set)
-        size = {job.piece: job.stop for job in jobs}
-        progress = [job.start / size[job.piece] for job in jobs]
-        for i in sorted(range(len(jobs)), key=progress.__getitem__):
-            _, start, stop, src, dst, after = jobs[i]
+        for i in sorted(range(len(jobs)), key=lambda i: jobs[i].progress):
+            _, start, stop, src, dst, after, _ = jobs[i]
             self._to_receive[dst] += stop - start
             self._to_send[src] += stop - start
             if after < 0:
@@ -97,7 +96,7 @@ class _Ports:
 
     def end(self, i: int) -> set[int]:
         """Frees both ports, makes ready what waited for this job; devices that may now begin."""
-        _, _, _, src, dst, _ = self._jobs[i]
+        src, dst = self._jobs[i].src, self._jobs[i].dst
         self._sending.discard(src)
         self._receiving.discard(dst)
         for child in self._waiting.pop(i, ()):
