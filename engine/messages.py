@@ -200,7 +200,8 @@ class Hello(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """Outcome of a call: `error` is empty on success."""
+    """Outcome of a call: `error` is empty on success. A stale call was refused: its switch is over,
+    a later one has been heard of."""
 
     call_id: int
     error: str = ""
@@ -209,6 +210,7 @@ class Reply(Message, frozen=True):
     blocks_to_fill: list[int] = []
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
     endpoint: str = ""
+    is_stale: bool = False
 
 
 class Beat(Message, frozen=True):
@@ -270,6 +272,7 @@ MIGRATION_CALLS = (
     MoveKv,
     CloseTransfer,
 )
+UNDO_CALLS = (Resume, ReleaseRank)  # a worker that leaves one of these unanswered is given up
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

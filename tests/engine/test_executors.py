@@ -44,7 +44,7 @@ def test_switches_keep_tokens_over_tcp_with_keys_and_staged_tensors(
     channel = ChannelConfig(host=LOOPBACK, keys=make_curve_keys())
     with open_engine(KEYS[0], channel=channel, stage_tensors=True) as cluster:
         runtime = cluster.runtime
-        assert runtime._channel.endpoint.startswith(f"tcp://{LOOPBACK}:")
+        assert runtime.workers.channel.endpoint.startswith(f"tcp://{LOOPBACK}:")
         for key in KEYS[1:]:
             plan = cluster.on_loop(lambda key=key: plan_to(runtime, key))
             outputs, ticket = cluster.run(serve(runtime, references, 5, plan, key), 120)
