@@ -18,6 +18,7 @@ from engine.worker_pool import Backoff, RecoveryConfig
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0
+SETTLE_S = 0.5  # a rank may fail because of a death that is told of a moment later
 
 
 class HealingHost(Protocol):
@@ -71,6 +72,7 @@ class Healing:
     async def _heal(self) -> None:
         host, backoff = self._host, Backoff(self._config)
         deadline_s = host.now_s() + self._config.heal_timeout_s
+        await asyncio.sleep(SETTLE_S)
         while True:
             await host.until_idle()
             if host.deployment.replicas:

@@ -102,6 +102,8 @@ class EngineRuntime:
         if self._state == "starting":
             self._state = "serving"
             self.workers.open()
+            if not self.deployment.replicas:  # lost when they had just been loaded
+                self._healing.start()
 
     async def _load(self, replicas: Sequence[Replica], nonce: str) -> None:
         endpoints = await build_ranks(self.call, self.spec, replicas, nonce, from_disk=True)

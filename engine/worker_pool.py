@@ -117,6 +117,8 @@ class WorkerPool:
     def open(self) -> None:
         """The engine serves: from now on lost workers are restarted."""
         self._is_open = True
+        for device in self.dead_devices:  # lost since `start`
+            self._restart_later(device)
 
     async def close(self) -> None:
         """End every worker and what restarts them."""
@@ -176,10 +178,13 @@ class WorkerPool:
         self.num_lost += 1
         self._host.on_lost(device)
         if self._is_open:
-            lived_s = time.monotonic() - self._joined_s[device]
-            task = asyncio.create_task(self._bring_back(device, lived_s), name=f"restart-{device}")
-            self._restarts.add(task)
-            task.add_done_callback(self._restarts.discard)
+            self._restart_later(device)
+
+    def _restart_later(self, device: int) -> None:
+        lived_s = time.monotonic() - self._joined_s[device]
+        task = asyncio.create_task(self._bring_back(device, lived_s), name=f"restart-{device}")
+        self._restarts.add(task)
+        task.add_done_callback(self._restarts.discard)
 
     async def _bring_back(self, device: int, lived_s: float) -> None:
         """Restart until a worker is there."""
