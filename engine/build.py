@@ -18,6 +18,7 @@ from engine.runtime import EngineRuntime, make_run_dir
 from engine.sockets import make_curve_keys
 from engine.tiny_model import cached_tiny_model
 from engine.weights import read_config, read_model_spec
+from engine.worker_pool import RecoveryConfig
 
 DEFAULT_CACHE_DIR = Path(".cache/models")
 DEMO_MODEL = "smollm2-135m-instruct"  # folder there that engine.demo_model writes
@@ -155,4 +156,5 @@ def build_runtime(config: EngineConfig, executor: Executor | None = None) -> Eng
         config.max_queue,
         profile,
         channel,
+        RecoveryConfig(heal_timeout_s=config.heal_timeout_s),
     )

@@ -93,6 +93,11 @@ class EngineConfig(BaseModel):
     heartbeat_timeout_s: float = Field(
         10.0, gt=0, description="seconds of silence after which a worker is killed"
     )
+    heal_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        description="seconds that requests wait at most for lost workers when no replica is left",
+    )
     profile: Path | None = Field(None, description="ServingProfile JSON to hand to controllers")
     seed: int = Field(0, ge=0, description="of the tiny model's random weights")
     drain_timeout_s: float = Field(

@@ -252,7 +252,8 @@ class Hello(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """Outcome of a call: `error` is empty on success."""
+    """Outcome of a call: `error` is empty on success. A stale call was refused: its switch is over,
+    a later one has been heard of."""
 
     call_id: int
     error: str = ""
@@ -262,6 +263,7 @@ class Reply(Message, frozen=True):
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
     sent_bytes: int = 0
     endpoint: str = ""
+    is_stale: bool = False
 
 
 class Beat(Message, frozen=True):
@@ -330,6 +332,7 @@ MIGRATION_CALLS = (
     FreeShards,
     CloseTransfer,
 )
+UNDO_CALLS = (Resume, ReleaseRank)  # a worker that leaves one of these unanswered is given up
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
