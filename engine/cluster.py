@@ -545,6 +545,11 @@ class ClusterSnapshot:
     num_queued_unrouted: int = 0  # held back by the engine, e.g. while their replica switches
 
     @property
+    def kv_blocks_used(self) -> dict[int, int]:
+        """By replica id, of those that have reported."""
+        return {stats.replica_id: stats.kv_blocks_used for stats in self.replicas}
+
+    @property
     def switch_in_flight(self) -> bool:
         return self.switch is not None and not self.switch.phase.is_terminal
 

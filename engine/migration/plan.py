@@ -9,7 +9,7 @@ and what no schedule for this placement can be shorter than.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +24,7 @@ from engine.cluster import (
     Transfer,
 )
 from engine.migration.bounds import lower_bound_s
+from engine.migration.order import choose_mode, default_staging_bytes
 from engine.migration.pieces import Group, Piece, device_groups, divide
 from engine.migration.placement import check_memory, place_optimally
 from engine.migration.roles import Held, RoleTable, held_shards, role_table
@@ -115,13 +116,15 @@ def plan_switch(
     chunk_bytes: int = CHUNK_BYTES,
     nic_bytes_per_s: float = 0.0,
     relays: bool = True,
+    kv_blocks_used: Mapping[int, int] | None = None,
 ) -> SwitchPlan:
     """Plan the switch from `current` (of generation `epoch`) to configurations `target`.
 
     `overhead_s` is the measured time of a switch that moves no byte. `nic_bytes_per_s`, if given,
     is what a node's network port carries in each direction. Without `relays` only devices that
     hold bytes from the start send them. What only `dead_devices` held is read from disk and counts
-    neither in `weight_bytes` nor in its bound. Raises InfeasibleError.
+    neither in `weight_bytes` nor in its bound. `kv_blocks_used`, by replica id, decides with the
+    weights whether memory allows a live switch. Raises InfeasibleError.
     """
     dead = frozenset(dead_devices)
     placed = place_optimally(spec, current, target, dead)
@@ -131,6 +134,10 @@ def plan_switch(
     if nic_bytes_per_s:
         nodes_s = node_seconds(transfers, spec.devices_per_node, nic_bytes_per_s)
         moving_s = max(moving_s, nodes_s)
+    staging_bytes = default_staging_bytes(spec)
+    mode, why = choose_mode(
+        spec, current, placed.deployment, transfers, kv_blocks_used or {}, staging_bytes
+    )
     return SwitchPlan(
         target=placed.deployment,
         expected_epoch=epoch,
@@ -143,7 +150,9 @@ def plan_switch(
             spec.model, current, placed.deployment, spec.link_bytes_per_s, dead,
             spec.devices_per_node, nic_bytes_per_s,
         ),
+        mode=mode,
         decision_id=decision_id,
+        mode_reason=why,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from engine.cluster import ClusterSpec, Deployment
 from engine.errors import InfeasibleError
-from engine.migration.order import _block_bytes, _ranks_that_change, _union_bytes
+from engine.migration.order import block_bytes, ranks_that_change, union_bytes
 from engine.shards import num_kv_blocks
 
 
@@ -23,10 +23,10 @@ def kv_limits(
     it, or what they use (`kv_blocks_used`, by replica id) where that is more, the new have the
     rest. Raises InfeasibleError when that is too little for one sequence of max_model_len.
     """
-    leaving, coming = _ranks_that_change(current, target)
+    leaving, coming = ranks_that_change(current, target)
     room = {
         device: spec.switch_memory_bytes
-        - _union_bytes(spec, leaving.get(device), coming.get(device))
+        - union_bytes(spec, leaving.get(device), coming.get(device))
         - staging_bytes
         for device in leaving.keys() | coming.keys()
     }
@@ -34,7 +34,7 @@ def kv_limits(
     for device, (replica, rank) in leaving.items():
         own = num_kv_blocks(spec, replica.parallel)
         if device in coming:
-            own = min(own, room[device] // 2 // _block_bytes(spec, replica, rank))
+            own = min(own, room[device] // 2 // block_bytes(spec, replica, rank))
         limits[replica.replica_id] = min(own, limits.get(replica.replica_id, own))
     for replica_id in limits:
         limits[replica_id] = max(limits[replica_id], kv_blocks_used.get(replica_id, 0))
@@ -42,8 +42,8 @@ def kv_limits(
         left = room[device]
         if device in leaving:
             old, old_rank = leaving[device]
-            left -= limits[old.replica_id] * _block_bytes(spec, old, old_rank)
-        own = min(num_kv_blocks(spec, replica.parallel), left // _block_bytes(spec, replica, rank))
+            left -= limits[old.replica_id] * block_bytes(spec, old, old_rank)
+        own = min(num_kv_blocks(spec, replica.parallel), left // block_bytes(spec, replica, rank))
         if own * spec.block_size < spec.model.max_model_len:
             raise InfeasibleError(
                 f"device {device} has {max(left, 0)} bytes left for the KV cache of replica "
