@@ -121,7 +121,7 @@ def test_never_below_the_bound_nor_above_the_same_index_mapping(
     else:
         old, new = data.draw(deployments(num_devices)), data.draw(deployments(num_devices))
     current = place_optimally(spec, Deployment(()), old).deployment
-    placed = place_optimally(spec, current, new)
+    placed = place_optimally(spec, current, new, time_limit_s=0.2)
     free = place_optimally(cluster(num_devices), current, new)
     assert free.missing_bytes <= placed.lower_bound_bytes <= placed.missing_bytes
     costs = cost_table(spec, current, new)
