@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import prod
 
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
+from engine.errors import InfeasibleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +99,15 @@ def fits(spec: ClusterSpec, parallel: ParallelConfig) -> bool:
     if not spec.model.allows_tp(parallel.tp) or parallel.pp > spec.model.num_layers:
         return False
     return num_kv_blocks(spec, parallel) * spec.block_size >= spec.model.max_model_len
+
+
+def check_memory(spec: ClusterSpec, parallel: ParallelConfig) -> None:
+    """Raise InfeasibleError unless one sequence of max_model_len fits beside the weights."""
+    tokens = num_kv_blocks(spec, parallel) * spec.block_size
+    if tokens < spec.model.max_model_len:
+        raise InfeasibleError(
+            f"a {parallel.key} replica of {spec.model.name} has room for {max(tokens, 0)} KV "
+            f"tokens in {spec.device_memory_bytes} bytes per device, less than max_model_len="
+            f"{spec.model.max_model_len}; use more devices per replica, more memory, or a "
+            "shorter max_model_len."
+        )

@@ -7,7 +7,7 @@ A device may forward what an earlier transfer of the plan has brought it; the di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from engine.cluster import DISK, ClusterSpec, Deployment, SwitchPlan, Transfer
 from engine.errors import InfeasibleError, InvalidRequestError
@@ -15,18 +15,28 @@ from engine.migration.plan import Held, check_memory, held_shards
 from engine.shards import Shard
 
 
-def check_plan(spec: ClusterSpec, current: Deployment, plan: SwitchPlan) -> None:
-    """Raises InfeasibleError when the target does not fit the cluster, InvalidRequestError when
-    the transfers are not exactly the intervals that its ranks need and do not hold."""
+def check_plan(
+    spec: ClusterSpec,
+    current: Deployment,
+    plan: SwitchPlan,
+    dead_devices: Collection[int] = (),
+) -> None:
+    """Raises InfeasibleError when the target does not fit the cluster or uses a dead device,
+    InvalidRequestError when the transfers are not exactly the intervals that its ranks need and do
+    not hold, each from a source that has it by then."""
     spec.check(plan.target.configs)
     unknown = sorted(plan.target.devices - set(range(spec.num_devices)))
     if unknown:
         raise InfeasibleError(
             f"the plan uses devices {unknown}, the cluster has 0..{spec.num_devices - 1}."
         )
+    dead = sorted(plan.target.devices & set(dead_devices))
+    if dead:
+        raise InfeasibleError(f"the plan uses devices {dead}, which are dead; plan without them.")
     for parallel in set(plan.target.configs):
         check_memory(spec, parallel)
     held, needs = held_shards(spec.model, current), held_shards(spec.model, plan.target)
+    held = {device: shards for device, shards in held.items() if device not in dead_devices}
     arriving: dict[tuple[int, str], list[Transfer]] = {}
     for transfer in plan.transfers:
         source = held.get(transfer.src, {}).get(transfer.tensor)

@@ -111,12 +111,13 @@ def fill_exactly(
     wanted: Counter[Unit],
     seed: Filling | None,
     time_limit_s: float,
-) -> tuple[Filling, bool] | None:
+) -> tuple[Filling, int] | None:
     """The filling with the fewest bytes, of those the one with the most replicas that stay.
 
-    Replicas within a node are counted exactly; of those that span nodes, their units are. The flag
-    says whether nothing was left out: neither patterns (`MAX_PATTERNS`) nor time. None: no filling
-    exists, or none was found in time. `seed` is one to start from.
+    Replicas within a node are counted exactly; of those that span nodes, their units are. Comes
+    with the bytes that no filling can do with less than: its own, unless time was short; nothing
+    when patterns were left out (`MAX_PATTERNS`). None: no filling exists, or none was found in
+    time. The patterns of `seed`, a filling, are never left out.
     """
     units = sorted(wanted, key=lambda u: (-u.size, u))
     kinds: dict[tuple[object, ...], list[int]] = {}
@@ -128,9 +129,7 @@ def fill_exactly(
         found, whole = _patterns(units, wanted, len(nodes[members[0]].roles), len(kinds))
         complete &= whole
         columns += [_column(table, k, nodes[members[0]], units, p) for p in {*found, *seeds}]
-    counts, optimal = _choose(
-        columns, [len(m) for m in kinds.values()], units, wanted, time_limit_s
-    )
+    counts, bound = _choose(columns, [len(m) for m in kinds.values()], units, wanted, time_limit_s)
     if counts is None:
         return None
     filling = [Counter[Unit]() for _ in nodes]
@@ -140,7 +139,7 @@ def fill_exactly(
             filling[free[column.kind].pop()].update(
                 {u: n for u, n in zip(units, column.pattern, strict=True) if n}
             )
-    return filling, complete and optimal
+    return filling, bound if complete else 0
 
 
 def _patterns(
@@ -189,8 +188,8 @@ def _choose(
     units: Sequence[Unit],
     wanted: Counter[Unit],
     time_limit_s: float,
-) -> tuple[list[int] | None, bool]:
-    """How many nodes take each column, and whether that is the optimum. Solver: HiGHS."""
+) -> tuple[list[int] | None, int]:
+    """How many nodes take each column, and the bytes no choice can do with less. Solver: HiGHS."""
     entries = [(c.kind, i, 1) for i, c in enumerate(columns)]
     entries += [
         (len(kind_sizes) + u, i, n)
@@ -204,13 +203,17 @@ def _choose(
     nbytes = np.array([c.nbytes for c in columns])
     unit_bytes = max(1, int(np.gcd.reduce(nbytes)))  # one step of bytes outweighs every stay
     stays = np.array([c.stays for c in columns])
+    weight = 1 + float(sum(kind_sizes) * stays.max(initial=0))
     found = milp(
-        nbytes / unit_bytes * (1 + float(sum(kind_sizes) * stays.max(initial=0))) - stays,
+        nbytes / unit_bytes * weight - stays,
         constraints=LinearConstraint(matrix, demand, demand),
         integrality=np.ones(len(columns), dtype=np.int64),
         bounds=Bounds(0, np.inf),
         options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},
     )
     if found.x is None:
-        return None, found.status == 2
-    return [int(n) for n in np.rint(found.x)], found.status == 0
+        return None, 0
+    counts = np.rint(found.x).astype(np.int64)
+    if found.status == 0:
+        return counts.tolist(), int(counts @ nbytes)
+    return counts.tolist(), max(0, int(found.mip_dual_bound / weight * unit_bytes))

@@ -33,7 +33,7 @@ from engine.migration.nodes import (
     units_of,
 )
 from engine.migration.roles import IDLE, RoleTable, role_table
-from engine.shards import num_kv_blocks
+from engine.shards import check_memory
 
 TIME_LIMIT_S = 1.0  # for the exact programme
 Chosen = dict[Unit, list[tuple[int, ...]]]  # devices of every copy of a unit
@@ -61,6 +61,9 @@ class _Problem:
     current: tuple[Replica, ...]  # with all devices alive
     target: tuple[ParallelConfig, ...]
     num_nodes: int
+
+    def node_of(self, node: Node) -> int:
+        return node.devices[0] // self.node_size
 
     def units(self, configs: Iterable[ParallelConfig]) -> Counter[Unit]:
         return Counter(u for c in configs for u in units_of(c, self.node_size))
@@ -97,24 +100,12 @@ def place_optimally(
         if nbytes > bound or not fits:
             found = _assign_exactly(problem, kept, chosen if fits else None, time_limit_s)
             if found is not None:
-                exact_bytes, exact_chosen, exact_kept, proven = found
+                exact_bytes, exact_chosen, exact_kept, exact_bound = found
                 if not fits or exact_bytes < nbytes:
                     nbytes, chosen, kept = exact_bytes, exact_chosen, exact_kept
-                bound = nbytes if proven else bound
+                bound = max(bound, exact_bound)
     deployment = _assemble(problem, current, kept, chosen)
     return Placed(deployment, nbytes, min(bound, nbytes))
-
-
-def check_memory(spec: ClusterSpec, parallel: ParallelConfig) -> None:
-    """Raise InfeasibleError unless one sequence of max_model_len fits beside the weights."""
-    tokens = num_kv_blocks(spec, parallel) * spec.block_size
-    if tokens < spec.model.max_model_len:
-        raise InfeasibleError(
-            f"a {parallel.key} replica of {spec.model.name} has room for {max(tokens, 0)} KV "
-            f"tokens in {spec.device_memory_bytes} bytes per device, less than max_model_len="
-            f"{spec.model.max_model_len}; use more devices per replica, more memory, or a "
-            "shorter max_model_len."
-        )
 
 
 def _problem(
@@ -225,7 +216,7 @@ def _assign_greedily(
     homes: dict[Unit, list[int | None]] = {u: [None] * n for u, n in homeless.items()}
     for node, units in zip(nodes, filling, strict=True):
         for unit in units.elements():
-            homes.setdefault(unit, []).append(node.devices[0] // problem.node_size)
+            homes.setdefault(unit, []).append(problem.node_of(node))
     order = [u for c in coming for u in units_of(c, problem.node_size)]
     nbytes, chosen = _assign_freely(problem, coming, free, [homes[u].pop() for u in order])
     return nbytes, chosen, False
@@ -249,31 +240,31 @@ def _assign_filling(
 
 def _assign_exactly(
     problem: _Problem, kept: Sequence[Replica], greedy: Chosen | None, time_limit_s: float
-) -> tuple[int, Chosen, list[Replica], bool] | None:
-    """Bytes, devices of what comes, replicas that stay, and whether that is proven the least."""
+) -> tuple[int, Chosen, list[Replica], int] | None:
+    """Bytes, devices of what comes, replicas that stay, bytes no placement can do with less."""
     nodes = _nodes(problem, problem.devices)
     seed = None if greedy is None else _filling_of(problem, nodes, kept, greedy)
     wanted = problem.units(problem.target)
     found = fill_exactly(problem.table, nodes, wanted, seed, time_limit_s)
     if found is None:
         return None
-    filling, proven = found
+    filling, bound = found
     stay = _stayers(problem, nodes, filling)
     taken = {d for r in stay for d in r.placement.devices}
     rest = _nodes(problem, [d for d in problem.devices if d not in taken])
-    index = {n.devices[0] // problem.node_size: units for n, units in zip(nodes, filling)}  # noqa: B905
+    index = dict(zip(map(problem.node_of, nodes), filling, strict=True))
     for replica in stay:
         for unit, devices in problem.unit_devices(replica).items():
             index[devices[0] // problem.node_size][unit] -= 1
-    left = [+index[n.devices[0] // problem.node_size] for n in rest]
+    left = [+index[problem.node_of(n)] for n in rest]
     nbytes, chosen = _assign_filling(problem, rest, left)
-    return nbytes, chosen, stay, proven
+    return nbytes, chosen, stay, bound
 
 
 def _filling_of(
     problem: _Problem, nodes: Sequence[Node], kept: Sequence[Replica], chosen: Chosen
 ) -> Filling:
-    counts: dict[int, Counter[Unit]] = {n.devices[0] // problem.node_size: Counter() for n in nodes}
+    counts: dict[int, Counter[Unit]] = {problem.node_of(n): Counter() for n in nodes}
     pairs = [pair for r in kept for pair in problem.unit_devices(r).items()]
     pairs += [(unit, devices) for unit, copies in chosen.items() for devices in copies]
     for unit, devices in pairs:
@@ -284,7 +275,7 @@ def _filling_of(
 def _stayers(problem: _Problem, nodes: Sequence[Node], filling: Filling) -> list[Replica]:
     """Replicas whose units all stay where they are under this filling; those within a node first.
     By the exchange of the module's docstring, now inside a node, that adds no bytes."""
-    left = {n.devices[0] // problem.node_size: Counter(f) for n, f in zip(nodes, filling)}  # noqa: B905
+    left = dict(zip(map(problem.node_of, nodes), map(Counter, filling), strict=True))
     stay = []
     for replica in sorted(problem.current, key=lambda r: _num_nodes(problem, r)):
         if not _within_nodes(problem, replica):

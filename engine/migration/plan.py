@@ -26,10 +26,11 @@ from engine.cluster import (
 from engine.migration.bounds import lower_bound_s
 from engine.migration.order import choose_mode, default_staging_bytes
 from engine.migration.pieces import Group, Piece, device_groups, divide
-from engine.migration.placement import check_memory, place_optimally
+from engine.migration.placement import place_optimally
 from engine.migration.roles import Held, RoleTable, held_shards, role_table
 from engine.migration.schedule import CHUNK_BYTES, port_bytes, schedule
 from engine.migration.sources import balance
+from engine.shards import check_memory
 
 __all__ = [
     "Held",

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import ceil
 
 from engine.cluster import DISK
 from engine.migration.pieces import Group, Piece
@@ -63,7 +64,7 @@ def cut_copies(
         yield 0, size, [(DISK, d, -1) for d in targets]
         return
     layout = _Layout(size, len(targets), senders)
-    if layout.num_holder_copies == len(targets):  # they need not agree on where to cut
+    if layout.only_holders:  # targets need not agree on where to cut
         for copy, target in enumerate(targets):
             for start, stop in _intervals(size, layout.cuts(copy), snap):
                 sender = layout.sender(copy, (start + stop) / 2)
@@ -93,14 +94,13 @@ class _Layout:
         self._ends = list(accumulate(s.nbytes for s in senders))
         self._holders = [s for s in senders if s.holds]
         held = sum(s.nbytes for s in self._holders)
-        self.num_holder_copies = min(num_copies, max(1, -int(-(held - 0.5) // size)))
-        if held >= num_copies * size - 0.5:
-            self.num_holder_copies = num_copies
+        self.only_holders = held >= num_copies * size - 0.5
+        self._num_holder_copies = max(1, ceil((held - 0.5) / size))  # the last one perhaps in part
         self._num_copies = num_copies
 
     def _block(self, copy: int) -> tuple[int, int]:
         """First copy of the block, number of copies."""
-        past = copy - self.num_holder_copies
+        past = copy - self._num_holder_copies
         if past < 0:
             return copy, 1
         first = copy - past % FAN_OUT
