@@ -20,6 +20,7 @@ from engine.cluster import EventKind, RequestStatus, SwitchPhase
 from engine.errors import UnavailableError
 from engine.executor import LocalExecutor, WorkerConfig
 from engine.facade import EngineCluster
+from engine.messages import RankFailed
 from engine.metrics import EngineMetrics
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
@@ -272,6 +273,41 @@ def test_two_deaths_at_once_and_successors_that_die_at_birth(
         snapshot = cluster.snapshot()
         assert (snapshot.deployment.key, snapshot.dead_devices) == ("2xtp2pp1", ())
         assert cluster.on_loop(lambda: runtime.workers.lives(range(4))) == {0: 0, 1: 2, 2: 2, 3: 0}
+
+
+class OneGoneForGood(LocalExecutor):
+    """No successor of worker 1 is to be had."""
+
+    def restart(self, config: WorkerConfig) -> None:
+        if config.device == 1:
+            raise UnavailableError("there is no place for worker 1")
+        super().restart(config)
+
+
+def test_past_the_deadline_the_replicas_that_can_be_are_loaded(
+    open_engine: Any, references: list[Reference]
+) -> None:
+    late = RecoveryConfig(first_wait_s=0.05, longest_wait_s=1.0, heal_timeout_s=1.0)
+    with open_engine("2xtp1pp1", OneGoneForGood(), recovery=late) as cluster:
+        runtime = cluster.runtime
+        work = outputs_of(runtime, references, "part", 4, lambda: strike(runtime, 0, 1))
+        outputs = cluster.run(work, 120)
+        assert assert_identical(references, outputs) == 0
+        snapshot = cluster.snapshot()
+        assert (snapshot.deployment.key, snapshot.dead_devices) == ("1xtp1pp1", (1,))
+
+
+def test_a_broken_rank_of_living_workers_is_loaded_again(
+    open_engine: Any, references: list[Reference]
+) -> None:
+    with open_engine("1xtp2pp1", recovery=QUICK) as cluster:
+        runtime = cluster.runtime
+        broken = RankFailed(device=1, replica_id=0, error="a step raised")
+        work = outputs_of(runtime, references, "broken", 4, lambda: runtime.on_message(broken))
+        outputs = cluster.run(work, 120)
+        assert assert_identical(references, outputs) == 0
+        assert cluster.on_loop(lambda: runtime.workers.lives([0, 1])) == {0: 0, 1: 0}
+        assert (runtime.epoch, runtime.workers.num_lost) == (2, 0)
 
 
 def test_requests_fail_when_no_worker_comes_back_in_time(
