@@ -84,12 +84,14 @@ class HostStore(Message, frozen=True):
 
 class BuildRank(Message, frozen=True):
     """Build a rank beside whatever runs: groups, modules, weight storage. `store` is the address
-    of its groups' store, empty for a rank alone. The reply's endpoint takes the rank's inputs."""
+    of its groups' store, empty for a rank alone. A bare one has only the weights whose very
+    interval is held here. The reply's endpoint takes the rank's inputs."""
 
     call_id: int
     spec: RankSpec
     from_disk: bool
     store: str = ""
+    is_bare: bool = False
 
 
 class OpenTransfer(Message, frozen=True):
@@ -128,6 +130,33 @@ class MoveKv(Message, frozen=True):
     is_last: bool = False
 
 
+class SizeKv(Message, frozen=True):
+    """Give a rank that stands still a KV cache of so many blocks, empty, in place of the one it
+    has; with 0 that is dropped. A leader's sequences start over from their tokens."""
+
+    call_id: int
+    replica_id: int
+    num_blocks: int
+
+
+class MakeShards(Message, frozen=True):
+    """Of a switch in place: storage for these shards of a new rank, filled from what is held here.
+    Shards `parked` of the old rank go to host memory before; it cannot serve any more."""
+
+    call_id: int
+    replica_id: int
+    tensors: list[str]
+    parked: list[str] = []
+
+
+class FreeShards(Message, frozen=True):
+    """Of a switch in place: drop these shards of an old rank, which cannot serve any more."""
+
+    call_id: int
+    replica_id: int
+    tensors: list[str]
+
+
 class Activate(Message, frozen=True):
     """From now on this rank serves. Followers are activated before their leader. `peers` are the
     input endpoints of the replica's ranks, in rank order."""
@@ -157,6 +186,15 @@ class Resume(Message, frozen=True):
 
     call_id: int
     replica_id: int
+
+
+class LimitBlocks(Message, frozen=True):
+    """Leader: keep at most so many KV blocks in use, while a switch needs the memory; None ends
+    that."""
+
+    call_id: int
+    replica_id: int
+    max_used: int | None
 
 
 class ImportSequences(Message, frozen=True):
@@ -214,7 +252,8 @@ class Hello(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """Outcome of a call: `error` is empty on success."""
+    """Outcome of a call: `error` is empty on success. A stale call was refused: its switch is over,
+    a later one has been heard of."""
 
     call_id: int
     error: str = ""
@@ -224,6 +263,7 @@ class Reply(Message, frozen=True):
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
     sent_bytes: int = 0
     endpoint: str = ""
+    is_stale: bool = False
 
 
 class Beat(Message, frozen=True):
@@ -266,10 +306,14 @@ Call = (
     | MoveWeights
     | BindRank
     | MoveKv
+    | SizeKv
+    | MakeShards
+    | FreeShards
     | Activate
     | TakeSequences
     | Quiesce
     | Resume
+    | LimitBlocks
     | ImportSequences
     | AdoptSequences
     | ReleaseRank
@@ -284,8 +328,11 @@ MIGRATION_CALLS = (
     MoveWeights,
     BindRank,
     MoveKv,
+    MakeShards,
+    FreeShards,
     CloseTransfer,
 )
+UNDO_CALLS = (Resume, ReleaseRank)  # a worker that leaves one of these unanswered is given up
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

@@ -108,6 +108,14 @@ class ShardedModel:
             embed = weights[f"{self._names.embedding}.weight"]
             _bind_parameter(self._head, "weight", embed, self._head.weight)
 
+    def unbind(self) -> None:
+        """Let go of all weights, so that their storage is free once its owner lets go too. Shapes
+        stay: the model can be bound again."""
+        for owner in self._owners(tied=False).values():
+            for name, old in list(owner.named_parameters()):
+                empty = torch.empty(old.shape, dtype=old.dtype, device="meta")
+                _bind_parameter(owner, name, empty, old)
+
     def forward(self, inputs: Tensor, context: ForwardContext) -> Tensor:
         """Hidden states [T, hidden] after this stage's layers, before the final norm.
 

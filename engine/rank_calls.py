@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from engine.cluster import ClusterSpec, Replica
-from engine.messages import Activate, BindRank, BuildRank, HostStore, RankSpec, Reply
+from engine.errors import UnavailableError
+from engine.messages import Activate, BindRank, BuildRank, HostStore, RankSpec, Reply, SizeKv
 from engine.shards import num_kv_blocks
 
 CallWorker = Callable[..., Awaitable[Reply]]  # (device, kind, **fields)
@@ -15,21 +16,26 @@ Endpoints = dict[int, list[str]]  # input endpoints of a replica's ranks, in ran
 
 
 async def await_all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await every call, then raise the first failure: none is left running."""
+    """Await every call, then raise what failed, all of it in one error: which of them is the cause
+    is for people to see. None is left running."""
     results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    failures = [r for r in results if isinstance(r, BaseException)]
+    if len(failures) > 1 and all(isinstance(f, UnavailableError) for f in failures):
+        raise UnavailableError("; ".join(dict.fromkeys(map(str, failures))))
+    if failures:
+        raise failures[0]
     return list(results)
 
 
-def rank_spec(spec: ClusterSpec, replica: Replica, rank: int, nonce: str) -> RankSpec:
-    """What the worker of `rank` is told of `replica`."""
+def rank_spec(
+    spec: ClusterSpec, replica: Replica, rank: int, nonce: str, is_bare: bool = False
+) -> RankSpec:
+    """What the worker of `rank` is told of `replica`. A bare one has no KV cache yet."""
     return RankSpec(
         replica_id=replica.replica_id,
         parallel=replica.parallel,
         rank=rank,
-        num_blocks=num_kv_blocks(spec, replica.parallel),
+        num_blocks=0 if is_bare else num_kv_blocks(spec, replica.parallel),
         nonce=nonce,
     )
 
@@ -40,15 +46,26 @@ async def host_store(call: CallWorker, device: int, name: str) -> str:
 
 
 async def build_ranks(
-    call: CallWorker, spec: ClusterSpec, replicas: Sequence[Replica], nonce: str, from_disk: bool
+    call: CallWorker,
+    spec: ClusterSpec,
+    replicas: Sequence[Replica],
+    nonce: str,
+    from_disk: bool,
+    is_bare: bool = False,
 ) -> Endpoints:
-    """Groups, modules, weight storage and input sockets of all ranks of `replicas`."""
-    built = await await_all(_build(call, spec, r, nonce, from_disk) for r in replicas)
+    """Groups, modules, storage and input sockets of all ranks of `replicas`. Bare ones have no KV
+    cache yet and only those weights that their device holds already."""
+    built = await await_all(_build(call, spec, r, nonce, from_disk, is_bare) for r in replicas)
     return {r.replica_id: endpoints for r, endpoints in zip(replicas, built, strict=True)}
 
 
 async def _build(
-    call: CallWorker, spec: ClusterSpec, replica: Replica, nonce: str, from_disk: bool
+    call: CallWorker,
+    spec: ClusterSpec,
+    replica: Replica,
+    nonce: str,
+    from_disk: bool,
+    is_bare: bool,
 ) -> list[str]:
     devices, store = replica.placement.devices, ""
     if len(devices) > 1:
@@ -57,9 +74,10 @@ async def _build(
         call(
             device,
             BuildRank,
-            spec=rank_spec(spec, replica, rank, nonce),
+            spec=rank_spec(spec, replica, rank, nonce, is_bare),
             from_disk=from_disk,
             store=store,
+            is_bare=is_bare,
         )
         for rank, device in enumerate(devices)
     )
@@ -72,6 +90,14 @@ async def bind_ranks(call: CallWorker, replicas: Iterable[Replica]) -> None:
         call(device, BindRank, replica_id=r.replica_id)
         for r in replicas
         for device in r.placement.devices
+    )
+
+
+async def size_kv(call: CallWorker, replica: Replica, num_blocks: int) -> None:
+    """Another KV cache, empty, for all ranks of a replica that stands still; 0 drops it."""
+    await await_all(
+        call(device, SizeKv, replica_id=replica.replica_id, num_blocks=num_blocks)
+        for device in replica.placement.devices
     )
 
 

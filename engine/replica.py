@@ -196,10 +196,17 @@ class Replica:
         return self._departures.take(), updates
 
     def resume(self) -> None:
-        """After a rollback: serve on; blocks held for either end of a move are given back."""
+        """After a rollback: serve on, with all blocks; those held for either end of a move are
+        given back."""
+        self.scheduler.block_manager.limit(None)
         self._departures.let_go()
         self._arrivals.give_back()
         self.paused = False
+
+    def start_over(self) -> None:
+        """The KV cache is another, and empty: see `BatchScheduler.start_over`."""
+        self._departures.let_go()
+        self.scheduler.start_over()
 
     def import_sequences(self, states: list[SequenceState]) -> tuple[list[list[int]], list[int]]:
         """Reserve blocks: see `Arrivals.reserve`."""

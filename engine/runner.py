@@ -53,19 +53,26 @@ class ModelRunner:
         self.model = ShardedModel(
             model_dir, self.spec, parallel, rank, self.dtype, self.device, tp_all_reduce
         )
-        first, stop = parallel.layer_range(parallel.stage_of(rank), self.spec.num_layers)
+        self._block_size = block_size
+        self.size_kv(num_blocks)
+        self._plain, self._parallel = plain, num_threads > 1
+        if self.kv.arrays is not None and not plain:
+            compile_for(self.kv.arrays[0, 0], self._parallel)
+
+    def size_kv(self, num_blocks: int) -> None:
+        """A KV cache of so many blocks, perhaps 0, in place of the one there was."""
+        first, stop = self.parallel.layer_range(
+            self.parallel.stage_of(self.rank), self.spec.num_layers
+        )
         self.kv = KvCache(
             num_layers=stop - first,
             num_blocks=num_blocks,
-            block_size=block_size,
-            num_kv_heads=self.spec.kv_heads_per_rank(parallel),
+            block_size=self._block_size,
+            num_kv_heads=self.spec.kv_heads_per_rank(self.parallel),
             head_dim=self.spec.head_dim,
             dtype=self.dtype,
             device=self.device,
         )
-        self._plain, self._parallel = plain, num_threads > 1
-        if self.kv.arrays is not None and not plain:
-            compile_for(self.kv.arrays[0, 0], self._parallel)
 
     @property
     def shards(self) -> tuple[Shard, ...]:

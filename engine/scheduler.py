@@ -216,6 +216,14 @@ class BatchScheduler:
         self.num_preemptions_total += 1
         self._wait(seq)
 
+    def start_over(self) -> None:
+        """What blocks hold is lost: every sequence waits to be prefilled again. None may be in
+        flight."""
+        assert not self._in_flight, self._in_flight
+        for seq in list(self._running):
+            self._preempt(seq)
+        self.block_manager.forget_cached()
+
     def _schedule_waiting(self, budget: int, max_items: int) -> list[ScheduledItem]:
         items: list[ScheduledItem] = []
         while (

@@ -51,14 +51,19 @@ def rank_needs(tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, r
     return first <= tensor.layer < last
 
 
+def rank_shard(
+    tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, rank: int
+) -> Shard | None:
+    """What that rank holds of one tensor, None if nothing."""
+    if not rank_needs(tensor, model, parallel, rank):
+        return None
+    return _shard(tensor, model, parallel, parallel.tp_rank_of(rank))
+
+
 def rank_shards(model: ModelSpec, parallel: ParallelConfig, rank: int) -> tuple[Shard, ...]:
     """All shards that rank `rank` of a replica with this configuration holds."""
-    tp_rank = parallel.tp_rank_of(rank)
-    return tuple(
-        _shard(t, model, parallel, tp_rank)
-        for t in model.tensors
-        if rank_needs(t, model, parallel, rank)
-    )
+    shards = (rank_shard(t, model, parallel, rank) for t in model.tensors)
+    return tuple(s for s in shards if s is not None)
 
 
 def rank_weight_bytes(model: ModelSpec, parallel: ParallelConfig, rank: int) -> int:

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Protocol
 
-from engine.cluster import EventKind, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.cluster import EventKind, SwitchMode, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
 from engine.events import EventLog
 from engine.migration.check import check_plan
 from engine.migration.host import SwitchHost
+from engine.migration.in_place import InPlaceSwitch
 from engine.migration.switch import Switch
 
 WATCH_POLL_S = 1.0
@@ -22,6 +23,10 @@ class SwitchingEngine(SwitchHost, Protocol):
 
     @property
     def epoch(self) -> int: ...
+    def raise_fence(self) -> int:
+        """What earlier switches have still to say to workers is stale from now on."""
+        ...
+
     async def wait_for_change(self, timeout_s: float) -> None: ...
 
 
@@ -31,7 +36,7 @@ class Switchboard:
     def __init__(self, host: SwitchingEngine, log: EventLog, on_idle: Callable[[], None]) -> None:
         self._host, self._log, self._on_idle = host, log, on_idle
         self._tickets: dict[str, SwitchTicket] = {}
-        self.current: Switch | None = None
+        self.current: Switch | InPlaceSwitch | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -52,6 +57,7 @@ class Switchboard:
                 f"{host.epoch}; plan again from a new snapshot."
             )
         check_plan(host.spec, host.deployment, plan)
+        host.raise_fence()
         now_s = host.now_s()
         ticket = SwitchTicket(
             ticket_id=f"switch-{len(self._tickets):04d}",
@@ -69,16 +75,22 @@ class Switchboard:
             lower_bound_s=plan.lower_bound_s,
         )
         self._tickets[ticket.ticket_id] = ticket
-        self.current = Switch(host, plan, ticket)
+        kind = InPlaceSwitch if plan.mode is SwitchMode.IN_PLACE else Switch
+        self.current = kind(host, plan, ticket)
         self._task = asyncio.create_task(self._run(self.current), name=ticket.ticket_id)
         return ticket
 
-    async def _run(self, switch: Switch) -> None:
+    async def _run(self, switch: Switch | InPlaceSwitch) -> None:
         try:
             await switch.run()
         finally:
             self.current = None
             self._on_idle()
+
+    async def until_idle(self) -> None:
+        """Return when no switch runs."""
+        while self.current is not None and self._task is not None:
+            await asyncio.wait([self._task])
 
     def ticket(self, ticket_id: str) -> SwitchTicket:
         if ticket_id not in self._tickets:

@@ -17,8 +17,10 @@ from engine.messages import (
     BuildRank,
     Call,
     CloseTransfer,
+    FreeShards,
     HostStore,
     KvMove,
+    MakeShards,
     MoveKv,
     MoveWeights,
     OpenTransfer,
@@ -55,6 +57,10 @@ def torch_device(config: WorkerConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise RuntimeError("device is 'cuda', but torch finds no CUDA device; serve with 'cpu'.")
     return torch.device("cuda", config.device % torch.cuda.device_count())
+
+
+def _is_among(need: Shard, held: Mapping[str, tuple[Shard, torch.Tensor]]) -> bool:
+    return need.tensor in held and held[need.tensor][0] == need
 
 
 class MigrationCalls:
@@ -94,6 +100,10 @@ class MigrationCalls:
                 state = self._ranks[call.replica_id]
                 state.runner.bind(state.weights)
                 release_memory()  # the plain forms of weights that are packed now
+            case MakeShards():
+                self._make_shards(call)
+            case FreeShards():
+                self._free_shards(call)
             case CloseTransfer():
                 self._transfer = None
                 self._hosted.clear()
@@ -138,9 +148,9 @@ class MigrationCalls:
         if call.from_disk:
             weights = load_weights(Path(config.model_dir), runner)
         else:
-            weights = fill_local(
-                runner.spec, runner.shards, self._held(), runner.dtype, self._groups.device
-            )
+            held = self._held()
+            needs = [s for s in runner.shards if not call.is_bare or _is_among(s, held)]
+            weights = fill_local(runner.spec, needs, held, runner.dtype, self._groups.device)
         name = f"in-{spec.nonce}-{spec.replica_id}-{spec.rank}"
         inputs, endpoint = self._sockets.bind(zmq.PULL, name)
         self._ranks[spec.replica_id] = RankState(spec, runner, groups, weights, inputs)
@@ -151,8 +161,35 @@ class MigrationCalls:
         held: dict[str, tuple[Shard, torch.Tensor]] = {}
         for replica_id in list(self._serving):
             state = self._ranks[replica_id]
-            held |= {s.tensor: (s, state.weights[s.tensor]) for s in state.runner.shards}
+            held |= {
+                s.tensor: (s, state.weights[s.tensor])
+                for s in state.runner.shards
+                if s.tensor in state.weights
+            }
         return held
+
+    # ---------------------------------------------------------------- in place
+
+    def _make_shards(self, call: MakeShards) -> None:
+        for replica_id in list(self._serving):
+            self._park(self._ranks[replica_id], call.parked)
+        state, held = self._ranks[call.replica_id], self._held()
+        needs = [s for s in state.runner.shards if s.tensor in set(call.tensors)]
+        device = self._groups.device
+        state.weights |= fill_local(state.runner.spec, needs, held, state.runner.dtype, device)
+
+    def _park(self, state: RankState, tensors: list[str]) -> None:
+        for name in state.weights.keys() & set(tensors):
+            state.runner.model.unbind()
+            if state.weights[name].device.type != "cpu":
+                state.weights[name] = state.weights[name].to("cpu")
+
+    def _free_shards(self, call: FreeShards) -> None:
+        state = self._ranks[call.replica_id]
+        state.runner.model.unbind()
+        for name in call.tensors:
+            del state.weights[name]
+        release_memory()
 
     # ---------------------------------------------------------------- moves
 

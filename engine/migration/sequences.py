@@ -6,7 +6,7 @@ before, and only the last is made while the sequences stand still.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from engine.cluster import DISK, Binding, BoundSequence, Replica, Routing, SwitchPlan, Transfer
@@ -96,23 +96,9 @@ class SequenceMove:
     # ---------------------------------------------------------------- where, and how
 
     def _choose(self, states: Iterable[SequenceState]) -> None:
-        """A new replica for each that has none: the router's rule without weights."""
-        host, replicas = self._host, self._plan.target.replicas
-        outstanding = {
-            r.replica_id: 0 if r in self._coming else host.num_outstanding(r.replica_id)
-            for r in replicas
-        }
-        for replica_id in self.owner.values():
-            outstanding[replica_id] += 1
-        for state in states:
-            if state.request_id in self.owner:
-                continue
-            loads = [load_of(host.spec, r, outstanding[r.replica_id]) for r in replicas]
-            prompt = len(state.prompt_token_ids)
-            target = pick(Routing(()), loads, prompt, prompt + len(state.output_token_ids))
-            assert target is not None, "every replica holds max_model_len tokens"
-            outstanding[target] += 1
-            self.owner[state.request_id] = target
+        """A new replica for each that has none."""
+        replicas = self._plan.target.replicas
+        self.owner |= choose_replicas(self._host, replicas, self._coming, self.owner, states)
 
     def _bind(self, replica: Replica, state: SequenceState, may_drain: bool) -> None:
         key, spec = state.request_id, self._host.spec
@@ -209,6 +195,32 @@ class SequenceMove:
         check_sums(replies, "KV")
         self.kv_bytes += sum(kv_move_bytes(spec.model, m, spec.block_size) for m in moves)
         self.moved_bytes += sum(reply.sent_bytes for reply in replies)
+
+
+def choose_replicas(
+    host: SwitchHost,
+    replicas: Sequence[Replica],
+    coming: Sequence[Replica],
+    owner: Mapping[str, int],
+    states: Iterable[SequenceState],
+) -> dict[str, int]:
+    """A replica for each sequence that has none in `owner`: the router's rule without weights."""
+    outstanding = {
+        r.replica_id: 0 if r in coming else host.num_outstanding(r.replica_id) for r in replicas
+    }
+    for replica_id in owner.values():
+        outstanding[replica_id] += 1
+    chosen: dict[str, int] = {}
+    for state in states:
+        if state.request_id in owner:
+            continue
+        loads = [load_of(host.spec, r, outstanding[r.replica_id]) for r in replicas]
+        prompt = len(state.prompt_token_ids)
+        target = pick(Routing(()), loads, prompt, prompt + len(state.output_token_ids))
+        assert target is not None, "every replica holds max_model_len tokens"
+        outstanding[target] += 1
+        chosen[state.request_id] = target
+    return chosen
 
 
 def check_sums(replies: Iterable[Reply], what: str) -> None:

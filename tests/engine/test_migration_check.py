@@ -42,7 +42,9 @@ def test_every_plan_of_ours_passes_and_no_transfer_is_spare(
     check_plan(tiny_spec, current, made)
     for i in range(0, len(made.transfers), 7):
         less = replace(made, transfers=made.transfers[:i] + made.transfers[i + 1 :])
-        with pytest.raises(InvalidRequestError, match="plan again"):
+        with pytest.raises(
+            InvalidRequestError, match=r"plan again|nor do transfers listed before bring it"
+        ):
             check_plan(tiny_spec, current, less)
 
 
@@ -53,8 +55,8 @@ def test_every_plan_of_ours_passes_and_no_transfer_is_spare(
         (lambda t: replace(t, src=t.dst), "does not hold"),
         (lambda t: replace(t, dst=99), "device 99 does not need it"),
         (lambda t: replace(t, tensor="nope"), "does not need it"),
-        (lambda t: replace(t, stop=10**6), "does not hold that interval"),
-        (lambda t: replace(t, start=t.stop), "does not hold that interval"),
+        (lambda t: replace(t, stop=10**6), r"needs \[\d+, \d+\) only"),
+        (lambda t: replace(t, start=t.stop), r"needs \[\d+, \d+\) only"),
         (lambda t: replace(t, dim=7), "has dim 7"),
         (lambda t: replace(t, nbytes=5), "5 bytes, expected"),
     ],

@@ -1,0 +1,370 @@
+"""A switch for when memory is too short for two generations beside each other.
+
+The replicas that go stop and give up their KV caches, so that all their sequences are recomputed;
+then tensors move step by step, and each step frees what the next one needs. Until the first step
+begins the switch can be undone: the old ranks get KV caches again and start their sequences over.
+From then on no generation is whole, so it only goes forward: new ranks that a failure has left
+incomplete are read from disk, and replicas that lack a device are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from engine.cluster import (
+    Binding,
+    BoundSequence,
+    Deployment,
+    Replica,
+    SwitchPhase,
+    SwitchPlan,
+    SwitchTicket,
+)
+from engine.errors import UnavailableError
+from engine.messages import (
+    AdoptSequences,
+    CloseTransfer,
+    FreeShards,
+    MakeShards,
+    MoveWeights,
+    OpenTransfer,
+    Quiesce,
+    ReleaseRank,
+    Resume,
+    SequenceState,
+)
+from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
+from engine.migration.sequences import check_sums, choose_replicas, ends_of
+from engine.rank_calls import (
+    Endpoints,
+    activate_ranks,
+    await_all,
+    bind_ranks,
+    build_ranks,
+    host_store,
+    size_kv,
+)
+from engine.shards import num_kv_blocks
+
+logger = logging.getLogger(__name__)
+
+
+class InPlaceSwitch:
+    """Runs one plan. `ticket` is always the latest state; `run` never raises. `journal` lists the
+    steps that are done, by number."""
+
+    def __init__(self, host: SwitchHost, plan: SwitchPlan, ticket: SwitchTicket) -> None:
+        self.host, self.plan, self.ticket = host, plan, ticket
+        self._old = host.deployment
+        kept = set(self._old.replicas) & set(plan.target.replicas)
+        self.leaving = [r for r in self._old.replicas if r not in kept]
+        self.coming = [r for r in plan.target.replicas if r not in kept]
+        self.devices = sorted(self._old.devices | plan.target.devices)
+        self.steps: tuple[InPlaceStep, ...] = ()
+        self.journal: list[int] = []
+        self._states: list[SequenceState] = []  # of the sequences that were on `leaving`
+        self._endpoints: Endpoints = {}
+        self._tried: set[int] = set()  # new replicas that were to be made ready, by id
+        self._ready: set[int] = set()  # those that are
+        self._left_out: list[Replica] = []  # new replicas that could not be completed
+        self._is_dropped = False  # the KV of the old ranks
+        self._has_begun = self._cancelled = self._committed = False
+        self._paused_at_s: float | None = None
+
+    # ---------------------------------------------------------------- life
+
+    @property
+    def committed(self) -> bool:
+        return self._committed
+
+    def cancel(self) -> None:
+        """Takes effect before the first step; later the ticket says that it does not."""
+        if not self._has_begun:
+            self._cancelled = True
+        elif not self._committed:
+            self._update(reason="cannot be cancelled: the first step has begun, it rolls forward")
+
+    async def run(self) -> None:
+        """The whole switch."""
+        try:
+            await self._phase(SwitchPhase.PREPARE, self._prepare)
+            await self._phase(SwitchPhase.TRANSFER, self._transfer)
+            await self._phase(SwitchPhase.VERIFY, self._verify)
+            await self._phase(SwitchPhase.COMMIT, lambda: self._commit(self.plan.target))
+        except Exception as error:
+            if not await self._recover(error):
+                return
+        try:
+            await self._phase(SwitchPhase.RELEASE, self._release)
+        except Exception:  # the new deployment serves; a rank that cannot be freed is logged
+            logger.exception("switch %s: release failed", self.ticket.ticket_id)
+        self._update(phase=SwitchPhase.DONE)
+
+    async def _recover(self, error: Exception) -> bool:
+        """Whether the switch goes through in spite of `error`."""
+        if self._committed:
+            logger.exception("switch %s: failed after its commit", self.ticket.ticket_id)
+            return True
+        if self._has_begun:
+            return await self._roll_forward(error)
+        await self._roll_back(error)
+        return False
+
+    async def _phase(self, phase: SwitchPhase, work: Callable[[], Awaitable[None]]) -> None:
+        self._stop_if_cancelled()
+        started_s = self.host.now_s()
+        if phase is not SwitchPhase.COMMIT:  # that phase is announced when it is a fact
+            self._update(phase=phase)
+        self.host.failpoint(f"before_{phase}")
+        await work()
+        self.host.failpoint(f"after_{phase}")
+        elapsed_s = self.host.now_s() - started_s
+        self._update(phase_s=(*self.ticket.phase_s, (phase.value, elapsed_s)))
+
+    def _stop_if_cancelled(self) -> None:
+        if self._cancelled and not self._has_begun:
+            raise SwitchCancelledError("cancelled on request")
+
+    def _update(self, **changes: Any) -> None:
+        self.ticket = replace(self.ticket, updated_s=self.host.now_s(), **changes)
+        self.host.publish(self.ticket)
+
+    # ---------------------------------------------------------------- phases
+
+    async def _prepare(self) -> None:
+        """The steps; groups and modules of the new ranks, while the old ones serve."""
+        host, nonce, devices = self.host, self.ticket.ticket_id, self.devices
+        self.steps = in_place_order(
+            host.spec,
+            self._old,
+            self.plan.target,
+            self.plan.transfers,
+            default_staging_bytes(host.spec),
+        )
+        store = await host_store(host.call, devices[0], f"move-{nonce}")
+        await await_all(
+            host.call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
+        )
+        self._endpoints = await build_ranks(
+            host.call, host.spec, self.coming, nonce, from_disk=False, is_bare=True
+        )
+
+    async def _transfer(self) -> None:
+        await self._stop_leaving()
+        for number, step in enumerate(self.steps):
+            self._stop_if_cancelled()
+            self.host.failpoint(f"before_step_{number}")
+            self._has_begun = True
+            await self._move(step)
+            self.journal.append(number)
+            self.host.failpoint(f"after_step_{number}")
+        self._update(weight_bytes=self.plan.weight_bytes)
+
+    async def _stop_leaving(self) -> None:
+        """The replicas that go stand still, and their KV is given up."""
+        if not self.leaving:
+            return
+        self._paused_at_s = self.host.now_s()
+        self.host.hold(r.replica_id for r in self.leaving)
+        replies = await await_all(
+            self.host.call(_leader(r), Quiesce, replica_id=r.replica_id) for r in self.leaving
+        )
+        self._states = [state for reply in replies for state in reply.sequences]
+        self._update(bindings=tuple(map(self._bind, self._states)))
+        self._is_dropped = True
+        await await_all(size_kv(self.host.call, r, 0) for r in self.leaving)
+
+    def _bind(self, state: SequenceState) -> BoundSequence:
+        """There is nowhere to move KV to, nor time to wait for an end."""
+        return BoundSequence(
+            request_id=self.host.request_id_of(state.request_id),
+            binding=Binding.RECOMPUTE,
+            drain_s=None,
+            migrate_s=None,
+            recompute_s=state.num_computed_tokens / self.plan.kv.prefill_tokens_per_s,
+        )
+
+    async def _move(self, step: InPlaceStep) -> None:
+        """One step, see `InPlaceStep`. Nothing is freed before every copy has been checked."""
+        call, old, new = self.host.call, _replica_on(self.leaving), _replica_on(self.coming)
+        parked = _by_device(step.parked)
+        await await_all(
+            call(d, MakeShards, replica_id=new[d], tensors=names, parked=parked.get(d, []))
+            for d, names in _by_device(step.made).items()
+        )
+        replies = await await_all(
+            call(
+                device,
+                MoveWeights,
+                transfers=step.transfers,
+                dst_replicas=[new[t.dst] for t in step.transfers],
+                src_replicas=new,
+            )
+            for device in ends_of(step.transfers)
+        )
+        check_sums(replies, "weight")
+        sent_bytes = sum(reply.sent_bytes for reply in replies)
+        self._update(moved_bytes=self.ticket.moved_bytes + sent_bytes)
+        await await_all(
+            call(d, FreeShards, replica_id=old[d], tensors=names)
+            for d, names in _by_device(step.freed).items()
+        )
+
+    async def _verify(self) -> None:
+        await await_all(map(self._make_ready, self.coming))
+
+    async def _make_ready(self, replica: Replica) -> None:
+        """All weights are there: bind them, make KV caches, serve; nothing comes before commit."""
+        call = self.host.call
+        self._tried.add(replica.replica_id)
+        await bind_ranks(call, [replica])
+        await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
+        await activate_ranks(call, [replica], self._endpoints)
+        self._ready.add(replica.replica_id)
+
+    async def _commit(self, target: Deployment) -> None:
+        lost = [d for r in target.replicas if r in self.coming for d in self._dead_devices(r)]
+        if lost:
+            raise UnavailableError(f"workers {lost} died")
+        host, states = self.host, self._states
+        owner = choose_replicas(host, target.replicas, self.coming, {}, states)
+        host.commit(target, owner)
+        self._committed = True
+        await await_all(
+            self._adopt(r, [s for s in states if owner[s.request_id] == r.replica_id])
+            for r in target.replicas
+            if r.replica_id in owner.values()
+        )
+        self._end_pause()
+        host.abort_ended(owner)
+        self._update(phase=SwitchPhase.COMMIT, num_recomputed=len(states))
+
+    async def _adopt(self, replica: Replica, states: list[SequenceState]) -> None:
+        replica_id = replica.replica_id
+        try:
+            await self.host.call(
+                _leader(replica), AdoptSequences, replica_id=replica_id, recompute=states
+            )
+        except UnavailableError:  # its loss is noticed apart and its requests requeued
+            logger.exception("replica %d did not adopt", replica_id)
+
+    async def _release(self) -> None:
+        await self._release_ranks([*self.leaving, *self._left_out])
+        await self._close_transfer()
+
+    # ---------------------------------------------------------------- failures
+
+    async def _roll_back(self, error: Exception) -> None:
+        logger.warning("switch %s rolled back: %s", self.ticket.ticket_id, error)
+        await self._release_ranks(self.coming)
+        for replica, failure in await _try_all(self._restore, self.leaving):
+            self.host.lose(replica.replica_id, f"it was not restored: {failure}")
+        await self._close_transfer()
+        cancelled = isinstance(error, SwitchCancelledError)
+        phase = SwitchPhase.CANCELLED if cancelled else SwitchPhase.ROLLED_BACK
+        self._end(phase, str(error) or type(error).__name__)
+
+    async def _restore(self, replica: Replica) -> None:
+        call = self.host.call
+        if self._is_dropped:
+            await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
+        await call(_leader(replica), Resume, replica_id=replica.replica_id)
+
+    async def _roll_forward(self, error: Exception) -> bool:
+        """Commit to all that can be completed. False when that is nothing: then the old replicas
+        are the engine's to recover from."""
+        logger.warning("switch %s rolls forward: %s", self.ticket.ticket_id, error)
+        reason = f"rolled forward after: {error}"
+        await self._close_transfer()
+        await self._release_ranks(self.leaving)
+        failures = dict(await _try_all(self._complete, self.coming))
+        for replica in self.coming:
+            if dead := self._dead_devices(replica):
+                failures.setdefault(replica, f"workers {dead} died")
+        self._left_out = list(failures)
+        reason += "".join(f"; left out {r.parallel.key}: {why}" for r, why in failures.items())
+        target = Deployment(tuple(r for r in self.plan.target.replicas if r not in failures))
+        if not target.replicas:
+            await self._release_ranks(self._left_out)
+            for replica in self.leaving:
+                self.host.lose(replica.replica_id, reason)
+            self._end(SwitchPhase.ROLLED_BACK, reason)
+            return False
+        self._update(reason=reason, to_key=target.key)
+        await self._commit(target)
+        return True
+
+    async def _complete(self, replica: Replica) -> None:
+        """Make a new replica ready, with the weights it has when those are all of them."""
+        devices, call = set(replica.placement.devices), self.host.call
+        if dead := self._dead_devices(replica):
+            raise UnavailableError(f"workers {dead} died")
+        if replica.replica_id in self._ready:
+            return
+        todo = self.steps[len(self.journal) :]
+        is_whole = not any(d in devices for step in todo for d, _ in step.made)
+        if not is_whole or replica.replica_id in self._tried:
+            await self._release_ranks([replica])
+            nonce = f"{self.ticket.ticket_id}-disk"
+            self._endpoints |= await build_ranks(call, self.host.spec, [replica], nonce, True)
+        await self._make_ready(replica)
+
+    def _dead_devices(self, replica: Replica) -> list[int]:
+        return [d for d in replica.placement.devices if not self.host.is_alive(d)]
+
+    async def _release_ranks(self, replicas: Iterable[Replica]) -> None:
+        """On every device that answers."""
+        calls = [
+            self.host.call(d, ReleaseRank, replica_id=r.replica_id)
+            for r in replicas
+            for d in r.placement.devices
+        ]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _close_transfer(self) -> None:
+        closed = (self.host.call(d, CloseTransfer) for d in self.devices)
+        await asyncio.gather(*closed, return_exceptions=True)
+
+    def _end(self, phase: SwitchPhase, reason: str) -> None:
+        """Without a commit."""
+        self.host.unhold()
+        self._end_pause()
+        self._update(phase=phase, reason=reason)
+
+    def _end_pause(self) -> None:
+        if self._paused_at_s is not None:
+            self._update(pause_s=self.host.now_s() - self._paused_at_s)
+            self._paused_at_s = None
+
+
+async def _try_all(
+    work: Callable[[Replica], Awaitable[None]], replicas: list[Replica]
+) -> list[tuple[Replica, str]]:
+    """Do it for every replica; those for which it failed, and why."""
+    results = await asyncio.gather(*map(work, replicas), return_exceptions=True)
+    return [
+        (replica, str(result) or type(result).__name__)
+        for replica, result in zip(replicas, results, strict=True)
+        if isinstance(result, BaseException)
+    ]
+
+
+def _replica_on(replicas: Iterable[Replica]) -> dict[int, int]:
+    """Device -> id of the replica that has it."""
+    return {device: r.replica_id for r in replicas for device in r.placement.devices}
+
+
+def _by_device(pairs: Iterable[tuple[int, str]]) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for device, name in pairs:
+        names.setdefault(device, []).append(name)
+    return names
+
+
+def _leader(replica: Replica) -> int:
+    return replica.placement.devices[0]
