@@ -27,10 +27,12 @@ class LoadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """From one token of a request, made by `replica_id`, to its next, seen by the client."""
+    """From one token of a request, made by `replica_id`, to its next, made by `next_replica_id`,
+    as its client saw them."""
 
     request_id: str
     replica_id: int
+    next_replica_id: int
     start_s: float
     end_s: float
 
@@ -51,6 +53,15 @@ class Client:
     token_s: list[float] = field(default_factory=list)
     replica_ids: list[int] = field(default_factory=list)  # that had it, per token
     finish_reason: str = ""
+
+    def awaits_token(self, leaving: Collection[int]) -> bool:
+        """Whether it runs and has no token yet but from replicas that go."""
+        return not self.finish_reason and (not self.token_s or self.replica_ids[-1] in leaving)
+
+    def first_token_s(self, since_s: float, leaving: Collection[int]) -> float | None:
+        """When its first token from another replica than these came; None if none has."""
+        tokens = zip(self.token_s, self.replica_ids, strict=True)
+        return next((t for t, r in tokens if t > since_s and r not in leaving), None)
 
 
 class Load:
@@ -130,7 +141,7 @@ class Load:
         for c in self.clients:
             for i, (before_s, after_s) in enumerate(pairwise(c.token_s)):
                 if before_s <= end_s and after_s >= start_s:
-                    yield Gap(c.request_id, c.replica_ids[i], before_s, after_s)
+                    yield Gap(c.request_id, *c.replica_ids[i : i + 2], before_s, after_s)
 
     def num_tokens(self, start_s: float, end_s: float) -> int:
         return sum(start_s <= t < end_s for c in self.clients for t in c.token_s)

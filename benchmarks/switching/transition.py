@@ -135,7 +135,7 @@ class Passage:
     done_s: float = 0.0
     next_token_s: float = 0.0  # when the last affected request had its next one
     num_affected: int = 0
-    pauses_s: list[float] = field(default_factory=list)  # affected: the gap across the commit
+    pauses_s: list[float] = field(default_factory=list)  # affected: the gap during which it moved
     gaps_affected_s: list[float] = field(default_factory=list)  # all their gaps until then
     gaps_unaffected_s: list[float] = field(default_factory=list)
     num_tokens: int = 0  # that clients got from the command to `end_s`
@@ -203,7 +203,7 @@ def _pass(
         passage = Passage(bench.runtime.now_s())
         affected = load.on_replicas(leaving)
         await work(passage)
-        while waiting := [c for c in affected if _awaits_token(c, passage.commit_s)]:
+        while waiting := [c for c in affected if c.awaits_token(leaving)]:
             if bench.runtime.now_s() > passage.commit_s + SWITCH_TIMEOUT_S:
                 raise RuntimeError(f"no token for {[c.request_id for c in waiting]}")
             await asyncio.sleep(POLL_S)
@@ -213,10 +213,6 @@ def _pass(
     return bench.cluster.run(run(), 2 * SWITCH_TIMEOUT_S)
 
 
-def _awaits_token(client: Client, since_s: float) -> bool:
-    return not client.finish_reason and (not client.token_s or client.token_s[-1] <= since_s)
-
-
 def _read_gaps(
     load: Load,
     passage: Passage,
@@ -224,16 +220,17 @@ def _read_gaps(
     leaving: Collection[int],
     kept: Collection[int],
 ) -> None:
-    commit_s = passage.commit_s
-    nexts = [min((t for t in c.token_s if t > commit_s), default=0.0) for c in affected]
-    passage.num_affected = sum(n > 0.0 for n in nexts)
-    passage.next_token_s = max(nexts, default=0.0)
+    """A request has moved when its next token comes from another replica: by that, and not by the
+    time at which the commit is told, is its gap found."""
+    nexts = [c.first_token_s(passage.command_s, leaving) for c in affected]
+    passage.num_affected = sum(n is not None for n in nexts)
+    passage.next_token_s = max((n for n in nexts if n is not None), default=0.0)
     for gap in load.gaps(passage.command_s, passage.end_s):
         if gap.replica_id in kept:
             passage.gaps_unaffected_s.append(gap.seconds)
         elif gap.replica_id in leaving:
             passage.gaps_affected_s.append(gap.seconds)
-            if gap.start_s <= commit_s < gap.end_s:
+            if gap.next_replica_id not in leaving:
                 passage.pauses_s.append(gap.seconds)
     passage.num_tokens = load.num_tokens(passage.command_s, passage.end_s)
 
