@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 
+from engine.cluster import Binding, SwitchMode, SwitchPhase, SwitchTicket
 from engine.messages import LeaderStats
 
 LATENCY_BOUNDS_S = (
@@ -71,3 +73,26 @@ class EngineCounters:
 
 
 _NOTHING = LeaderStats()
+
+
+@dataclass(slots=True)
+class SwitchCounters:
+    """Totals of the switches that have ended; `last` is the latest of them."""
+
+    ended: Counter[tuple[SwitchMode, SwitchPhase]] = field(default_factory=Counter)
+    sequences: Counter[Binding] = field(default_factory=Counter)
+    moved_bytes: int = 0
+    duration_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_BOUNDS_S))
+    pause_s: Histogram = field(default_factory=lambda: Histogram(LATENCY_BOUNDS_S))
+    last: SwitchTicket | None = None
+
+    def observe(self, ticket: SwitchTicket) -> None:
+        """Take a terminal ticket."""
+        self.ended[ticket.mode, ticket.phase] += 1
+        self.sequences[Binding.DRAIN] += ticket.num_drained
+        self.sequences[Binding.MIGRATE] += ticket.num_migrated
+        self.sequences[Binding.RECOMPUTE] += ticket.num_recomputed
+        self.moved_bytes += ticket.moved_bytes
+        self.duration_s.observe(ticket.duration_s)
+        self.pause_s.observe(ticket.pause_s)
+        self.last = ticket

@@ -71,6 +71,7 @@ class EngineMetrics:
         yield from self._totals()
         yield from self._histograms()
         yield from self._replicas()
+        yield from self._switches()
 
     def _totals(self) -> Iterable[Metric]:
         counters, counts = self._runtime.requests.counters, self._runtime.requests.counts
@@ -126,8 +127,43 @@ class EngineMetrics:
                 "request_prefill_time_seconds", counters.prefill_s, "First step to first token."
             )
 
-    def _histogram(self, name: str, histogram: Histogram, text: str) -> Metric:
-        family = HistogramMetricFamily(f"vllm:{name}", text, labels=list(self._labels))
+    def _switches(self) -> Iterable[Metric]:
+        counters, own = self._runtime.switch_counters, list(self._labels.values())
+        ended = CounterMetricFamily(
+            "tidewright:switches", "Switches ended.", labels=[*self._labels, "mode", "outcome"]
+        )
+        for (mode, phase), count in counters.ended.items():
+            ended.add_metric([*own, mode.value, phase.value], count)
+        sequences = CounterMetricFamily(
+            "tidewright:switched_requests",
+            "Requests on replicas that went, by what became of them.",
+            labels=[*self._labels, "binding"],
+        )
+        for binding, count in counters.sequences.items():
+            sequences.add_metric([*own, binding.value], count)
+        moved = CounterMetricFamily(
+            "tidewright:switch_moved_bytes", "Bytes that switches moved.", labels=[*self._labels]
+        )
+        moved.add_metric(own, counters.moved_bytes)
+        last = GaugeMetricFamily(
+            "tidewright:last_switch_info",
+            "The latest switch that ended, and why it was not done.",
+            labels=[*self._labels, "ticket", "mode", "outcome", "reason"],
+        )
+        if (ticket := counters.last) is not None:
+            outcome = ticket.phase.value
+            last.add_metric([*own, ticket.ticket_id, ticket.mode, outcome, ticket.reason], 1)
+        yield from (ended, sequences, moved, last)
+        for name, histogram, text in (
+            ("switch_duration_seconds", counters.duration_s, "Length of switches."),
+            ("switch_pause_seconds", counters.pause_s, "How long replicas that go stood still."),
+        ):
+            yield self._histogram(name, histogram, text, "tidewright")
+
+    def _histogram(
+        self, name: str, histogram: Histogram, text: str, prefix: str = "vllm"
+    ) -> Metric:
+        family = HistogramMetricFamily(f"{prefix}:{name}", text, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), histogram.cumulative(), histogram.sum)
         return family
 

@@ -24,6 +24,8 @@ from engine.cluster import (
     Deployment,
     EventBatch,
     EventKind,
+    KvCostParams,
+    ParallelConfig,
     Replica,
     ReplicaStats,
     RequestStatus,
@@ -31,6 +33,7 @@ from engine.cluster import (
     SwitchPlan,
     SwitchTicket,
 )
+from engine.counters import SwitchCounters
 from engine.errors import StaleEpochError, SwitchInProgressError, UnavailableError
 from engine.events import EventLog
 from engine.executor import Executor, WorkerConfig
@@ -43,6 +46,7 @@ from engine.messages import (
     Reply,
     Tokens,
 )
+from engine.migration.plan import plan_switch
 from engine.rank_calls import activate_ranks, bind_ranks, build_ranks
 from engine.request import SamplingParams
 from engine.request_table import RequestTable
@@ -52,6 +56,7 @@ from engine.switchboard import Switchboard
 from engine.worker_pool import RecoveryConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
+RECOMPUTE_NEVER, DRAIN_NEVER_S = 1e-3, 1e6  # tokens per second, seconds per step
 
 
 class EngineRuntime:
@@ -319,6 +324,28 @@ class EngineRuntime:
         if self._healing.is_loading:
             raise SwitchInProgressError(f"{self._healing.status}; plan again when it is.")
         return self._switches.start(plan)
+
+    def check(self, plan: SwitchPlan) -> None:
+        """Raises what `apply` would."""
+        self._switches.check(plan)
+
+    def plan(self, target: Sequence[ParallelConfig], kv: KvCostParams | None = None) -> SwitchPlan:
+        """A plan from the present state. Without `kv`, every sequence that finds room migrates.
+        Raises InfeasibleError."""
+        snapshot = self.snapshot()
+        return plan_switch(
+            self.spec,
+            snapshot.deployment,
+            snapshot.epoch,
+            target,
+            kv or KvCostParams(self.spec.link_bytes_per_s, RECOMPUTE_NEVER, DRAIN_NEVER_S),
+            dead_devices=snapshot.dead_devices,
+            kv_blocks_used=snapshot.kv_blocks_used,
+        )
+
+    @property
+    def switch_counters(self) -> SwitchCounters:
+        return self._switches.counters
 
     def ticket(self, ticket_id: str) -> SwitchTicket:
         return self._switches.ticket(ticket_id)

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from engine.cluster import Routing, SwitchPlan
+from engine.cluster import KvCostParams, Routing, SwitchPlan, parse_deployment_key
 from engine.errors import InvalidRequestError
 from engine.grpc_server import start_server
 from engine.request import SamplingParams, TokenLogprobs
@@ -84,9 +84,22 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             cursor = batch.next_cursor
 
     async def ApplySwitch(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        ticket = self._runtime.apply(from_proto(SwitchPlan, request.plan))
+        plan = self._plan_of(request)
+        if request.dry_run:
+            self._runtime.check(plan)
+            yield to_proto_response(engine_pb2.ApplySwitchResponse(), "plan", plan)
+            return
+        ticket = self._runtime.apply(plan)
         async for state in self._runtime.watch_ticket(ticket.ticket_id):
             yield to_proto_response(engine_pb2.ApplySwitchResponse(), "ticket", state)
+
+    def _plan_of(self, request: Any) -> SwitchPlan:
+        if request.HasField("plan") == bool(request.target_key):
+            raise InvalidRequestError("give either a plan or a target_key, not both or neither.")
+        if request.HasField("plan"):
+            return from_proto(SwitchPlan, request.plan)
+        kv = from_proto(KvCostParams, request.kv) if request.HasField("kv") else None
+        return self._runtime.plan(parse_deployment_key(request.target_key), kv)
 
     async def GetTicket(self, request: Any, context: Any) -> Any:
         ticket = self._runtime.ticket(request.ticket_id)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from engine.cluster import EventKind, SwitchMode, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.counters import SwitchCounters
 from engine.errors import NotFoundError, StaleEpochError, SwitchInProgressError
 from engine.events import EventLog
 from engine.migration.check import check_plan
@@ -16,6 +17,7 @@ from engine.migration.in_place import InPlaceSwitch
 from engine.migration.switch import Switch
 
 WATCH_POLL_S = 1.0
+MAX_TICKETS = 1000
 
 
 class SwitchingEngine(SwitchHost, Protocol):
@@ -35,7 +37,9 @@ class Switchboard:
 
     def __init__(self, host: SwitchingEngine, log: EventLog, on_idle: Callable[[], None]) -> None:
         self._host, self._log, self._on_idle = host, log, on_idle
-        self._tickets: dict[str, SwitchTicket] = {}
+        self._tickets: dict[str, SwitchTicket] = {}  # of the latest MAX_TICKETS switches
+        self._num_started = 0
+        self.counters = SwitchCounters()
         self.current: Switch | InPlaceSwitch | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -43,7 +47,7 @@ class Switchboard:
     def latest(self) -> SwitchTicket | None:
         return next(reversed(self._tickets.values()), None)
 
-    def start(self, plan: SwitchPlan) -> SwitchTicket:
+    def check(self, plan: SwitchPlan) -> None:
         """Raises SwitchInProgressError, StaleEpochError, or what `check_plan` raises."""
         if self.current is not None:
             raise SwitchInProgressError(
@@ -57,10 +61,15 @@ class Switchboard:
                 f"{host.epoch}; plan again from a new snapshot."
             )
         check_plan(host.spec, host.deployment, plan)
+
+    def start(self, plan: SwitchPlan) -> SwitchTicket:
+        """Raises what `check` raises."""
+        self.check(plan)
+        host = self._host
         host.raise_fence()
         now_s = host.now_s()
         ticket = SwitchTicket(
-            ticket_id=f"switch-{len(self._tickets):04d}",
+            ticket_id=f"switch-{self._num_started:04d}",
             phase=SwitchPhase.PREPARE,
             from_key=host.deployment.key,
             to_key=plan.target.key,
@@ -74,7 +83,10 @@ class Switchboard:
             predicted_s=plan.predicted_s,
             lower_bound_s=plan.lower_bound_s,
         )
+        self._num_started += 1
         self._tickets[ticket.ticket_id] = ticket
+        if len(self._tickets) > MAX_TICKETS:
+            del self._tickets[next(iter(self._tickets))]
         kind = InPlaceSwitch if plan.mode is SwitchMode.IN_PLACE else Switch
         self.current = kind(host, plan, ticket)
         self._task = asyncio.create_task(self._run(self.current), name=ticket.ticket_id)
@@ -85,6 +97,8 @@ class Switchboard:
             await switch.run()
         finally:
             self.current = None
+            if switch.ticket.phase.is_terminal:
+                self.counters.observe(switch.ticket)
             self._on_idle()
 
     async def until_idle(self) -> None:
@@ -94,7 +108,7 @@ class Switchboard:
 
     def ticket(self, ticket_id: str) -> SwitchTicket:
         if ticket_id not in self._tickets:
-            raise NotFoundError(f"there is no switch {ticket_id!r}.")
+            raise NotFoundError(f"there is no switch {ticket_id!r} among the latest {MAX_TICKETS}.")
         return self._tickets[ticket_id]
 
     def cancel(self, ticket_id: str) -> SwitchTicket:

@@ -156,16 +156,24 @@ class ListEventsResponse(_message.Message):
     def __init__(self, batch: _Optional[_Union[_deployment_pb2.EventBatch, _Mapping]] = ...) -> None: ...
 
 class ApplySwitchRequest(_message.Message):
-    __slots__ = ("plan",)
+    __slots__ = ("plan", "target_key", "kv", "dry_run")
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    TARGET_KEY_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     plan: _deployment_pb2.SwitchPlan
-    def __init__(self, plan: _Optional[_Union[_deployment_pb2.SwitchPlan, _Mapping]] = ...) -> None: ...
+    target_key: str
+    kv: _deployment_pb2.KvCostParams
+    dry_run: bool
+    def __init__(self, plan: _Optional[_Union[_deployment_pb2.SwitchPlan, _Mapping]] = ..., target_key: _Optional[str] = ..., kv: _Optional[_Union[_deployment_pb2.KvCostParams, _Mapping]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class ApplySwitchResponse(_message.Message):
-    __slots__ = ("ticket",)
+    __slots__ = ("ticket", "plan")
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
     ticket: _deployment_pb2.SwitchTicket
-    def __init__(self, ticket: _Optional[_Union[_deployment_pb2.SwitchTicket, _Mapping]] = ...) -> None: ...
+    plan: _deployment_pb2.SwitchPlan
+    def __init__(self, ticket: _Optional[_Union[_deployment_pb2.SwitchTicket, _Mapping]] = ..., plan: _Optional[_Union[_deployment_pb2.SwitchPlan, _Mapping]] = ...) -> None: ...
 
 class GetTicketRequest(_message.Message):
     __slots__ = ("ticket_id",)
