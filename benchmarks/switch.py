@@ -3,8 +3,8 @@
 A random-weight Llama of 1.1 GB on four workers; streams of requests run at any time. Twelve live
 switches between nine deployments, each after a window of steady load. Clients are in the engine's
 process and note when each token reaches them. An affected request is one whose replica goes; its
-gap is the one up to its first token from another replica. Bytes over a link are counted where workers
-send them; the least bytes and the most loaded port come from code apart from the planner's
+gap is the one up to its first token from another replica. Bytes over a link are counted where
+workers send them; the least bytes and the most loaded port come from code apart from the planner's
 (switching/bound.py). A port's bandwidth is what raw gloo sends between as many pairs of other
 processes reach just before the switch, while the load runs on the same cores. Reload: the replicas
 that go are dropped and the new ones loaded from disk, in living processes. Restart: a new engine
