@@ -141,7 +141,8 @@ class Load:
         for c in self.clients:
             for i, (before_s, after_s) in enumerate(pairwise(c.token_s)):
                 if before_s <= end_s and after_s >= start_s:
-                    yield Gap(c.request_id, *c.replica_ids[i : i + 2], before_s, after_s)
+                    made_by, next_by = c.replica_ids[i : i + 2]
+                    yield Gap(c.request_id, made_by, next_by, before_s, after_s)
 
     def num_tokens(self, start_s: float, end_s: float) -> int:
         return sum(start_s <= t < end_s for c in self.clients for t in c.token_s)
