@@ -57,15 +57,18 @@ def cut_copies(
     targets: Sequence[int],
     senders: Sequence[Sender],
     snap: Callable[[float], int],
+    node_size: int = 0,
 ) -> Iterator[tuple[int, int, list[Edge]]]:
     """Intervals of a piece of `size` bytes, each with edges that bring it to targets, parents
-    first. Cuts are moved by `snap`. Without senders, all read from disk."""
+    first. Cuts are moved by `snap`. Without senders, all read from disk. Given `node_size`,
+    holders send within their node where their shares allow it."""
     if not senders:
         yield 0, size, [(DISK, d, -1) for d in targets]
         return
     layout = _Layout(size, len(targets), senders)
     if layout.only_holders:  # targets need not agree on where to cut
-        for copy, target in enumerate(targets):
+        holders = [layout.sender(copy, size / 2).device for copy in range(len(targets))]
+        for copy, target in enumerate(_near(holders, targets, node_size)):
             for start, stop in _intervals(size, layout.cuts(copy), snap):
                 sender = layout.sender(copy, (start + stop) / 2)
                 yield start, stop, [(sender.device, target, -1)]
@@ -74,6 +77,18 @@ def cut_copies(
     for start, stop in _intervals(size, cuts, snap):
         sends = [layout.sender(copy, (start + stop) / 2) for copy in range(len(targets))]
         yield start, stop, _tree(sends, targets)
+
+
+def _near(sources: Sequence[int], targets: Sequence[int], node_size: int) -> list[int]:
+    """A target for every source, in its node while there are such."""
+    if not node_size:
+        return list(targets)
+    by_node: dict[int, list[int]] = {}
+    for target in reversed(targets):
+        by_node.setdefault(target // node_size, []).append(target)
+    near = [by_node[n].pop() if by_node.get(n := s // node_size) else None for s in sources]
+    rest = iter([target for node in by_node.values() for target in node])
+    return [next(rest) if target is None else target for target in near]
 
 
 def _intervals(
