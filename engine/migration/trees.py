@@ -1,9 +1,10 @@
 """Pure: shares of groups -> for every byte of a piece, the tree that brings it to all who need it.
 
-A group's work over all pieces is laid end to end and cut into equal portions, one per device; and
-so are the copies of a piece, holders first, then devices that have received it (McNaughton's
-wrap-around: few cuts, exact portions). Forwarders send `FAN_OUT` copies at once, so that trees are
-flat: a piece reaches n devices in about log n hops.
+Of a group's share of a piece every device sends as many whole copies as the others; what is left
+of all pieces is laid end to end and cut into equal portions, one per device (McNaughton's
+wrap-around: few cuts, exact portions). So are the copies of a piece, holders first, then devices
+that have received it. Forwarders send `FAN_OUT` copies at once, so that trees are flat: a piece
+reaches n devices in about log n hops.
 """
 
 from __future__ import annotations
@@ -35,21 +36,37 @@ def device_shares(
     """The senders of each piece, holders first."""
     result: list[list[Sender]] = [[] for _ in pieces]
     for g, group in enumerate(groups):
-        work = [(p, share[g]) for p, share in enumerate(sending.shares) if g in share]
-        portion = sum(nbytes for _, nbytes in work) / len(group.devices)
-        i, left = 0, portion
-        for p, nbytes in work:
-            while nbytes > 0:
-                last = i == len(group.devices) - 1
-                part = nbytes if last else min(nbytes, left)
-                if part > 0:
-                    result[p].append(Sender(group.devices[i], part, g in pieces[p].holders))
-                nbytes, left = nbytes - part, left - part
-                if left <= 0 and not last:
-                    i, left = i + 1, portion
+        rest: list[tuple[int, float]] = []
+        for p, share in enumerate(sending.shares):
+            if g in share:
+                each = share[g] / len(group.devices) + 0.5
+                whole = int(each // pieces[p].nbytes) * pieces[p].nbytes
+                if whole:
+                    holds = g in pieces[p].holders
+                    result[p] += [Sender(device, whole, holds) for device in group.devices]
+                rest.append((p, max(0.0, share[g] - whole * len(group.devices))))
+        for p, device, nbytes in _portions(rest, group.devices):
+            result[p].append(Sender(device, nbytes, g in pieces[p].holders))
     for senders in result:
         senders.sort(key=lambda sender: not sender.holds)
     return result
+
+
+def _portions(
+    work: Sequence[tuple[int, float]], devices: Sequence[int]
+) -> Iterator[tuple[int, int, float]]:
+    """(piece, device, bytes): the work end to end, in equal portions."""
+    portion = sum(nbytes for _, nbytes in work) / len(devices)
+    i, left = 0, portion
+    for p, nbytes in work:
+        while nbytes > 0:
+            last = i == len(devices) - 1
+            part = nbytes if last else min(nbytes, left)
+            if part > 0:
+                yield p, devices[i], part
+            nbytes, left = nbytes - part, left - part
+            if left <= 0 and not last:
+                i, left = i + 1, portion
 
 
 def cut_copies(

@@ -197,8 +197,9 @@ def test_holders_send_within_their_node_where_they_can() -> None:
     current = Deployment(tuple(there))
     made = plan_switch(spec, current, 0, [tp2] * 4, KV)
     check_plan(spec, current, made)
-    assert made.predicted_s == pytest.approx(made.lower_bound_s)
-    assert all(t.src // 4 == t.dst // 4 for t in made.transfers)
+    assert made.predicted_s == pytest.approx(made.lower_bound_s, rel=0.05)
+    across = sum(t.nbytes for t in made.transfers if t.src // 4 != t.dst // 4)
+    assert across <= made.weight_bytes / 100
 
 
 def test_the_network_port_of_a_node_counts_in_the_prediction_and_in_the_bound() -> None:
