@@ -199,7 +199,7 @@ def test_holders_send_within_their_node_where_they_can() -> None:
     check_plan(spec, current, made)
     assert made.predicted_s == pytest.approx(made.lower_bound_s, rel=0.05)
     across = sum(t.nbytes for t in made.transfers if t.src // 4 != t.dst // 4)
-    assert across <= made.weight_bytes / 100
+    assert across <= made.weight_bytes / 20  # of what all hold, shares are no whole copies
 
 
 def test_the_network_port_of_a_node_counts_in_the_prediction_and_in_the_bound() -> None:
