@@ -74,15 +74,19 @@ def plan_transfers(
     dead_devices: Iterable[int] = (),
     chunk_bytes: int = CHUNK_BYTES,
     relays: bool = True,
+    node_size: int = 0,
 ) -> tuple[Transfer, ...]:
     """Every missing interval once, in the order to carry them out, with the shortest makespan.
 
     Sources hold the interval or receive it earlier in the list; `DISK` is the source of what no
     device holds that is alive. Without `relays` only holders send. No transfer exceeds
-    `chunk_bytes` unless its tensor is not sliced.
+    `chunk_bytes` unless its tensor is not sliced. Given `node_size`, holders send within their node
+    where their shares of the sending allow it.
     """
     table, groups, pieces = _moves(model, current, target, dead_devices)
-    return schedule(table, groups, pieces, balance(table, groups, pieces, relays), chunk_bytes)
+    return schedule(
+        table, groups, pieces, balance(table, groups, pieces, relays), chunk_bytes, node_size
+    )
 
 
 def link_seconds(transfers: Iterable[Transfer], link_bytes_per_s: float) -> float:
@@ -129,7 +133,10 @@ def plan_switch(
     """
     dead = frozenset(dead_devices)
     placed = place_optimally(spec, current, target, dead)
-    transfers = plan_transfers(spec.model, current, placed.deployment, dead, chunk_bytes, relays)
+    node_size = spec.devices_per_node if spec.devices_per_node < spec.num_devices else 0
+    transfers = plan_transfers(
+        spec.model, current, placed.deployment, dead, chunk_bytes, relays, node_size
+    )
     read_bytes = sum(t.nbytes for t in transfers if t.src == DISK)  # of any placement, as much
     moving_s = link_seconds(transfers, spec.link_bytes_per_s)
     if nic_bytes_per_s:

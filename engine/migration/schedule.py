@@ -65,6 +65,7 @@ def schedule(
     pieces: Sequence[Piece],
     sending: Sending,
     chunk_bytes: int = CHUNK_BYTES,
+    node_size: int = 0,
 ) -> tuple[Transfer, ...]:
     """The transfers that bring every piece to its needers, in the order to carry them out.
 
@@ -78,7 +79,7 @@ def schedule(
     jobs: list[Job] = []
     for p, (piece, line) in enumerate(zip(pieces, lines, strict=True)):
         targets = sorted(d for g in piece.needers for d in groups[g].devices)
-        trees = cut_copies(piece.nbytes, targets, senders[p], line.snap)
+        trees = cut_copies(piece.nbytes, targets, senders[p], line.snap, node_size)
         for start, stop, tree in trees:
             _add_jobs(jobs, p, line, start, stop, tree, job_bytes)
     with _uncollected():

@@ -1,9 +1,10 @@
 """Pure: shares of groups -> for every byte of a piece, the tree that brings it to all who need it.
 
-A group's work over all pieces is laid end to end and cut into equal portions, one per device; and
-so are the copies of a piece, holders first, then devices that have received it (McNaughton's
-wrap-around: few cuts, exact portions). Forwarders send `FAN_OUT` copies at once, so that trees are
-flat: a piece reaches n devices in about log n hops.
+Of a group's share of a piece every device sends as many whole copies as the others; what is left
+of all pieces is laid end to end and cut into equal portions, one per device (McNaughton's
+wrap-around: few cuts, exact portions). So are the copies of a piece, holders first, then devices
+that have received it. Forwarders send `FAN_OUT` copies at once, so that trees are flat: a piece
+reaches n devices in about log n hops.
 """
 
 from __future__ import annotations
@@ -35,21 +36,37 @@ def device_shares(
     """The senders of each piece, holders first."""
     result: list[list[Sender]] = [[] for _ in pieces]
     for g, group in enumerate(groups):
-        work = [(p, share[g]) for p, share in enumerate(sending.shares) if g in share]
-        portion = sum(nbytes for _, nbytes in work) / len(group.devices)
-        i, left = 0, portion
-        for p, nbytes in work:
-            while nbytes > 0:
-                last = i == len(group.devices) - 1
-                part = nbytes if last else min(nbytes, left)
-                if part > 0:
-                    result[p].append(Sender(group.devices[i], part, g in pieces[p].holders))
-                nbytes, left = nbytes - part, left - part
-                if left <= 0 and not last:
-                    i, left = i + 1, portion
+        rest: list[tuple[int, float]] = []
+        for p, share in enumerate(sending.shares):
+            if g in share:
+                each = share[g] / len(group.devices) + 0.5
+                whole = int(each // pieces[p].nbytes) * pieces[p].nbytes
+                if whole:
+                    holds = g in pieces[p].holders
+                    result[p] += [Sender(device, whole, holds) for device in group.devices]
+                rest.append((p, max(0.0, share[g] - whole * len(group.devices))))
+        for p, device, nbytes in _portions(rest, group.devices):
+            result[p].append(Sender(device, nbytes, g in pieces[p].holders))
     for senders in result:
         senders.sort(key=lambda sender: not sender.holds)
     return result
+
+
+def _portions(
+    work: Sequence[tuple[int, float]], devices: Sequence[int]
+) -> Iterator[tuple[int, int, float]]:
+    """(piece, device, bytes): the work end to end, in equal portions."""
+    portion = sum(nbytes for _, nbytes in work) / len(devices)
+    i, left = 0, portion
+    for p, nbytes in work:
+        while nbytes > 0:
+            last = i == len(devices) - 1
+            part = nbytes if last else min(nbytes, left)
+            if part > 0:
+                yield p, devices[i], part
+            nbytes, left = nbytes - part, left - part
+            if left <= 0 and not last:
+                i, left = i + 1, portion
 
 
 def cut_copies(
@@ -57,15 +74,18 @@ def cut_copies(
     targets: Sequence[int],
     senders: Sequence[Sender],
     snap: Callable[[float], int],
+    node_size: int = 0,
 ) -> Iterator[tuple[int, int, list[Edge]]]:
     """Intervals of a piece of `size` bytes, each with edges that bring it to targets, parents
-    first. Cuts are moved by `snap`. Without senders, all read from disk."""
+    first. Cuts are moved by `snap`. Without senders, all read from disk. Given `node_size`,
+    holders send within their node where their shares allow it."""
     if not senders:
         yield 0, size, [(DISK, d, -1) for d in targets]
         return
     layout = _Layout(size, len(targets), senders)
     if layout.only_holders:  # targets need not agree on where to cut
-        for copy, target in enumerate(targets):
+        holders = [layout.sender(copy, size / 2).device for copy in range(len(targets))]
+        for copy, target in enumerate(_near(holders, targets, node_size)):
             for start, stop in _intervals(size, layout.cuts(copy), snap):
                 sender = layout.sender(copy, (start + stop) / 2)
                 yield start, stop, [(sender.device, target, -1)]
@@ -74,6 +94,18 @@ def cut_copies(
     for start, stop in _intervals(size, cuts, snap):
         sends = [layout.sender(copy, (start + stop) / 2) for copy in range(len(targets))]
         yield start, stop, _tree(sends, targets)
+
+
+def _near(sources: Sequence[int], targets: Sequence[int], node_size: int) -> list[int]:
+    """A target for every source, in its node while there are such."""
+    if not node_size:
+        return list(targets)
+    by_node: dict[int, list[int]] = {}
+    for target in reversed(targets):
+        by_node.setdefault(target // node_size, []).append(target)
+    near = [by_node[n].pop() if by_node.get(n := s // node_size) else None for s in sources]
+    rest = iter([target for node in by_node.values() for target in node])
+    return [next(rest) if target is None else target for target in near]
 
 
 def _intervals(

@@ -16,6 +16,8 @@ from engine.cluster import (
     Deployment,
     ModelSpec,
     ParallelConfig,
+    Placement,
+    Replica,
     Transfer,
     dense_deployment,
     parse_deployment_key,
@@ -186,6 +188,18 @@ def test_jobs_begin_when_both_ports_are_free_and_the_bytes_are_there() -> None:
     order = order_jobs(jobs)
     assert order.index(jobs[0]) < order.index(jobs[1])
     assert set(order[:4]) == {jobs[0], jobs[2], jobs[3], jobs[4]}, "the disk has no port"
+
+
+def test_holders_send_within_their_node_where_they_can() -> None:
+    spec = cluster(8, 4, num_layers=8, hidden=64)
+    tp2 = ParallelConfig(2, 1)
+    there = [Replica(0, tp2, Placement((0, 1))), Replica(1, tp2, Placement((6, 7)))]
+    current = Deployment(tuple(there))
+    made = plan_switch(spec, current, 0, [tp2] * 4, KV)
+    check_plan(spec, current, made)
+    assert made.predicted_s == pytest.approx(made.lower_bound_s, rel=0.05)
+    across = sum(t.nbytes for t in made.transfers if t.src // 4 != t.dst // 4)
+    assert across <= made.weight_bytes / 20  # of what all hold, shares are no whole copies
 
 
 def test_the_network_port_of_a_node_counts_in_the_prediction_and_in_the_bound() -> None:
