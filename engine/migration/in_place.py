@@ -1,10 +1,10 @@
 """A switch for when memory is too short for two generations beside each other.
 
 The replicas that go stop and give up their KV caches, so that all their sequences are recomputed;
-then tensors move step by step, and each step frees what the next one needs. Until the first step
-begins the switch can be undone: the old ranks get KV caches again and start their sequences over.
-From then on no generation is whole, so it only goes forward: new ranks that a failure has left
-incomplete are read from disk, and replicas that lack a device are left out.
+then tensors move step by step, and each step frees what the next one needs. Until the first old
+shard is dropped the switch can be undone: the old ranks get KV caches again and start their
+sequences over. From then on no generation is whole, so it only goes forward: new ranks that a
+failure has left incomplete are read from disk, and replicas that lack a device are left out.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class InPlaceSwitch:
         self._tried: set[int] = set()  # new replicas that were to be made ready, by id
         self._ready: set[int] = set()  # those that are
         self._left_out: list[Replica] = []  # new replicas that could not be completed
-        self._is_dropped = False  # the KV of the old ranks
-        self._has_begun = self._cancelled = self._committed = False
+        self._kv_is_dropped = False  # of the old ranks
+        self._old_is_whole = True  # their weights
+        self._cancelled = self._committed = False
         self._paused_at_s: float | None = None
 
     # ---------------------------------------------------------------- life
@@ -83,11 +84,11 @@ class InPlaceSwitch:
         return self._committed
 
     def cancel(self) -> None:
-        """Takes effect before the first step; later the ticket says that it does not."""
-        if not self._has_begun:
+        """Takes effect while the old weights are whole; later the ticket says that it does not."""
+        if self._old_is_whole:
             self._cancelled = True
         elif not self._committed:
-            self._update(reason="cannot be cancelled: the first step has begun, it rolls forward")
+            self._update(reason="cannot be cancelled: old weights are gone, it rolls forward")
 
     async def run(self) -> None:
         """The whole switch."""
@@ -110,7 +111,7 @@ class InPlaceSwitch:
         if self._committed:
             logger.exception("switch %s: failed after its commit", self.ticket.ticket_id)
             return True
-        if self._has_begun:
+        if not self._old_is_whole:
             return await self._roll_forward(error)
         await self._roll_back(error)
         return False
@@ -127,7 +128,7 @@ class InPlaceSwitch:
         self._update(phase_s=(*self.ticket.phase_s, (phase.value, elapsed_s)))
 
     def _stop_if_cancelled(self) -> None:
-        if self._cancelled and not self._has_begun:
+        if self._cancelled and self._old_is_whole:
             raise SwitchCancelledError("cancelled on request")
 
     def _update(self, **changes: Any) -> None:
@@ -157,9 +158,7 @@ class InPlaceSwitch:
     async def _transfer(self) -> None:
         await self._stop_leaving()
         for number, step in enumerate(self.steps):
-            self._stop_if_cancelled()
             self.host.failpoint(f"before_step_{number}")
-            self._has_begun = True
             await self._move(step)
             self.journal.append(number)
             self.host.failpoint(f"after_step_{number}")
@@ -176,7 +175,7 @@ class InPlaceSwitch:
         )
         self._states = [state for reply in replies for state in reply.sequences]
         self._update(bindings=tuple(map(self._bind, self._states)))
-        self._is_dropped = True
+        self._kv_is_dropped = True
         await await_all(size_kv(self.host.call, r, 0) for r in self.leaving)
 
     def _bind(self, state: SequenceState) -> BoundSequence:
@@ -193,6 +192,8 @@ class InPlaceSwitch:
         """One step, see `InPlaceStep`. Nothing is freed before every copy has been checked."""
         call, old, new = self.host.call, _replica_on(self.leaving), _replica_on(self.coming)
         parked = _by_device(step.parked)
+        if parked:
+            self._let_go_of_old()
         await await_all(
             call(d, MakeShards, replica_id=new[d], tensors=names, parked=parked.get(d, []))
             for d, names in _by_device(step.made).items()
@@ -210,10 +211,17 @@ class InPlaceSwitch:
         check_sums(replies, "weight")
         sent_bytes = sum(reply.sent_bytes for reply in replies)
         self._update(moved_bytes=self.ticket.moved_bytes + sent_bytes)
+        if step.freed:
+            self._let_go_of_old()
         await await_all(
             call(d, FreeShards, replica_id=old[d], tensors=names)
             for d, names in _by_device(step.freed).items()
         )
+
+    def _let_go_of_old(self) -> None:
+        """From here on there is no way back."""
+        self._stop_if_cancelled()
+        self._old_is_whole = False
 
     async def _verify(self) -> None:
         await await_all(map(self._make_ready, self.coming))
@@ -271,7 +279,7 @@ class InPlaceSwitch:
 
     async def _restore(self, replica: Replica) -> None:
         call = self.host.call
-        if self._is_dropped:
+        if self._kv_is_dropped:
             await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
         await call(_leader(replica), Resume, replica_id=replica.replica_id)
 
