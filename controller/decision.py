@@ -208,6 +208,7 @@ class DecisionPipeline:
             self.cluster.profile.switch_overhead_s,
             decision_id,
             snapshot.dead_devices,
+            kv_blocks_used=snapshot.kv_blocks_used,
         )
 
     def _decision(

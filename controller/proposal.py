@@ -30,6 +30,7 @@ def propose(
         cluster.profile.switch_overhead_s,
         decision.decision_id,
         snapshot.dead_devices,
+        kv_blocks_used=snapshot.kv_blocks_used,
     )
     candidate = _candidate(pipeline, prepared, tuple(configs))
     reasons = mask_reasons(

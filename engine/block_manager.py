@@ -55,6 +55,7 @@ class BlockManager:
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers leave first
         self._reusable: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._num_references = [0] * num_blocks
+        self._max_used = num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}  # its inverse
         self.prefix_cache_queries = 0  # tokens looked up, and found, as vLLM counts them: once a
@@ -62,13 +63,18 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated: free and reusable ones."""
-        return len(self._free) + len(self._reusable)
+        """Blocks that can be allocated: free and reusable ones, within the limit."""
+        return max(0, self._max_used - self.num_used)
 
     @property
     def num_used(self) -> int:
         """Blocks in live tables, each counted once."""
-        return self.num_blocks - self.num_free
+        return self.num_blocks - len(self._free) - len(self._reusable)
+
+    def limit(self, max_used: int | None) -> None:
+        """Keep at most so many blocks in live tables, while others need the memory; None: all may
+        be used. More that are in use stay until they are freed."""
+        self._max_used = self.num_blocks if max_used is None else min(max_used, self.num_blocks)
 
     def blocks_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens of one sequence."""

@@ -18,6 +18,7 @@ from engine.runtime import EngineRuntime, make_run_dir
 from engine.sockets import make_curve_keys
 from engine.tiny_model import cached_tiny_model
 from engine.weights import read_config, read_model_spec
+from engine.worker_pool import RecoveryConfig
 
 DEFAULT_CACHE_DIR = Path(".cache/models")
 DEMO_MODEL = "smollm2-135m-instruct"  # folder there that engine.demo_model writes
@@ -46,6 +47,9 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
                 f"{model.max_model_len}; lower it."
             )
         model = replace(model, max_model_len=config.max_model_len)
+    headroom_mb = config.switch_headroom_mb
+    if headroom_mb is None and config.device != "cpu":
+        headroom_mb = 0.0
     return ClusterSpec(
         num_devices=config.num_workers,
         devices_per_node=config.devices_per_node or config.num_workers,
@@ -55,6 +59,7 @@ def build_cluster_spec(config: EngineConfig, model_dir: Path) -> ClusterSpec:
         model=model,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        switch_headroom_bytes=None if headroom_mb is None else round(headroom_mb * 1e6),
     )
 
 
@@ -151,4 +156,5 @@ def build_runtime(config: EngineConfig, executor: Executor | None = None) -> Eng
         config.max_queue,
         profile,
         channel,
+        RecoveryConfig(heal_timeout_s=config.heal_timeout_s),
     )

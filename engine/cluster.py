@@ -251,6 +251,16 @@ class ClusterSpec:
     model: ModelSpec
     max_num_seqs: int
     max_num_batched_tokens: int
+    # beside device_memory_bytes, for the second generation during a switch; None: as much again
+    switch_headroom_bytes: int | None = None
+
+    @property
+    def switch_memory_bytes(self) -> int:
+        """What both generations on a device may take during a switch."""
+        headroom = self.switch_headroom_bytes
+        return self.device_memory_bytes + (
+            self.device_memory_bytes if headroom is None else headroom
+        )
 
     def check(self, configs: Sequence[ParallelConfig]) -> None:
         """Raise InfeasibleError unless these replicas fit the devices and the model's heads."""
@@ -533,6 +543,11 @@ class ClusterSnapshot:
     num_finished: int = 0
     num_rejected: int = 0
     num_queued_unrouted: int = 0  # held back by the engine, e.g. while their replica switches
+
+    @property
+    def kv_blocks_used(self) -> dict[int, int]:
+        """By replica id, of those that have reported."""
+        return {stats.replica_id: stats.kv_blocks_used for stats in self.replicas}
 
     @property
     def switch_in_flight(self) -> bool:

@@ -47,6 +47,13 @@ class EngineConfig(BaseModel):
         description="share of device_memory_mb that weights and KV cache may take; the rest is "
         "for activations (which on the CPU come from elsewhere, hence all of it)",
     )
+    switch_headroom_mb: float | None = Field(
+        None,
+        ge=0,
+        description="megabytes (1e6) that a worker may take beside device_memory_mb while it "
+        "switches; null: on the CPU as much again, on a GPU none. What does not fit switches in "
+        "place, with a pause",
+    )
     link_gb_per_s: float = Field(
         1.0, gt=0, description="gigabytes (1e9) per second between two workers, for planning"
     )
@@ -85,6 +92,11 @@ class EngineConfig(BaseModel):
     )
     heartbeat_timeout_s: float = Field(
         10.0, gt=0, description="seconds of silence after which a worker is killed"
+    )
+    heal_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        description="seconds that requests wait at most for lost workers when no replica is left",
     )
     profile: Path | None = Field(None, description="ServingProfile JSON to hand to controllers")
     seed: int = Field(0, ge=0, description="of the tiny model's random weights")

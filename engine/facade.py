@@ -22,7 +22,7 @@ from engine.cluster import (
     SwitchPlan,
     SwitchTicket,
 )
-from engine.errors import InvalidRequestError, OverloadedError
+from engine.errors import InvalidRequestError, OverloadedError, UnavailableError
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 
@@ -126,7 +126,7 @@ class EngineCluster:
                 request.client_id,
                 arrival_s=request.arrival_s,
             )
-        except (InvalidRequestError, OverloadedError):
+        except (InvalidRequestError, OverloadedError, UnavailableError):
             return  # counted and logged as rejected by the engine
 
     def close(self) -> None:

@@ -106,6 +106,7 @@ class LiveRequest:
     last_token_s: float | None = None
     longest_gap_s: float = 0.0
     num_moves: int = 0
+    num_losses: int = 0
     num_preemptions: int = 0
     num_cached_tokens: int = 0
 

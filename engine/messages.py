@@ -188,6 +188,15 @@ class Resume(Message, frozen=True):
     replica_id: int
 
 
+class LimitBlocks(Message, frozen=True):
+    """Leader: keep at most so many KV blocks in use, while a switch needs the memory; None ends
+    that."""
+
+    call_id: int
+    replica_id: int
+    max_used: int | None
+
+
 class ImportSequences(Message, frozen=True):
     """Leader: reserve blocks for exactly these sequences about to arrive, as they are now. The
     reply has a table for each, empty where no room was left, and the blocks of them that hold
@@ -243,7 +252,8 @@ class Hello(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """Outcome of a call: `error` is empty on success."""
+    """Outcome of a call: `error` is empty on success. A stale call was refused: its switch is over,
+    a later one has been heard of."""
 
     call_id: int
     error: str = ""
@@ -253,6 +263,7 @@ class Reply(Message, frozen=True):
     checksums: list[tuple[int, int]] = []  # (index in the transfer list, CRC-32)
     sent_bytes: int = 0
     endpoint: str = ""
+    is_stale: bool = False
 
 
 class Beat(Message, frozen=True):
@@ -302,6 +313,7 @@ Call = (
     | TakeSequences
     | Quiesce
     | Resume
+    | LimitBlocks
     | ImportSequences
     | AdoptSequences
     | ReleaseRank
@@ -320,6 +332,7 @@ MIGRATION_CALLS = (
     FreeShards,
     CloseTransfer,
 )
+UNDO_CALLS = (Resume, ReleaseRank)  # a worker that leaves one of these unanswered is given up
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

@@ -74,6 +74,7 @@ class EngineMetrics:
 
     def _totals(self) -> Iterable[Metric]:
         counters, counts = self._runtime.requests.counters, self._runtime.requests.counts
+        workers = self._runtime.workers
         for name, value, text in (
             ("vllm:prompt_tokens", counters.prompt_tokens, "Prompt tokens computed."),
             ("vllm:generation_tokens", counters.generation_tokens, "Tokens generated."),
@@ -90,6 +91,8 @@ class EngineMetrics:
             ),
             ("tidewright:requests_arrived", counts["arrived"], "Requests, also refused ones."),
             ("tidewright:requests_rejected", counts["rejected"], "Requests refused on arrival."),
+            ("tidewright:workers_lost", workers.num_lost, "Workers that died or fell silent."),
+            ("tidewright:workers_restarted", workers.num_restarted, "Of these, replaced ones."),
         ):
             family = CounterMetricFamily(name, text, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), value)
@@ -161,10 +164,12 @@ class EngineMetrics:
         yield from (running, waiting, usage, tokens, config)
         yield self._gauge("tidewright:requests_held", snapshot.num_queued_unrouted, self._labels)
         yield self._gauge("tidewright:deployment_epoch", snapshot.epoch, self._labels)
+        yield self._gauge("tidewright:workers_dead", len(snapshot.dead_devices), self._labels)
 
     def _gauge(self, name: str, value: float, labels: Mapping[str, str]) -> Metric:
         texts = {
             "tidewright:requests_held": "Requests that wait for a replica, as in a switch.",
+            "tidewright:workers_dead": "Devices without a worker at present.",
             "tidewright:deployment_epoch": "Rises by one whenever the deployment changes.",
         }
         family = GaugeMetricFamily(name, texts[name], labels=list(labels))

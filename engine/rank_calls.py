@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from engine.cluster import ClusterSpec, Replica
+from engine.errors import UnavailableError
 from engine.messages import Activate, BindRank, BuildRank, HostStore, RankSpec, Reply, SizeKv
 from engine.shards import num_kv_blocks
 
@@ -15,11 +16,14 @@ Endpoints = dict[int, list[str]]  # input endpoints of a replica's ranks, in ran
 
 
 async def await_all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await every call, then raise the first failure: none is left running."""
+    """Await every call, then raise what failed, all of it in one error: which of them is the cause
+    is for people to see. None is left running."""
     results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    failures = [r for r in results if isinstance(r, BaseException)]
+    if len(failures) > 1 and all(isinstance(f, UnavailableError) for f in failures):
+        raise UnavailableError("; ".join(dict.fromkeys(map(str, failures))))
+    if failures:
+        raise failures[0]
     return list(results)
 
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.executor import STOP_TIMEOUT_S, OnDeath, WorkerConfig
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0  # of all actors: each imports torch once
+RESTART_TIMEOUT_S = 30.0  # of one; when its machine is gone, the next attempt may find another
 POLL_S = 0.2
 CONNECT_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80_000_000  # of a cluster of our own; nothing is put there
@@ -74,10 +76,11 @@ class RayExecutor:
         self._config = config
         self._places: dict[int, tuple[int, str, str]] = {}
         self._actors: dict[int, Any] = {}
-        self._running: dict[Any, int] = {}  # reference of `run` -> device
+        self._running: dict[Any, tuple[WorkerConfig, Any]] = {}  # and its actor, by call of `run`
         self._groups: list[Any] = []
         self._stop = threading.Event()
         self._lock = threading.Lock()  # a close during a start waits for it to notice
+        self._restarting: dict[int, threading.Lock] = {}  # by device; the same for restarts
         self._watcher: threading.Thread | None = None
         self._connected = False
 
@@ -87,11 +90,13 @@ class RayExecutor:
         with self._lock:
             self._connect(len(configs), configs[0].run_dir)
             self._place(len(configs))
-            self._start_actors(configs)
+            self._actors = {config.device: self._new_actor(config.device) for config in configs}
+            references = [actor.where.remote() for actor in self._actors.values()]
+            places = self._await(references, "actors", START_TIMEOUT_S)
+            self._places = dict(zip(self._actors, places, strict=True))
             for config in configs:
-                own = replace(config, host=self._host_of(config))
-                reference = self._actors[config.device].run.remote(own)
-                self._running[reference] = config.device
+                self._run(config)
+            self._restarting = {config.device: threading.Lock() for config in configs}
             self._watcher = threading.Thread(
                 target=self._watch, args=(on_death,), name="ray-watch", daemon=True
             )
@@ -127,23 +132,37 @@ class RayExecutor:
             left -= len(bundles)
         self._await([group.ready() for group in self._groups], "placement groups", 30.0)
 
-    def _start_actors(self, configs: Sequence[WorkerConfig]) -> None:
+    def _new_actor(self, device: int) -> Any:
+        """In the device's own bundle; Ray starts it when it can."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        kind = ray.remote(RayWorker)
-        for config in configs:
-            group, bundle = divmod(config.device, self._config.devices_per_node)
-            gpu = self._config.resource == "GPU"
-            self._actors[config.device] = kind.options(
-                num_cpus=0 if gpu else 1,
-                num_gpus=1 if gpu else 0,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[group], bundle),
-            ).remote()
-        references = [actor.where.remote() for actor in self._actors.values()]
-        places = self._await(references, "actors", START_TIMEOUT_S)
-        self._places = dict(zip(self._actors, places, strict=True))
+        group, bundle = divmod(device, self._config.devices_per_node)
+        gpu = self._config.resource == "GPU"
+        kind = ray.remote(RayWorker).options(
+            num_cpus=0 if gpu else 1,
+            num_gpus=1 if gpu else 0,
+            max_restarts=0,  # the engine restarts, when no switch runs
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[group], bundle),
+        )
+        return kind.remote()
+
+    def _run(self, config: WorkerConfig) -> None:
+        """Let the device's actor live its life."""
+        own = replace(config, host=self._host_of(config))
+        actor = self._actors[config.device]
+        self._running[actor.run.remote(own)] = config, actor
+
+    def restart(self, config: WorkerConfig) -> None:
+        device = config.device
+        with self._restarting[device]:
+            if self._stop.is_set():
+                raise UnavailableError("the engine is closing; no worker is started any more.")
+            self.kill(device)
+            actor = self._actors[device] = self._new_actor(device)
+            place = self._await([actor.where.remote()], f"worker {device}", RESTART_TIMEOUT_S)
+            self._places[device] = place[0]
+            self._run(config)
 
     def _await(self, references: list[Any], what: str, timeout_s: float) -> list[Any]:
         """Their values. Raises UnavailableError at the deadline, on failure, or on `close`."""
@@ -184,14 +203,17 @@ class RayExecutor:
     def _watch(self, on_death: OnDeath) -> None:
         import ray
 
-        while self._running and not self._stop.is_set():
+        while not self._stop.is_set():
+            if not self._running:
+                self._stop.wait(POLL_S)
+                continue
             ended, _ = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)
             for reference in ended:
-                device = self._running.pop(reference)
+                config, actor = self._running.pop(reference)
                 if not self._stop.is_set():
-                    _log_end(device, reference)
-                    self.kill(device)  # "unavailable" may come back; the engine is done with it
-                    on_death(device)
+                    _log_end(config.device, reference)
+                    ray.kill(actor, no_restart=True)  # "unavailable" may come back: no more
+                    on_death(config.device, config.incarnation)
 
     def pid(self, device: int) -> int:
         return self._places[device][0]
@@ -208,7 +230,9 @@ class RayExecutor:
 
     def close(self) -> None:
         self._stop.set()
-        with self._lock:
+        with self._lock, ExitStack() as restarts:
+            for lock in self._restarting.values():
+                restarts.enter_context(lock)
             if self._watcher is not None:
                 self._watcher.join()
                 self._watcher = None

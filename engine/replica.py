@@ -196,7 +196,9 @@ class Replica:
         return self._departures.take(), updates
 
     def resume(self) -> None:
-        """After a rollback: serve on; blocks held for either end of a move are given back."""
+        """After a rollback: serve on, with all blocks; those held for either end of a move are
+        given back."""
+        self.scheduler.block_manager.limit(None)
         self._departures.let_go()
         self._arrivals.give_back()
         self.paused = False

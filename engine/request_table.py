@@ -33,6 +33,8 @@ from engine.messages import Abort, SequenceState, Submit, Tokens, TokenUpdate
 from engine.request import SamplingParams, check_sampling
 from engine.router import load_of, pick
 
+MAX_LOSSES = 5  # replicas that broke under one request
+
 
 class RequestHost(Protocol):
     """What the table needs of the engine."""
@@ -232,13 +234,20 @@ class RequestTable:
                 self._host.send(replica_id, Abort(replica_id, key))
 
     def requeue(self, replica_id: int) -> None:
-        """That replica is gone: its requests start over elsewhere, or fail when nothing is left."""
+        """That replica is gone: its requests start over elsewhere, or wait while none is left. One
+        that has lost many may be what breaks them, and fails."""
         for request in [r for r in self._requests.values() if r.replica_id == replica_id]:
             request.num_moves += 1
-            if self._host.deployment.replicas:
-                self._dispatch(request)
-            else:
+            request.num_losses += 1
+            if request.num_losses > MAX_LOSSES:
                 self.end(request.state.request_id, RequestStatus.FAILED, "error")
+            else:
+                self._dispatch(request)
+
+    def fail_held(self) -> None:
+        """No replica will take them."""
+        for key in list(self._held):
+            self.end(key, RequestStatus.FAILED, "error")
 
     def keep_only(self, replica_ids: tuple[int, ...]) -> None:
         """Forget what was counted for replicas that are gone."""

@@ -12,11 +12,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.channel import ChannelConfig, WorkerChannel
+from engine.channel import ChannelConfig
 from engine.cluster import (
     Arrival,
     ClusterEvent,
@@ -32,16 +31,16 @@ from engine.cluster import (
     SwitchPlan,
     SwitchTicket,
 )
-from engine.errors import StaleEpochError
+from engine.errors import StaleEpochError, SwitchInProgressError, UnavailableError
 from engine.events import EventLog
 from engine.executor import Executor, WorkerConfig
+from engine.healing import Healing
 from engine.live_request import RequestStream
 from engine.messages import (
     LeaderStats,
     RankFailed,
     ReleaseRank,
     Reply,
-    Shutdown,
     Tokens,
 )
 from engine.rank_calls import activate_ranks, bind_ranks, build_ranks
@@ -50,9 +49,9 @@ from engine.request_table import RequestTable
 from engine.router import check_routing
 from engine.shards import num_kv_blocks
 from engine.switchboard import Switchboard
+from engine.worker_pool import RecoveryConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
-START_TIMEOUT_S = 60.0
 
 
 class EngineRuntime:
@@ -68,17 +67,21 @@ class EngineRuntime:
         max_queue: int,
         profile_json: dict[str, Any] | None = None,
         channel_config: ChannelConfig | None = None,
+        recovery: RecoveryConfig | None = None,
     ) -> None:
         self.spec, self.profile_json = spec, profile_json
         self.deployment, self.epoch = initial, 0
         self.routing = Routing(tuple(r.replica_id for r in initial.replicas))
         self.failpoint: Callable[[str], None] = lambda name: None
-        self._executor, self._worker_configs, self._run_dir = executor, worker_configs, run_dir
-        self._channel_config = channel_config or ChannelConfig()
+        self._executor, self._run_dir = executor, run_dir
+        recovery = recovery or RecoveryConfig()
+        self.workers = WorkerPool(
+            self, executor, worker_configs, channel_config or ChannelConfig(), recovery
+        )
+        self._healing = Healing(self, recovery, initial)
         self.on_hold: set[int] = set()  # replicas that get no new request
-        self._dead_devices: set[int] = set()
         self._stats: dict[int, ReplicaStats] = {}
-        self._lost: list[tuple[int, str]] = []  # replicas to recover once no switch runs
+        self._broken: dict[Replica, str] = {}  # to recover once no switch runs, and why
         self._state = "starting"
         self._changed, self._measured = asyncio.Event(), asyncio.Event()
         self._log = EventLog(on_append=self._notify)
@@ -94,41 +97,26 @@ class EngineRuntime:
 
     async def start(self) -> None:
         """Start the workers and load the initial deployment from disk. Raises UnavailableError."""
-        self._channel = WorkerChannel(
-            self._run_dir, self._channel_config, self._on_message, self._on_silence
-        )
-        self._channel.start()
-        loop, endpoint = asyncio.get_running_loop(), self._channel.endpoint
-        configs = [replace(c, engine_endpoint=endpoint) for c in self._worker_configs]
-
-        def on_death(device: int) -> None:
-            loop.call_soon_threadsafe(self._on_worker_death, device)
-
-        await asyncio.to_thread(self._executor.start, configs, on_death)
-        for config in self._worker_configs:
-            await self._channel.wait_for_hello(config.device, START_TIMEOUT_S)
-        await self._load(self.deployment.replicas)
+        await self.workers.start(self._run_dir)
+        await self._load(self.deployment.replicas, "start")
         if self._state == "starting":
             self._state = "serving"
+            self.workers.open()
+            if not self.deployment.replicas:  # lost when they had just been loaded
+                self._healing.start()
 
-    async def _load(self, replicas: Sequence[Replica]) -> None:
-        endpoints = await build_ranks(self.call, self.spec, replicas, "start", from_disk=True)
+    async def _load(self, replicas: Sequence[Replica], nonce: str) -> None:
+        endpoints = await build_ranks(self.call, self.spec, replicas, nonce, from_disk=True)
         await bind_ranks(self.call, replicas)
         await activate_ranks(self.call, replicas, endpoints)
 
     async def close(self) -> None:
         """End every request and every worker. Safe to call twice."""
         await self._switches.close()
+        await self._healing.close()
         self._state = "closed"
-        if not hasattr(self, "_channel"):
-            shutil.rmtree(self._run_dir, ignore_errors=True)
-            return
         self.requests.end_all(RequestStatus.CANCELLED, "abort")
-        configs, self._worker_configs = self._worker_configs, []
-        for config in configs:
-            self._channel.send(config.device, Shutdown())
-        await asyncio.to_thread(self._executor.close)
-        await self._channel.close()
+        await self.workers.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -145,7 +133,9 @@ class EngineRuntime:
         """Why no request can be taken at present; empty when one can."""
         if self._state != "serving":
             return f"the engine is {self._state}"
-        return "" if self.deployment.replicas else "no replica is left to serve"
+        if self.deployment.replicas:
+            return ""
+        return f"no replica is left to serve; {self._healing.status}"
 
     # ---------------------------------------------------------------- requests
 
@@ -175,6 +165,10 @@ class EngineRuntime:
     def num_outstanding(self, replica_id: int) -> int:
         return self.requests.num_outstanding(replica_id)
 
+    def kv_blocks_used(self, replica_id: int) -> int:
+        stats = self._stats.get(replica_id)
+        return stats.kv_blocks_used if stats is not None else 0
+
     def request_id_of(self, key: str) -> str:
         return self.requests.request_id_of(key)
 
@@ -189,16 +183,18 @@ class EngineRuntime:
     def send(self, replica_id: int, message: Any) -> None:
         """To that replica's leader."""
         leader = self.deployment.replica(replica_id).placement.devices[0]
-        self._channel.send(leader, message)
+        self.workers.send(leader, message)
 
     # ---------------------------------------------------------------- what workers say
 
-    def _on_message(self, message: Any) -> None:
+    def on_message(self, message: Any) -> None:
         match message:
             case Tokens():
                 self._on_tokens(message)
             case RankFailed():
-                self._lose_replica(message.replica_id, message.error)
+                for replica in self.deployment.replicas:
+                    if replica.replica_id == message.replica_id:
+                        self._lose({replica: message.error})
 
     def _on_tokens(self, message: Tokens) -> None:
         now_s = self.now_s()
@@ -226,49 +222,102 @@ class EngineRuntime:
         self.requests.counters.add_growth(replica_id, stats)
         self._measured.set()
 
-    def _on_silence(self, device: int) -> None:
-        """A rank that gives no sign of life is killed, not waited for."""
-        self._executor.kill(device)
-        self._on_worker_death(device)
+    # ---------------------------------------------------------------- loss and recovery
 
-    def _on_worker_death(self, device: int) -> None:
-        if device in self._dead_devices or not self._worker_configs:
-            return  # known, or ended by `close`
-        logger.error("worker %d died", device)
-        self._dead_devices.add(device)
-        self._channel.mark_dead(device)
+    @property
+    def dead_devices(self) -> set[int]:
+        return self.workers.dead_devices
+
+    def on_lost(self, device: int) -> None:
+        """A worker is gone, and with it every replica that had a rank there."""
         self._log.append(self.now_s(), EventKind.DEVICE_LOST, device=device)
-        for replica in self.deployment.replicas:
-            if device in replica.placement.devices:
-                self._lose_replica(replica.replica_id, f"worker {device} died")
+        if self._switches.current is not None:
+            self._switches.current.cancel()
+        self._lose(self._without_worker())
 
-    def _lose_replica(self, replica_id: int, reason: str) -> None:
-        """Take a broken replica out and recompute its requests elsewhere; after a running switch,
+    def on_joined(self, device: int) -> None:
+        """A fresh worker holds nothing; the next deployment may use it."""
+        self._log.append(self.now_s(), EventKind.DEVICE_JOINED, device=device)
+
+    def _without_worker(self) -> dict[Replica, str]:
+        """Replicas with a rank on a device that has no worker, and why they are lost."""
+        return {
+            replica: f"worker {min(gone)} is lost"
+            for replica in self.deployment.replicas
+            if (gone := self.dead_devices & set(replica.placement.devices))
+        }
+
+    def _lose(self, broken: dict[Replica, str]) -> None:
+        """Take broken replicas out and recompute their requests elsewhere; after a running switch,
         which fails on its own and must not see the deployment change under it."""
         if self._switches.current is not None:
-            self._lost.append((replica_id, reason))
-            self.on_hold.add(replica_id)
+            self._broken |= broken
+            self.on_hold |= {r.replica_id for r in broken}
             self._switches.current.cancel()
             return
-        broken = [r for r in self.deployment.replicas if r.replica_id == replica_id]
-        if not broken:
+        left = tuple(r for r in self.deployment.replicas if r not in broken)
+        if len(left) == len(self.deployment.replicas):
             return
-        logger.error("replica %d is lost (%s); its requests start over", replica_id, reason)
-        left = tuple(r for r in self.deployment.replicas if r.replica_id != replica_id)
         self._set_deployment(Deployment(left))
-        for device in broken[0].placement.devices:
-            if device not in self._dead_devices:
-                task = asyncio.ensure_future(self.call(device, ReleaseRank, replica_id=replica_id))
-                task.add_done_callback(lambda t: t.exception())
-        self.requests.requeue(replica_id)
+        for replica, reason in broken.items():
+            logger.error("replica %d (%s): its requests start over", replica.replica_id, reason)
+            self._abandon(replica)
+        for replica in broken:
+            self.requests.requeue(replica.replica_id)
+        if not left and self._state in ("serving", "draining"):
+            self._healing.start()
+
+    def _abandon(self, replica: Replica) -> None:
+        """Tell the ranks that are left of it, and wait for none."""
+        for device in set(replica.placement.devices) - self.dead_devices:
+            task = asyncio.ensure_future(
+                self.call(device, ReleaseRank, replica_id=replica.replica_id)
+            )
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    def _recover_lost(self) -> None:
+        """No switch runs any more: take out the replicas that broke meanwhile."""
+        broken, self._broken = self._broken, {}
+        current = {r: why for r, why in broken.items() if r in self.deployment.replicas}
+        self.on_hold -= {r.replica_id for r in broken}
+        self._lose(current | self._without_worker())
+
+    async def until_idle(self) -> None:
+        """Return when no switch runs."""
+        await self._switches.until_idle()
+
+    async def reload(self, replicas: Sequence[Replica]) -> None:
+        """Load replicas from disk and make them the deployment, when there is none. Raises
+        UnavailableError, and nothing of them is left then."""
+        devices = sorted(Deployment(tuple(replicas)).devices)
+        fence, lives = self.workers.raise_fence(), self.workers.lives(devices)
+        try:
+            await self._load(replicas, f"load-{fence}")
+            if self.workers.lives(devices) != lives:
+                raise UnavailableError("a worker was lost while its replica was loaded")
+        except UnavailableError:
+            for replica in replicas:
+                self._abandon(replica)
+            raise
+        self._set_deployment(Deployment(tuple(replicas)))
+        self.requests.dispatch_held()
+
+    def fail_held(self) -> None:
+        self.requests.fail_held()
 
     # ---------------------------------------------------------------- switching
 
     async def call(self, device: int, kind: type[Any], **fields: Any) -> Reply:
-        return await self._channel.call(device, kind, **fields)
+        return await self.workers.call(device, kind, **fields)
+
+    def raise_fence(self) -> int:
+        """See `WorkerPool.raise_fence`."""
+        return self.workers.raise_fence()
 
     def apply(self, plan: SwitchPlan) -> SwitchTicket:
         """Start a switch. See `engine.cluster.Cluster.apply` for what it raises."""
+        if self._healing.is_loading:
+            raise SwitchInProgressError(f"{self._healing.status}; plan again when it is.")
         return self._switches.start(plan)
 
     def ticket(self, ticket_id: str) -> SwitchTicket:
@@ -282,18 +331,11 @@ class EngineRuntime:
         self._switches.publish(ticket)
 
     def is_alive(self, device: int) -> bool:
-        return device not in self._dead_devices
+        return device not in self.dead_devices
 
     def lose(self, replica_id: int, reason: str) -> None:
         """A switch leaves this replica broken: it is taken out when the switch has ended."""
-        self._lost.append((replica_id, reason))
-
-    def _recover_lost(self) -> None:
-        """No switch runs any more: take out the replicas that broke meanwhile."""
-        lost, self._lost = self._lost, []
-        for replica_id, reason in lost:
-            self.on_hold.discard(replica_id)
-            self._lose_replica(replica_id, reason)
+        self._broken[self.deployment.replica(replica_id)] = reason
 
     def hold(self, replica_ids: Iterable[int]) -> None:
         self.on_hold |= set(replica_ids)
@@ -305,6 +347,7 @@ class EngineRuntime:
     def commit(self, target: Deployment, owner: dict[str, int]) -> None:
         self.requests.move(owner)
         self._set_deployment(target)
+        self._healing.wanted = target
         self.on_hold = set()
         self.requests.dispatch_held()
 
@@ -333,7 +376,7 @@ class EngineRuntime:
                 if r.replica_id in self._stats
             ),
             switch=self._switches.latest,
-            dead_devices=tuple(sorted(self._dead_devices)),
+            dead_devices=tuple(sorted(self.dead_devices)),
             num_arrived=self.requests.counts["arrived"],
             num_finished=self.requests.counts["finished"],
             num_rejected=self.requests.counts["rejected"],

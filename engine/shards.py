@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import prod
 
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
+from engine.errors import InfeasibleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,19 @@ def rank_needs(tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, r
     return first <= tensor.layer < last
 
 
+def rank_shard(
+    tensor: TensorSpec, model: ModelSpec, parallel: ParallelConfig, rank: int
+) -> Shard | None:
+    """What that rank holds of one tensor, None if nothing."""
+    if not rank_needs(tensor, model, parallel, rank):
+        return None
+    return _shard(tensor, model, parallel, parallel.tp_rank_of(rank))
+
+
 def rank_shards(model: ModelSpec, parallel: ParallelConfig, rank: int) -> tuple[Shard, ...]:
     """All shards that rank `rank` of a replica with this configuration holds."""
-    tp_rank = parallel.tp_rank_of(rank)
-    return tuple(
-        _shard(t, model, parallel, tp_rank)
-        for t in model.tensors
-        if rank_needs(t, model, parallel, rank)
-    )
+    shards = (rank_shard(t, model, parallel, rank) for t in model.tensors)
+    return tuple(s for s in shards if s is not None)
 
 
 def rank_weight_bytes(model: ModelSpec, parallel: ParallelConfig, rank: int) -> int:
@@ -93,3 +99,15 @@ def fits(spec: ClusterSpec, parallel: ParallelConfig) -> bool:
     if not spec.model.allows_tp(parallel.tp) or parallel.pp > spec.model.num_layers:
         return False
     return num_kv_blocks(spec, parallel) * spec.block_size >= spec.model.max_model_len
+
+
+def check_memory(spec: ClusterSpec, parallel: ParallelConfig) -> None:
+    """Raise InfeasibleError unless one sequence of max_model_len fits beside the weights."""
+    tokens = num_kv_blocks(spec, parallel) * spec.block_size
+    if tokens < spec.model.max_model_len:
+        raise InfeasibleError(
+            f"a {parallel.key} replica of {spec.model.name} has room for {max(tokens, 0)} KV "
+            f"tokens in {spec.device_memory_bytes} bytes per device, less than max_model_len="
+            f"{spec.model.max_model_len}; use more devices per replica, more memory, or a "
+            "shorter max_model_len."
+        )

@@ -23,6 +23,10 @@ class SwitchingEngine(SwitchHost, Protocol):
 
     @property
     def epoch(self) -> int: ...
+    def raise_fence(self) -> int:
+        """What earlier switches have still to say to workers is stale from now on."""
+        ...
+
     async def wait_for_change(self, timeout_s: float) -> None: ...
 
 
@@ -53,6 +57,7 @@ class Switchboard:
                 f"{host.epoch}; plan again from a new snapshot."
             )
         check_plan(host.spec, host.deployment, plan)
+        host.raise_fence()
         now_s = host.now_s()
         ticket = SwitchTicket(
             ticket_id=f"switch-{len(self._tickets):04d}",
@@ -81,6 +86,11 @@ class Switchboard:
         finally:
             self.current = None
             self._on_idle()
+
+    async def until_idle(self) -> None:
+        """Return when no switch runs."""
+        while self.current is not None and self._task is not None:
+            await asyncio.wait([self._task])
 
     def ticket(self, ticket_id: str) -> SwitchTicket:
         if ticket_id not in self._tickets:

@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import connection, parent_process
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 import zmq
 
 from engine.block_manager import BlockManager
+from engine.errors import StaleEpochError
 from engine.executor import WorkerConfig
+from engine.fence import Fence
 from engine.memory import keep_freed_memory, release_memory
 from engine.messages import (
     MIGRATION_CALLS,
@@ -33,6 +36,7 @@ from engine.messages import (
     Call,
     Hello,
     ImportSequences,
+    LimitBlocks,
     Quiesce,
     RankFailed,
     ReleaseRank,
@@ -67,7 +71,8 @@ class Worker:
         self.control = self._connect("w")
         self.ranks: dict[int, RankState] = {}
         self.serving: dict[int, Replica | Follower] = {}
-        self.calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[tuple[int, Call] | None] = queue.SimpleQueue()
+        self.fence = Fence()
         self._migration = MigrationCalls(
             config, torch_device(config), self.sockets, self.ranks, self.serving
         )
@@ -98,7 +103,7 @@ class Worker:
         self.sockets.close()
 
     def _connect(self, kind: str) -> Any:
-        identity = f"{kind}{self.config.device}".encode()
+        identity = f"{kind}{self.config.device}.{self.config.incarnation}".encode()
         return self.sockets.connect(zmq.DEALER, self.config.engine_endpoint, identity)
 
     def _beat(self) -> None:
@@ -124,8 +129,12 @@ class Worker:
         poller.poll(0 if busy else int(STATS_S * 1000))
         while wake.poll(0):
             self.control.send(wake.recv())
+        arrived = []
         while self.control.poll(0):
-            self._handle(decode_to_worker(self.control.recv()))
+            fence, data = self.control.recv_multipart()
+            arrived.append((self.fence.raise_to(int(fence)), decode_to_worker(data)))
+        for fence, message in arrived:  # all have come before any is acted upon
+            self._handle(fence, message)
 
     def _step_all(self) -> None:
         for replica_id, serving in list(self.serving.items()):
@@ -158,9 +167,9 @@ class Worker:
 
     # ---------------------------------------------------------------- messages
 
-    def _handle(self, message: Any) -> None:
+    def _handle(self, fence: int, message: Any) -> None:
         if isinstance(message, MIGRATION_CALLS):
-            self.calls.put(message)
+            self.calls.put((fence, message))
             return
         match message:
             case Submit():
@@ -173,35 +182,46 @@ class Worker:
             case Shutdown():
                 self._stopping = True
             case _:
-                self._send(self._answer(message))
+                self._send(self._answer(fence, message, self._execute))
 
-    def _answer(self, call: Call) -> Reply:
-        """Carry out a call on the serving side; a failure is the caller's to handle."""
+    def _answer(self, fence: int, call: Call, execute: Callable[[Call], Reply]) -> Reply:
+        """Carry out a call, on either thread, unless its switch is over; a failure is the
+        caller's to handle."""
         try:
-            match call:
-                case Activate():
-                    self._activate(call.replica_id, call.peers)
-                case TakeSequences():
-                    sequences = self._leader(call.replica_id).take_sequences()
-                    return Reply(call.call_id, sequences=sequences)
-                case Quiesce():
-                    return self._quiesce(call)
-                case Resume():
-                    self._leader(call.replica_id).resume()
-                case ImportSequences():
-                    leader = self._leader(call.replica_id)
-                    tables, to_fill = leader.import_sequences(call.sequences)
-                    return Reply(call.call_id, block_tables=tables, blocks_to_fill=to_fill)
-                case AdoptSequences():
-                    self._leader(call.replica_id).adopt(call.recompute)
-                case SizeKv():
-                    self._size_kv(call)
-                case ReleaseRank():
-                    self._release(call.replica_id)
-            return Reply(call.call_id)
+            self.fence.check(fence)
+            return execute(call)
+        except StaleEpochError as error:
+            logger.warning("device %d: %s: %s", self.config.device, type(call).__name__, error)
+            return Reply(call.call_id, error=str(error), is_stale=True)
         except Exception as error:
             logger.exception("device %d: %s failed", self.config.device, type(call).__name__)
             return Reply(call.call_id, error=f"{type(error).__name__}: {error}")
+
+    def _execute(self, call: Call) -> Reply:
+        """Calls of the serving side."""
+        match call:
+            case Activate():
+                self._activate(call.replica_id, call.peers)
+            case TakeSequences():
+                sequences = self._leader(call.replica_id).take_sequences()
+                return Reply(call.call_id, sequences=sequences)
+            case Quiesce():
+                return self._quiesce(call)
+            case Resume():
+                self._leader(call.replica_id).resume()
+            case LimitBlocks():
+                self._leader(call.replica_id).scheduler.block_manager.limit(call.max_used)
+            case ImportSequences():
+                leader = self._leader(call.replica_id)
+                tables, to_fill = leader.import_sequences(call.sequences)
+                return Reply(call.call_id, block_tables=tables, blocks_to_fill=to_fill)
+            case AdoptSequences():
+                self._leader(call.replica_id).adopt(call.recompute)
+            case SizeKv():
+                self._size_kv(call)
+            case ReleaseRank():
+                self._release(call.replica_id)
+        return Reply(call.call_id)
 
     def _leader(self, replica_id: int) -> Replica:
         """The leader here, made on first use, before it is activated, for imports."""
@@ -259,13 +279,9 @@ class Worker:
         _use_threads(1)
         wake = self.sockets.context.socket(zmq.PAIR)
         wake.connect(REPLIES)
-        while (call := self.calls.get()) is not None:
-            try:
-                reply = self._migration.execute(call)
-            except Exception as error:
-                logger.exception("device %d: %s failed", self.config.device, type(call).__name__)
-                reply = Reply(call.call_id, error=f"{type(error).__name__}: {error}")
-            wake.send(encode(reply))
+        while (arrived := self.calls.get()) is not None:
+            fence, call = arrived
+            wake.send(encode(self._answer(fence, call, self._migration.execute)))
         wake.close(0)
 
 

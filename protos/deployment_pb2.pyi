@@ -145,7 +145,7 @@ class ModelSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype_bytes: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ...) -> None: ...
 
 class ClusterSpec(_message.Message):
-    __slots__ = ("num_devices", "devices_per_node", "device_memory_bytes", "link_bytes_per_s", "block_size", "model", "max_num_seqs", "max_num_batched_tokens")
+    __slots__ = ("num_devices", "devices_per_node", "device_memory_bytes", "link_bytes_per_s", "block_size", "model", "max_num_seqs", "max_num_batched_tokens", "switch_headroom_bytes")
     NUM_DEVICES_FIELD_NUMBER: _ClassVar[int]
     DEVICES_PER_NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class ClusterSpec(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SWITCH_HEADROOM_BYTES_FIELD_NUMBER: _ClassVar[int]
     num_devices: int
     devices_per_node: int
     device_memory_bytes: int
@@ -162,7 +163,8 @@ class ClusterSpec(_message.Message):
     model: ModelSpec
     max_num_seqs: int
     max_num_batched_tokens: int
-    def __init__(self, num_devices: _Optional[int] = ..., devices_per_node: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., link_bytes_per_s: _Optional[float] = ..., block_size: _Optional[int] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ...) -> None: ...
+    switch_headroom_bytes: int
+    def __init__(self, num_devices: _Optional[int] = ..., devices_per_node: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., link_bytes_per_s: _Optional[float] = ..., block_size: _Optional[int] = ..., model: _Optional[_Union[ModelSpec, _Mapping]] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., switch_headroom_bytes: _Optional[int] = ...) -> None: ...
 
 class RequestOutcome(_message.Message):
     __slots__ = ("request_id", "status", "arrival_s", "first_token_s", "finish_s", "prompt_tokens", "output_tokens", "replica_id", "longest_gap_s", "num_preemptions", "num_moves", "request_class", "client_id")

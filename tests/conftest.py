@@ -46,14 +46,21 @@ def tiny_spec(tiny_model_dir: Path) -> ClusterSpec:
 @pytest.fixture(scope="session")
 def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., Any]:
     """open_engine(key): a context manager that gives an `EngineCluster` of four workers. Options
-    are an executor, a ChannelConfig, devices per node, and fields of WorkerConfig by name."""
+    are an executor, a ChannelConfig, devices per node, a RecoveryConfig, and fields of
+    WorkerConfig by name."""
     from engine.channel import ChannelConfig
     from engine.executor import LocalExecutor, WorkerConfig
     from engine.facade import EngineCluster
     from engine.runtime import EngineRuntime, make_run_dir
+    from engine.worker_pool import RecoveryConfig
 
     def build(
-        key: str, executor: Any, channel: ChannelConfig, per_node: int, fields: Any
+        key: str,
+        executor: Any,
+        channel: ChannelConfig,
+        per_node: int,
+        recovery: RecoveryConfig,
+        fields: Any,
     ) -> EngineRuntime:
         run_dir, spec = make_run_dir(), replace(tiny_spec, devices_per_node=per_node)
         workers = [
@@ -75,7 +82,14 @@ def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., A
         ]
         initial = dense_deployment(parse_deployment_key(key))
         return EngineRuntime(
-            spec, initial, executor, workers, run_dir, max_queue=100, channel_config=channel
+            spec,
+            initial,
+            executor,
+            workers,
+            run_dir,
+            max_queue=100,
+            channel_config=channel,
+            recovery=recovery,
         )
 
     @contextmanager
@@ -84,10 +98,12 @@ def open_engine(tiny_model_dir: Path, tiny_spec: ClusterSpec) -> Callable[..., A
         executor: Any = None,
         channel: ChannelConfig | None = None,
         devices_per_node: int = 4,
+        recovery: RecoveryConfig | None = None,
         **fields: Any,
     ) -> Iterator[EngineCluster]:
         executor, channel = executor or LocalExecutor(), channel or ChannelConfig()
-        build_it = partial(build, key, executor, channel, devices_per_node, fields)
+        recovery = recovery or RecoveryConfig()
+        build_it = partial(build, key, executor, channel, devices_per_node, recovery, fields)
         with EngineCluster(build_it) as cluster:
             yield cluster
 

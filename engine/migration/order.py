@@ -92,26 +92,26 @@ def live_shortage(
     old, KV for one sequence of max_model_len of the new, and staging. Devices of replicas that
     stay do not count: nothing is made there.
     """
-    leaving, coming = _ranks_that_change(current, target)
+    leaving, coming = ranks_that_change(current, target)
     for device in sorted(leaving.keys() | coming.keys()):
         old, new = leaving.get(device), coming.get(device)
-        weights = _union_bytes(spec, old, new)
+        weights = union_bytes(spec, old, new)
         kv = 0
         if old is not None:
-            kv += kv_blocks_used.get(old[0].replica_id, 0) * _block_bytes(spec, *old)
+            kv += kv_blocks_used.get(old[0].replica_id, 0) * block_bytes(spec, *old)
         if new is not None:
-            kv += -(-spec.model.max_model_len // spec.block_size) * _block_bytes(spec, *new)
+            kv += -(-spec.model.max_model_len // spec.block_size) * block_bytes(spec, *new)
         needed = weights + kv + staging_bytes
-        if needed > spec.device_memory_bytes:
+        if needed > spec.switch_memory_bytes:
             return (
                 f"device {device} would need {needed} bytes for both generations ({weights} of "
                 f"weights, {kv} of KV, {staging_bytes} of staging), it has "
-                f"{spec.device_memory_bytes}."
+                f"{spec.switch_memory_bytes}."
             )
     return ""
 
 
-def _ranks_that_change(
+def ranks_that_change(
     current: Deployment, target: Deployment
 ) -> tuple[dict[int, _Rank], dict[int, _Rank]]:
     """By device, (replica, rank) of the replicas that go, and of those that come."""
@@ -128,7 +128,8 @@ def _ranks_that_change(
     return leaving, coming
 
 
-def _union_bytes(spec: ClusterSpec, old: _Rank | None, new: _Rank | None) -> int:
+def union_bytes(spec: ClusterSpec, old: _Rank | None, new: _Rank | None) -> int:
+    """Bytes of the weights of two ranks on one device; an interval that both hold is there once."""
     held = {
         (s.tensor, s.start, s.stop): s.nbytes
         for which in (old, new)
@@ -138,7 +139,8 @@ def _union_bytes(spec: ClusterSpec, old: _Rank | None, new: _Rank | None) -> int
     return sum(held.values())
 
 
-def _block_bytes(spec: ClusterSpec, replica: Replica, rank: int) -> int:
+def block_bytes(spec: ClusterSpec, replica: Replica, rank: int) -> int:
+    """Bytes of one KV block on that rank."""
     return kv_bytes_per_block(spec.model, replica.parallel, rank, spec.block_size)
 
 
@@ -161,7 +163,7 @@ def in_place_order(
     turn: layer by layer; tensor by tensor; the same with old shards parked. Raises InfeasibleError,
     with figures, when no order is found (the search is exhaustive up to MAX_STATES states).
     """
-    leaving, coming = _ranks_that_change(current, target)
+    leaving, coming = ranks_that_change(current, target)
     change = _change(spec, leaving, coming)
     if free_bytes is None:
         free_bytes = {

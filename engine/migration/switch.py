@@ -11,15 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.cluster import Binding, SwitchPhase, SwitchPlan, SwitchTicket, Transfer
+from engine.cluster import Binding, Replica, SwitchPhase, SwitchPlan, SwitchTicket, Transfer
 from engine.errors import UnavailableError
 from engine.messages import (
     AdoptSequences,
     CloseTransfer,
+    LimitBlocks,
     MoveWeights,
     OpenTransfer,
     ReleaseRank,
@@ -27,6 +28,8 @@ from engine.messages import (
     Resume,
 )
 from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.order import default_staging_bytes
+from engine.migration.room import kv_limits
 from engine.migration.sequences import SequenceMove, check_sums, ends_of
 from engine.rank_calls import (
     Endpoints,
@@ -115,7 +118,30 @@ class Switch:
         await await_all(
             call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
         )
+        limits = kv_limits(
+            self.host.spec,
+            self._old,
+            self.plan.target,
+            {r.replica_id: self.host.kv_blocks_used(r.replica_id) for r in self.leaving},
+            default_staging_bytes(self.host.spec),
+        )
+        await self._limit_blocks(self.leaving, limits)
         self._endpoints = await build_ranks(call, self.host.spec, self.coming, nonce, False)
+        await self._limit_blocks(self.coming, limits)
+
+    async def _limit_blocks(
+        self, replicas: Iterable[Replica], limits: Mapping[int, int] | None
+    ) -> None:
+        """Memory is for two while both generations are there. None: all of it is theirs again."""
+        await await_all(
+            self.host.call(
+                r.placement.devices[0],
+                LimitBlocks,
+                replica_id=r.replica_id,
+                max_used=None if limits is None else limits[r.replica_id],
+            )
+            for r in replicas
+        )
 
     async def _transfer(self) -> None:
         await self._move_weights()
@@ -229,6 +255,7 @@ class Switch:
             for r in self.leaving
             for d in r.placement.devices
         )
+        await self._limit_blocks(self.coming, None)
         await await_all(self.host.call(d, CloseTransfer) for d in self.devices)
 
     async def _roll_back(self, error: Exception) -> None:

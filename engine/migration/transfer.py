@@ -26,6 +26,10 @@ from engine.shards import Shard
 WINDOW = 8  # transfers in flight per worker
 
 
+class PeerLostError(Exception):
+    """The other end of a transfer has failed or gone; the cause is there."""
+
+
 @dataclass(slots=True)
 class Moved:
     """What a worker's part of a move came to: the CRC of every transfer by its index, from either
@@ -127,7 +131,10 @@ def exchange(group: Any, jobs: Iterable[Job], pace: Pace) -> Moved:
 
     def finish() -> None:
         for job, work, buffer in window:
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:  # all that gloo raises
+                raise PeerLostError(f"the other end of transfer {job.index} left") from error
             moved.checksums.append((job.index, checksum(buffer)))
             if job.on_received is not None:
                 job.on_received(buffer)

@@ -1,4 +1,4 @@
-"""Token identity: greedy requests through a running engine against transformers' own tokens."""
+"""Token identity: requests through a running engine against tokens of transformers' own model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from engine.migration.plan import plan_switch
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 
-# A difference below this in the reference (top-2 gap for greedy) excuses another token: the order
-# of sums changes with tp degree and batch shape. Logits agree to 1e-4 (test_model).
+# A difference below this in the reference excuses another token: the order of sums changes with tp
+# degree and batch shape. It is the gap of the two best logits for greedy tokens, and for sampled
+# ones how far the drawn number is from where another token begins. Logits agree to 1e-4
+# (test_model).
 EPSILON = 1e-3
 NUM_TOKENS = 24
 PROMPT_LENGTHS = (3, 17, 40, 96)
@@ -25,6 +27,17 @@ class Reference:
     prompt: list[int]
     tokens: list[int]
     gaps: list[float]
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=len(self.tokens),
+            temperature=self.temperature,
+            seed=self.seed,
+            ignore_eos=True,
+        )
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:
@@ -50,6 +63,27 @@ def reference_of(model: Any, tokens: list[int], num_tokens: int) -> Reference:
     return Reference(tokens, out[0, len(tokens) :].tolist(), gaps)
 
 
+def sampled_reference(
+    model: Any, tokens: list[int], num_tokens: int, temperature: float, seed: int
+) -> Reference:
+    """The same for tokens drawn by the inverse of the distribution function at `uniform`."""
+    import torch
+
+    from engine.sampler import uniform
+
+    drawn, gaps = list[int](), list[float]()
+    with torch.inference_mode():
+        for position in range(num_tokens):
+            logits = model(torch.tensor([tokens + drawn])).logits[0, -1].double()
+            cdf = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+            u = uniform(seed, position)
+            token = int(torch.searchsorted(cdf, u, right=True))
+            below = float(cdf[token - 1]) if token else 0.0
+            gaps.append(min(u - below, float(cdf[token]) - u))
+            drawn.append(token)
+    return Reference(tokens, drawn, gaps, temperature, seed)
+
+
 def plan_to(runtime: EngineRuntime, key: str, kv: KvCostParams = MIGRATE) -> SwitchPlan:
     target = parse_deployment_key(key)
     return plan_switch(runtime.spec, runtime.deployment, runtime.epoch, target, kv)
@@ -62,14 +96,9 @@ async def outputs_of(
     at_token: int = 0,
     act: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Run one greedy request per reference; `act` when the first has `at_token` tokens."""
+    """Run one request per reference; `act` when the first has `at_token` tokens."""
     streams = [
-        runtime.generate(
-            f"{name}-{i}",
-            r.prompt,
-            SamplingParams(max_tokens=len(r.tokens), temperature=0.0, ignore_eos=True),
-        )
-        for i, r in enumerate(references)
+        runtime.generate(f"{name}-{i}", r.prompt, r.params) for i, r in enumerate(references)
     ]
 
     async def collect(index: int) -> list[int]:
@@ -91,7 +120,7 @@ async def serve(
     plan: SwitchPlan | None,
     name: str,
 ) -> tuple[list[list[int]], SwitchTicket | None]:
-    """Run one greedy request per reference; apply the plan when the first has `at_token` tokens."""
+    """Run one request per reference; apply the plan when the first has `at_token` tokens."""
     tickets: list[SwitchTicket] = []
 
     def act() -> None:

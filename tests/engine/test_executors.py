@@ -17,7 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from engine.build import build_channel_config
 from engine.channel import ChannelConfig
-from engine.cluster import RequestStatus, SwitchPhase
+from engine.cluster import EventKind, RequestStatus, SwitchPhase
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.parallel import (
@@ -44,7 +44,7 @@ def test_switches_keep_tokens_over_tcp_with_keys_and_staged_tensors(
     channel = ChannelConfig(host=LOOPBACK, keys=make_curve_keys())
     with open_engine(KEYS[0], channel=channel, stage_tensors=True) as cluster:
         runtime = cluster.runtime
-        assert runtime._channel.endpoint.startswith(f"tcp://{LOOPBACK}:")
+        assert runtime.workers.channel.endpoint.startswith(f"tcp://{LOOPBACK}:")
         for key in KEYS[1:]:
             plan = cluster.on_loop(lambda key=key: plan_to(runtime, key))
             outputs, ticket = cluster.run(serve(runtime, references, 5, plan, key), 120)
@@ -171,7 +171,7 @@ def test_staged_tensors_equal_direct_ones() -> None:
 # -------------------------------------------------------------------------------- life and death
 
 
-def test_a_silent_worker_is_killed_and_loses_no_request(
+def test_a_silent_worker_is_killed_replaced_and_loses_no_request(
     open_engine: Any, references: list[Reference]
 ) -> None:
     channel = ChannelConfig(heartbeat_timeout_s=2.0)
@@ -184,7 +184,8 @@ def test_a_silent_worker_is_killed_and_loses_no_request(
             os.kill(process.pid, signal.SIGSTOP)
 
         def is_noticed() -> bool:
-            return bool(runtime.deployment.key == "2xtp1pp1")
+            back = [e for e in runtime.events(0).events if e.kind is EventKind.DEVICE_JOINED]
+            return bool(back)
 
         work = serve_through_loss(runtime, references * 3, stop, is_noticed)
         outputs = cluster.run(work, 120)
@@ -192,4 +193,6 @@ def test_a_silent_worker_is_killed_and_loses_no_request(
         process.wait(10)  # killed, not left stopped
         outcomes = [e.outcome for e in runtime.events(0).events if e.outcome is not None]
         assert [o.status for o in outcomes] == [RequestStatus.FINISHED] * len(outputs)
-        assert cluster.snapshot().dead_devices == (victim,)
+        snapshot = cluster.snapshot()
+        assert (snapshot.dead_devices, snapshot.deployment.key) == ((), "2xtp1pp1")
+        assert runtime._executor.pid(victim) != process.pid

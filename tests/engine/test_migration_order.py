@@ -46,7 +46,7 @@ def spec_of(num_devices: int = 8, num_layers: int = 3, memory: int = 10**6) -> C
             TensorSpec(f"{layer}.norm", (8,), "layer", layer),
         ]
     model = ModelSpec("toy", num_layers, 8, 4, 2, 8, 16, 32, 1, tuple(tensors))
-    return ClusterSpec(num_devices, num_devices, memory, 1e9, 4, model, 8, 64)
+    return ClusterSpec(num_devices, num_devices, memory, 1e9, 4, model, 8, 64, 0)
 
 
 def holdings(model: ModelSpec, deployment: Deployment) -> dict[int, Holding]:

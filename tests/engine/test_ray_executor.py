@@ -22,7 +22,7 @@ from identity import (
 )
 
 from engine.channel import ChannelConfig
-from engine.cluster import RequestStatus, SwitchPhase
+from engine.cluster import EventKind, RequestStatus, SwitchPhase
 from engine.errors import UnavailableError
 from engine.facade import EngineCluster
 from engine.ray_executor import RayConfig, RayExecutor
@@ -77,7 +77,7 @@ def engine(nodes: Any, open_engine: Any) -> Iterator[EngineCluster]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_serve_switch_and_lose_a_node(
     engine: EngineCluster, nodes: Any, references: list[Reference], greedy: Any
 ) -> None:
@@ -99,6 +99,21 @@ def test_serve_switch_and_lose_a_node(
         assert ticket.num_migrated == len(long)
         assert assert_identical(long, outputs) == 0
 
+    def kill_one() -> None:
+        os.kill(executor.pid(1), signal.SIGKILL)
+
+    def is_back() -> bool:
+        return any(e.kind is EventKind.DEVICE_JOINED for e in runtime.events(0).events)
+
+    outputs = engine.run(serve_through_loss(runtime, references, kill_one, is_back), 120)
+    assert assert_identical(references, outputs) == 0
+    assert executor.node_id(1) == homes[1]
+    plan = engine.on_loop(lambda: plan_to(runtime, "2xtp2pp1"))
+    outputs, ticket = engine.run(serve(runtime, references, 2, plan, "back"), 120)
+    assert ticket is not None
+    assert (ticket.phase, ticket.reason) == (SwitchPhase.DONE, "")
+    assert assert_identical(references, outputs) == 0
+
     victim = next(n for n in nodes.list_all_nodes() if n.node_id != nodes.head_node.node_id)
     lost = tuple(d for d in range(4) if homes[d] == victim.node_id)
     raylet = victim.all_processes["raylet"][0].process.pid
@@ -113,7 +128,7 @@ def test_serve_switch_and_lose_a_node(
     assert assert_identical(references * 2, outputs) == 0
     ended = [e.outcome for e in runtime.events(0).events if e.outcome is not None]
     assert {o.status for o in ended} == {RequestStatus.FINISHED}
-    assert len(ended) == 3 * len(references) + 2 * len(long)
+    assert len(ended) == 5 * len(references) + 2 * len(long)
     assert runtime.deployment.key == "1xtp2pp1"
 
 

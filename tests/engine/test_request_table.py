@@ -22,7 +22,7 @@ from engine.events import EventLog
 from engine.live_request import EndedRequest, RequestStream
 from engine.messages import Abort, LeaderStats, Submit, Tokens, TokenUpdate
 from engine.request import SamplingParams
-from engine.request_table import RequestTable
+from engine.request_table import MAX_LOSSES, RequestTable
 
 PARAMS = SamplingParams(max_tokens=8)
 
@@ -185,8 +185,21 @@ def test_requests_of_a_lost_replica_go_on_from_their_tokens(engine: Engine) -> N
     assert [engine.table.num_outstanding(i) for i in (0, 1)] == [0, 1]
     engine.deployment = Deployment(())
     engine.table.requeue(1)
+    assert (engine.table.num_held, engine.ended) == (1, [])  # waits for a replica
+    engine.table.fail_held()
     assert [e.outcome.status for e in engine.ended] == [RequestStatus.FAILED]
+    assert engine.table.num_held == 0
     assert engine.ended[0].outcome.num_moves == 2
+
+
+def test_a_request_under_which_replicas_break_again_and_again_fails(engine: Engine) -> None:
+    engine.add("poison")
+    for _ in range(MAX_LOSSES):
+        engine.table.requeue(engine.sent[-1][0])
+    assert (len(engine.sent), engine.ended) == (1 + MAX_LOSSES, [])
+    engine.table.requeue(engine.sent[-1][0])
+    assert [e.outcome.status for e in engine.ended] == [RequestStatus.FAILED]
+    assert len(engine.sent) == 1 + MAX_LOSSES
 
 
 def test_totals_survive_the_replica_that_counted_them(engine: Engine) -> None:

@@ -201,4 +201,3 @@ def test_a_killed_worker_loses_no_request(open_engine: Any, references: list[Ref
         ended_now = [e.outcome.status for e in events if e.outcome is not None]
         assert ended_now == [RequestStatus.FINISHED] * len(outputs)
         assert [e.device for e in events if e.kind is EventKind.DEVICE_LOST] == [victim]
-        assert cluster.snapshot().dead_devices == (victim,)

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/switch.py`: load, bounds, ports, and the ways without a live switch."""

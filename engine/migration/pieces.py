@@ -1,0 +1,83 @@
+"""Pure: what moves, by symmetry: groups of devices, pieces that the same groups hold and need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from engine.cluster import Deployment
+from engine.migration.roles import IDLE, RoleTable
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Devices that hold the same role and need the same one (`IDLE`: nothing)."""
+
+    held: int
+    needed: int
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes with the same holders and needers (indices of groups); each needer lacks them all.
+
+    `intervals` are (tensor class, start row, stop row). A piece without holders is on disk only.
+    """
+
+    intervals: tuple[tuple[int, int, int], ...]
+    nbytes: int
+    holders: tuple[int, ...]
+    needers: tuple[int, ...]
+
+
+def device_groups(
+    table: RoleTable, current: Deployment, target: Deployment, dead_devices: Iterable[int] = ()
+) -> tuple[Group, ...]:
+    """Every device that is alive and holds or needs something, by its two roles."""
+    held, needed = _roles(table, current), _roles(table, target)
+    members: dict[tuple[int, int], list[int]] = {}
+    for device in sorted((held.keys() | needed.keys()) - set(dead_devices)):
+        pair = held.get(device, IDLE), needed.get(device, IDLE)
+        members.setdefault(pair, []).append(device)
+    return tuple(Group(h, n, tuple(devices)) for (h, n), devices in members.items())
+
+
+def divide(table: RoleTable, groups: Sequence[Group]) -> tuple[Piece, ...]:
+    """Cut every tensor class at the borders of all roles in use, and gather cells that the same
+    groups hold and need."""
+    starts, stops = table.starts.tolist(), table.stops.tolist()
+    gathered: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int, int]]] = {}
+    movers = [i for i, g in enumerate(groups) if table.missing[g.needed, g.held]]
+    for c in range(len(table.classes)):
+        have = [(starts[g.held][c], stops[g.held][c]) for g in groups]
+        need = [(i, starts[groups[i].needed][c], stops[groups[i].needed][c]) for i in movers]
+        need = [(i, a, b) for i, a, b in need if a < have[i][0] or b > have[i][1] if a < b]
+        borders = sorted({x for _, a, b in need for x in (a, b)} | {x for ab in have for x in ab})
+        for start, stop in pairwise(borders):
+            needers = tuple(
+                i
+                for i, a, b in need
+                if a <= start and stop <= b and not (have[i][0] <= start and stop <= have[i][1])
+            )
+            if needers:
+                holders = tuple(i for i, (a, b) in enumerate(have) if a <= start and stop <= b)
+                gathered.setdefault((holders, needers), []).append((c, start, stop))
+    return tuple(
+        Piece(tuple(cells), _nbytes(table, cells), holders, needers)
+        for (holders, needers), cells in gathered.items()
+    )
+
+
+def _nbytes(table: RoleTable, cells: Iterable[tuple[int, int, int]]) -> int:
+    kinds = table.classes
+    return sum((b - a) * kinds[c].row_bytes * len(kinds[c].tensors) for c, a, b in cells)
+
+
+def _roles(table: RoleTable, deployment: Deployment) -> dict[int, int]:
+    return {
+        device: table.first_role(replica.parallel) + rank
+        for replica in deployment.replicas
+        for rank, device in enumerate(replica.placement.devices)
+    }
