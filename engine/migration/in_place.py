@@ -33,22 +33,14 @@ from engine.messages import (
     MoveWeights,
     OpenTransfer,
     Quiesce,
-    ReleaseRank,
     Resume,
     SequenceState,
 )
 from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.new_ranks import NewRanks, release_ranks
 from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
 from engine.migration.sequences import check_sums, choose_replicas, ends_of
-from engine.rank_calls import (
-    Endpoints,
-    activate_ranks,
-    await_all,
-    bind_ranks,
-    build_ranks,
-    host_store,
-    size_kv,
-)
+from engine.rank_calls import await_all, host_store, size_kv
 from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -68,9 +60,7 @@ class InPlaceSwitch:
         self.steps: tuple[InPlaceStep, ...] = ()
         self.journal: list[int] = []
         self._states: list[SequenceState] = []  # of the sequences that were on `leaving`
-        self._endpoints: Endpoints = {}
-        self._tried: set[int] = set()  # new replicas that were to be made ready, by id
-        self._ready: set[int] = set()  # those that are
+        self._new = NewRanks(host, self.coming, ticket.ticket_id)
         self._left_out: list[Replica] = []  # new replicas that could not be completed
         self._kv_is_dropped = False  # of the old ranks
         self._old_is_whole = True  # their weights
@@ -151,9 +141,7 @@ class InPlaceSwitch:
         await await_all(
             host.call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
         )
-        self._endpoints = await build_ranks(
-            host.call, host.spec, self.coming, nonce, from_disk=False, is_bare=True
-        )
+        await self._new.build_bare()
 
     async def _transfer(self) -> None:
         await self._stop_leaving()
@@ -224,21 +212,12 @@ class InPlaceSwitch:
         self._old_is_whole = False
 
     async def _verify(self) -> None:
-        await await_all(map(self._make_ready, self.coming))
-
-    async def _make_ready(self, replica: Replica) -> None:
-        """All weights are there: bind them, make KV caches, serve; nothing comes before commit."""
-        call = self.host.call
-        self._tried.add(replica.replica_id)
-        await bind_ranks(call, [replica])
-        await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
-        await activate_ranks(call, [replica], self._endpoints)
-        self._ready.add(replica.replica_id)
+        await await_all(map(self._new.make_ready, self.coming))
 
     async def _commit(self, target: Deployment) -> None:
-        lost = [d for r in target.replicas if r in self.coming for d in self._dead_devices(r)]
-        if lost:
-            raise UnavailableError(f"workers {lost} died")
+        for replica in target.replicas:
+            if replica in self.coming and self._new.is_lost(replica):
+                raise UnavailableError(self._new.why_lost(replica))
         host, states = self.host, self._states
         owner = choose_replicas(host, target.replicas, self.coming, {}, states)
         host.commit(target, owner)
@@ -262,14 +241,14 @@ class InPlaceSwitch:
             logger.exception("replica %d did not adopt", replica_id)
 
     async def _release(self) -> None:
-        await self._release_ranks([*self.leaving, *self._left_out])
+        await release_ranks(self.host, [*self.leaving, *self._left_out])
         await self._close_transfer()
 
     # ---------------------------------------------------------------- failures
 
     async def _roll_back(self, error: Exception) -> None:
         logger.warning("switch %s rolled back: %s", self.ticket.ticket_id, error)
-        await self._release_ranks(self.coming)
+        await release_ranks(self.host, self.coming)
         for replica, failure in await _try_all(self._restore, self.leaving):
             self.host.lose(replica.replica_id, f"it was not restored: {failure}")
         await self._close_transfer()
@@ -289,16 +268,16 @@ class InPlaceSwitch:
         logger.warning("switch %s rolls forward: %s", self.ticket.ticket_id, error)
         reason = f"rolled forward after: {error}"
         await self._close_transfer()
-        await self._release_ranks(self.leaving)
+        await release_ranks(self.host, self.leaving)
         failures = dict(await _try_all(self._complete, self.coming))
         for replica in self.coming:
-            if dead := self._dead_devices(replica):
-                failures.setdefault(replica, f"workers {dead} died")
+            if self._new.is_lost(replica):
+                failures.setdefault(replica, self._new.why_lost(replica))
         self._left_out = list(failures)
         reason += "".join(f"; left out {r.parallel.key}: {why}" for r, why in failures.items())
         target = Deployment(tuple(r for r in self.plan.target.replicas if r not in failures))
         if not target.replicas:
-            await self._release_ranks(self._left_out)
+            await release_ranks(self.host, self._left_out)
             for replica in self.leaving:
                 self.host.lose(replica.replica_id, reason)
             self._end(SwitchPhase.ROLLED_BACK, reason)
@@ -308,31 +287,10 @@ class InPlaceSwitch:
         return True
 
     async def _complete(self, replica: Replica) -> None:
-        """Make a new replica ready, with the weights it has when those are all of them."""
-        devices, call = set(replica.placement.devices), self.host.call
-        if dead := self._dead_devices(replica):
-            raise UnavailableError(f"workers {dead} died")
-        if replica.replica_id in self._ready:
-            return
-        todo = self.steps[len(self.journal) :]
-        is_whole = not any(d in devices for step in todo for d, _ in step.made)
-        if not is_whole or replica.replica_id in self._tried:
-            await self._release_ranks([replica])
-            nonce = f"{self.ticket.ticket_id}-disk"
-            self._endpoints |= await build_ranks(call, self.host.spec, [replica], nonce, True)
-        await self._make_ready(replica)
-
-    def _dead_devices(self, replica: Replica) -> list[int]:
-        return [d for d in replica.placement.devices if not self.host.is_alive(d)]
-
-    async def _release_ranks(self, replicas: Iterable[Replica]) -> None:
-        """On every device that answers."""
-        calls = [
-            self.host.call(d, ReleaseRank, replica_id=r.replica_id)
-            for r in replicas
-            for d in r.placement.devices
-        ]
-        await asyncio.gather(*calls, return_exceptions=True)
+        """With the weights it has got when those are all of them, else from disk."""
+        devices, todo = set(replica.placement.devices), self.steps[len(self.journal) :]
+        is_whole = not any(device in devices for step in todo for device, _ in step.made)
+        await self._new.complete(replica, is_whole)
 
     async def _close_transfer(self) -> None:
         closed = (self.host.call(d, CloseTransfer) for d in self.devices)
