@@ -357,8 +357,8 @@ class EngineRuntime:
     def publish(self, ticket: SwitchTicket) -> None:
         self._switches.publish(ticket)
 
-    def is_alive(self, device: int) -> bool:
-        return device not in self.dead_devices
+    def lives(self, devices: Iterable[int]) -> dict[int, int | None]:
+        return self.workers.lives(devices)
 
     def lose(self, replica_id: int, reason: str) -> None:
         """A switch leaves this replica broken: it is taken out when the switch has ended."""

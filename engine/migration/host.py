@@ -35,8 +35,8 @@ class SwitchHost(Protocol):
         """Return when none of these requests exists any more, at the latest after `timeout_s`."""
         ...
 
-    def is_alive(self, device: int) -> bool:
-        """Whether its worker is not known to be dead."""
+    def lives(self, devices: Iterable[int]) -> dict[int, int | None]:
+        """The incarnation of each device's worker, None where none is there."""
         ...
 
     def lose(self, replica_id: int, reason: str) -> None:

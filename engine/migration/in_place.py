@@ -1,10 +1,10 @@
 """A switch for when memory is too short for two generations beside each other.
 
 The replicas that go stop and give up their KV caches, so that all their sequences are recomputed;
-then tensors move step by step, and each step frees what the next one needs. Until the first step
-begins the switch can be undone: the old ranks get KV caches again and start their sequences over.
-From then on no generation is whole, so it only goes forward: new ranks that a failure has left
-incomplete are read from disk, and replicas that lack a device are left out.
+then tensors move step by step, and each step frees what the next one needs. Until the first old
+shard is dropped the switch can be undone: the old ranks get KV caches again and start their
+sequences over. From then on no generation is whole, so it only goes forward: new ranks that a
+failure has left incomplete are read from disk, and replicas that lack a device are left out.
 """
 
 from __future__ import annotations
@@ -33,22 +33,14 @@ from engine.messages import (
     MoveWeights,
     OpenTransfer,
     Quiesce,
-    ReleaseRank,
     Resume,
     SequenceState,
 )
 from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.new_ranks import NewRanks, release_ranks
 from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
 from engine.migration.sequences import check_sums, choose_replicas, ends_of
-from engine.rank_calls import (
-    Endpoints,
-    activate_ranks,
-    await_all,
-    bind_ranks,
-    build_ranks,
-    host_store,
-    size_kv,
-)
+from engine.rank_calls import await_all, host_store, size_kv
 from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -68,12 +60,11 @@ class InPlaceSwitch:
         self.steps: tuple[InPlaceStep, ...] = ()
         self.journal: list[int] = []
         self._states: list[SequenceState] = []  # of the sequences that were on `leaving`
-        self._endpoints: Endpoints = {}
-        self._tried: set[int] = set()  # new replicas that were to be made ready, by id
-        self._ready: set[int] = set()  # those that are
+        self._new = NewRanks(host, self.coming, ticket.ticket_id)
         self._left_out: list[Replica] = []  # new replicas that could not be completed
-        self._is_dropped = False  # the KV of the old ranks
-        self._has_begun = self._cancelled = self._committed = False
+        self._kv_is_dropped = False  # of the old ranks
+        self._old_is_whole = True  # their weights
+        self._cancelled = self._committed = False
         self._paused_at_s: float | None = None
 
     # ---------------------------------------------------------------- life
@@ -83,11 +74,11 @@ class InPlaceSwitch:
         return self._committed
 
     def cancel(self) -> None:
-        """Takes effect before the first step; later the ticket says that it does not."""
-        if not self._has_begun:
+        """Takes effect while the old weights are whole; later the ticket says that it does not."""
+        if self._old_is_whole:
             self._cancelled = True
         elif not self._committed:
-            self._update(reason="cannot be cancelled: the first step has begun, it rolls forward")
+            self._update(reason="cannot be cancelled: old weights are gone, it rolls forward")
 
     async def run(self) -> None:
         """The whole switch."""
@@ -110,7 +101,7 @@ class InPlaceSwitch:
         if self._committed:
             logger.exception("switch %s: failed after its commit", self.ticket.ticket_id)
             return True
-        if self._has_begun:
+        if not self._old_is_whole:
             return await self._roll_forward(error)
         await self._roll_back(error)
         return False
@@ -127,7 +118,7 @@ class InPlaceSwitch:
         self._update(phase_s=(*self.ticket.phase_s, (phase.value, elapsed_s)))
 
     def _stop_if_cancelled(self) -> None:
-        if self._cancelled and not self._has_begun:
+        if self._cancelled and self._old_is_whole:
             raise SwitchCancelledError("cancelled on request")
 
     def _update(self, **changes: Any) -> None:
@@ -150,16 +141,12 @@ class InPlaceSwitch:
         await await_all(
             host.call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
         )
-        self._endpoints = await build_ranks(
-            host.call, host.spec, self.coming, nonce, from_disk=False, is_bare=True
-        )
+        await self._new.build_bare()
 
     async def _transfer(self) -> None:
         await self._stop_leaving()
         for number, step in enumerate(self.steps):
-            self._stop_if_cancelled()
             self.host.failpoint(f"before_step_{number}")
-            self._has_begun = True
             await self._move(step)
             self.journal.append(number)
             self.host.failpoint(f"after_step_{number}")
@@ -176,7 +163,7 @@ class InPlaceSwitch:
         )
         self._states = [state for reply in replies for state in reply.sequences]
         self._update(bindings=tuple(map(self._bind, self._states)))
-        self._is_dropped = True
+        self._kv_is_dropped = True
         await await_all(size_kv(self.host.call, r, 0) for r in self.leaving)
 
     def _bind(self, state: SequenceState) -> BoundSequence:
@@ -193,6 +180,8 @@ class InPlaceSwitch:
         """One step, see `InPlaceStep`. Nothing is freed before every copy has been checked."""
         call, old, new = self.host.call, _replica_on(self.leaving), _replica_on(self.coming)
         parked = _by_device(step.parked)
+        if parked:
+            self._let_go_of_old()
         await await_all(
             call(d, MakeShards, replica_id=new[d], tensors=names, parked=parked.get(d, []))
             for d, names in _by_device(step.made).items()
@@ -210,27 +199,25 @@ class InPlaceSwitch:
         check_sums(replies, "weight")
         sent_bytes = sum(reply.sent_bytes for reply in replies)
         self._update(moved_bytes=self.ticket.moved_bytes + sent_bytes)
+        if step.freed:
+            self._let_go_of_old()
         await await_all(
             call(d, FreeShards, replica_id=old[d], tensors=names)
             for d, names in _by_device(step.freed).items()
         )
 
-    async def _verify(self) -> None:
-        await await_all(map(self._make_ready, self.coming))
+    def _let_go_of_old(self) -> None:
+        """From here on there is no way back."""
+        self._stop_if_cancelled()
+        self._old_is_whole = False
 
-    async def _make_ready(self, replica: Replica) -> None:
-        """All weights are there: bind them, make KV caches, serve; nothing comes before commit."""
-        call = self.host.call
-        self._tried.add(replica.replica_id)
-        await bind_ranks(call, [replica])
-        await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
-        await activate_ranks(call, [replica], self._endpoints)
-        self._ready.add(replica.replica_id)
+    async def _verify(self) -> None:
+        await await_all(map(self._new.make_ready, self.coming))
 
     async def _commit(self, target: Deployment) -> None:
-        lost = [d for r in target.replicas if r in self.coming for d in self._dead_devices(r)]
-        if lost:
-            raise UnavailableError(f"workers {lost} died")
+        for replica in target.replicas:
+            if replica in self.coming and self._new.is_lost(replica):
+                raise UnavailableError(self._new.why_lost(replica))
         host, states = self.host, self._states
         owner = choose_replicas(host, target.replicas, self.coming, {}, states)
         host.commit(target, owner)
@@ -254,14 +241,14 @@ class InPlaceSwitch:
             logger.exception("replica %d did not adopt", replica_id)
 
     async def _release(self) -> None:
-        await self._release_ranks([*self.leaving, *self._left_out])
+        await release_ranks(self.host, [*self.leaving, *self._left_out])
         await self._close_transfer()
 
     # ---------------------------------------------------------------- failures
 
     async def _roll_back(self, error: Exception) -> None:
         logger.warning("switch %s rolled back: %s", self.ticket.ticket_id, error)
-        await self._release_ranks(self.coming)
+        await release_ranks(self.host, self.coming)
         for replica, failure in await _try_all(self._restore, self.leaving):
             self.host.lose(replica.replica_id, f"it was not restored: {failure}")
         await self._close_transfer()
@@ -271,7 +258,7 @@ class InPlaceSwitch:
 
     async def _restore(self, replica: Replica) -> None:
         call = self.host.call
-        if self._is_dropped:
+        if self._kv_is_dropped:
             await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
         await call(_leader(replica), Resume, replica_id=replica.replica_id)
 
@@ -281,16 +268,16 @@ class InPlaceSwitch:
         logger.warning("switch %s rolls forward: %s", self.ticket.ticket_id, error)
         reason = f"rolled forward after: {error}"
         await self._close_transfer()
-        await self._release_ranks(self.leaving)
+        await release_ranks(self.host, self.leaving)
         failures = dict(await _try_all(self._complete, self.coming))
         for replica in self.coming:
-            if dead := self._dead_devices(replica):
-                failures.setdefault(replica, f"workers {dead} died")
+            if self._new.is_lost(replica):
+                failures.setdefault(replica, self._new.why_lost(replica))
         self._left_out = list(failures)
         reason += "".join(f"; left out {r.parallel.key}: {why}" for r, why in failures.items())
         target = Deployment(tuple(r for r in self.plan.target.replicas if r not in failures))
         if not target.replicas:
-            await self._release_ranks(self._left_out)
+            await release_ranks(self.host, self._left_out)
             for replica in self.leaving:
                 self.host.lose(replica.replica_id, reason)
             self._end(SwitchPhase.ROLLED_BACK, reason)
@@ -300,31 +287,10 @@ class InPlaceSwitch:
         return True
 
     async def _complete(self, replica: Replica) -> None:
-        """Make a new replica ready, with the weights it has when those are all of them."""
-        devices, call = set(replica.placement.devices), self.host.call
-        if dead := self._dead_devices(replica):
-            raise UnavailableError(f"workers {dead} died")
-        if replica.replica_id in self._ready:
-            return
-        todo = self.steps[len(self.journal) :]
-        is_whole = not any(d in devices for step in todo for d, _ in step.made)
-        if not is_whole or replica.replica_id in self._tried:
-            await self._release_ranks([replica])
-            nonce = f"{self.ticket.ticket_id}-disk"
-            self._endpoints |= await build_ranks(call, self.host.spec, [replica], nonce, True)
-        await self._make_ready(replica)
-
-    def _dead_devices(self, replica: Replica) -> list[int]:
-        return [d for d in replica.placement.devices if not self.host.is_alive(d)]
-
-    async def _release_ranks(self, replicas: Iterable[Replica]) -> None:
-        """On every device that answers."""
-        calls = [
-            self.host.call(d, ReleaseRank, replica_id=r.replica_id)
-            for r in replicas
-            for d in r.placement.devices
-        ]
-        await asyncio.gather(*calls, return_exceptions=True)
+        """With the weights it has got when those are all of them, else from disk."""
+        devices, todo = set(replica.placement.devices), self.steps[len(self.journal) :]
+        is_whole = not any(device in devices for step in todo for device, _ in step.made)
+        await self._new.complete(replica, is_whole)
 
     async def _close_transfer(self) -> None:
         closed = (self.host.call(d, CloseTransfer) for d in self.devices)
