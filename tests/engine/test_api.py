@@ -19,13 +19,14 @@ from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 from engine.app import bind_http, http_server
 from engine.build import build_runtime
-from engine.cluster import RequestOutcome, RequestStatus
+from engine.cluster import RequestOutcome, RequestStatus, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
+from engine.wire import from_proto
 from protos import engine_pb2, engine_pb2_grpc
 
 WAIT_S = 30.0
@@ -572,3 +573,43 @@ def test_ready_and_draining(open_engine: Any, tiny_model_dir: Path) -> None:
         assert drained.result(WAIT_S)
         assert events[-1] == "data: [DONE]"
         assert json.loads(events[-2][6:])["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_switch_by_target_key(doors: Doors, stub: Any) -> None:
+    """A dry run tells what it would cost and changes nothing; then every state of the ticket."""
+    runtime = doors.runtime
+    before = doors.engine.snapshot()
+    request = engine_pb2.ApplySwitchRequest(target_key="1xtp2pp1", dry_run=True)
+    (answer,) = list(stub.ApplySwitch(request, timeout=WAIT_S))
+    assert not answer.HasField("ticket")
+    plan = from_proto(SwitchPlan, answer.plan)
+    assert (plan.target.key, plan.expected_epoch) == ("1xtp2pp1", before.epoch)
+    assert plan.weight_bytes == plan.lower_bound_bytes == 0  # each half is there
+    assert doors.engine.snapshot().deployment == before.deployment
+
+    back = before.deployment.key
+    for key in ("1xtp2pp1", back):
+        request = engine_pb2.ApplySwitchRequest(target_key=key)
+        states = [
+            from_proto(SwitchTicket, a.ticket) for a in stub.ApplySwitch(request, timeout=WAIT_S)
+        ]
+        assert states[0].phase is SwitchPhase.PREPARE
+        assert states[-1].phase is SwitchPhase.DONE
+        assert [s.moved_bytes for s in states] == sorted(s.moved_bytes for s in states)
+    assert states[-1].planned_bytes == states[-1].weight_bytes > 0
+    assert states[-1].moved_bytes >= states[-1].weight_bytes
+    text = httpx.get(f"{doors.url}/metrics").text
+    labels = 'mode="live",model_name="tiny",outcome="done"'
+    assert f"tidewright:switches_total{{{labels}}} 2.0" in text
+    assert "tidewright:switch_pause_seconds_count" in text
+
+    for wrong, code in (
+        (engine_pb2.ApplySwitchRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+        (engine_pb2.ApplySwitchRequest(target_key="9xtp1pp1", dry_run=True), None),
+        (engine_pb2.ApplySwitchRequest(target_key="nonsense"), None),
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.ApplySwitch(wrong, timeout=WAIT_S))
+        assert refused.value.code() is (code or refused.value.code())
+        assert refused.value.details()
+    assert runtime.deployment.key == back
