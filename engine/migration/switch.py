@@ -41,7 +41,7 @@ from engine.rank_calls import (
 )
 
 logger = logging.getLogger(__name__)
-BATCH_BYTES = 32 << 20  # of weights between two looks at progress and cancellation
+BATCH_BYTES = 128 << 20  # of weights between two looks at progress and cancellation
 MAX_ROUNDS = 5  # of KV copies while sequences run
 DRAIN_SLACK = 1.5  # a sequence may take so much longer than predicted to end
 

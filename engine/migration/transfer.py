@@ -1,15 +1,16 @@
 """Moves tensor slices and KV blocks between workers. The plan says what; this only carries it out.
 
-Both ends work through their part of one global order in windows. The first unfinished transfer of
-that order is in the present window of both its ends, so no cycle of waits can arise. A window
-bounds the staging memory, and a sender goes no faster than its receiver takes. Buffers are in host
-memory, also between GPUs: the transfer group is gloo on every device.
+Both ends work through their part of one global order, a few transfers at a time. The first
+unfinished transfer of that order is under way at both its ends, so no cycle of waits can arise.
+That few bounds the staging memory, and a sender goes no faster than its receiver takes. Buffers are
+in host memory, also between GPUs: the transfer group is gloo on every device.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -125,12 +126,13 @@ def _shard_shape(whole: tuple[int, ...], shard: Shard) -> tuple[int, ...]:
 
 
 def exchange(group: Any, jobs: Iterable[Job], pace: Pace) -> Moved:
-    """Run jobs in windows of the order given."""
+    """Run jobs in the order given, at most WINDOW of them at once."""
     moved = Moved()
-    window: list[tuple[Job, Any, Tensor]] = []
+    window: deque[tuple[Job, Any, Tensor]] = deque()
 
-    def finish() -> None:
-        for job, work, buffer in window:
+    def finish_down_to(count: int) -> None:
+        while len(window) > count:
+            job, work, buffer = window.popleft()
             try:
                 work.wait()
             except RuntimeError as error:  # all that gloo raises
@@ -138,18 +140,16 @@ def exchange(group: Any, jobs: Iterable[Job], pace: Pace) -> Moved:
             moved.checksums.append((job.index, checksum(buffer)))
             if job.on_received is not None:
                 job.on_received(buffer)
-        window.clear()
 
     for job in jobs:
-        if job.forwards or len(window) == WINDOW:
-            finish()
+        finish_down_to(0 if job.forwards else WINDOW - 1)
         buffer = job.buffer()
         if job.on_received is None:
             pace.wait(buffer.nbytes)
             moved.sent_bytes += buffer.nbytes
         start = group.send if job.on_received is None else group.recv
         window.append((job, start([buffer], job.peer, job.index), buffer))
-    finish()
+    finish_down_to(0)
     return moved
 
 
