@@ -73,6 +73,8 @@ class Follower:
     """A rank that runs what its leader sends. Owns perhaps an output socket. `peers` are the
     input endpoints of all ranks, in rank order."""
 
+    active = True  # there is none before it serves
+
     def __init__(self, state: RankState, sockets: Sockets, peers: list[str]) -> None:
         self.state, self.inputs = state, state.inputs
         self._outputs = None

@@ -157,9 +157,12 @@ class MigrationCalls:
         return endpoint
 
     def _held(self) -> dict[str, tuple[Shard, torch.Tensor]]:
-        """Shards of the rank that serves here, if any."""
+        """Shards of the rank that serves here, if any. A new leader may be there already, to
+        take sequences in, before it serves: what it holds is only coming."""
         held: dict[str, tuple[Shard, torch.Tensor]] = {}
-        for replica_id in list(self._serving):
+        for replica_id, serving in list(self._serving.items()):
+            if not serving.active:
+                continue
             state = self._ranks[replica_id]
             held |= {
                 s.tensor: (s, state.weights[s.tensor])
