@@ -201,3 +201,20 @@ def test_a_killed_worker_loses_no_request(open_engine: Any, references: list[Ref
         ended_now = [e.outcome.status for e in events if e.outcome is not None]
         assert ended_now == [RequestStatus.FINISHED] * len(outputs)
         assert [e.device for e in events if e.kind is EventKind.DEVICE_LOST] == [victim]
+
+
+def test_a_new_copy_forwards_what_it_received(
+    open_engine: Any, references: list[Reference]
+) -> None:
+    """One replica becomes four: the plan has devices send on what came a moment before."""
+    with open_engine("1xtp1pp1") as cluster:
+        runtime = cluster.runtime
+        for key in ("4xtp1pp1", "1xtp1pp1", "2xtp2pp1"):
+            plan = cluster.on_loop(lambda key=key: plan_to(runtime, key))
+            forwarding = {t.src for t in plan.transfers} - runtime.deployment.devices
+            assert forwarding or key != "4xtp1pp1"
+            outputs, ticket = cluster.run(serve(runtime, references, 3, plan, f"to-{key}"), 120)
+            assert ticket is not None
+            assert ticket.phase is SwitchPhase.DONE, ticket.reason
+            assert ticket.moved_bytes >= plan.weight_bytes == plan.lower_bound_bytes
+            assert assert_identical(references, outputs) == 0
