@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
-from typing import Any
 
 from engine.cluster import (
     Binding,
@@ -27,36 +25,29 @@ from engine.cluster import (
 from engine.errors import UnavailableError
 from engine.messages import (
     AdoptSequences,
-    CloseTransfer,
     FreeShards,
     MakeShards,
     MoveWeights,
-    OpenTransfer,
     Quiesce,
     Resume,
     SequenceState,
 )
-from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.host import SwitchHost
 from engine.migration.new_ranks import NewRanks, release_ranks
 from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
+from engine.migration.phases import PhasedSwitch
 from engine.migration.sequences import check_sums, choose_replicas, ends_of
-from engine.rank_calls import await_all, host_store, size_kv
+from engine.rank_calls import await_all, size_kv
 from engine.shards import num_kv_blocks
 
 logger = logging.getLogger(__name__)
 
 
-class InPlaceSwitch:
-    """Runs one plan. `ticket` is always the latest state; `run` never raises. `journal` lists the
-    steps that are done, by number."""
+class InPlaceSwitch(PhasedSwitch):
+    """`journal` lists the steps that are done, by number."""
 
     def __init__(self, host: SwitchHost, plan: SwitchPlan, ticket: SwitchTicket) -> None:
-        self.host, self.plan, self.ticket = host, plan, ticket
-        self._old = host.deployment
-        kept = set(self._old.replicas) & set(plan.target.replicas)
-        self.leaving = [r for r in self._old.replicas if r not in kept]
-        self.coming = [r for r in plan.target.replicas if r not in kept]
-        self.devices = sorted(self._old.devices | plan.target.devices)
+        super().__init__(host, plan, ticket)
         self.steps: tuple[InPlaceStep, ...] = ()
         self.journal: list[int] = []
         self._states: list[SequenceState] = []  # of the sequences that were on `leaving`
@@ -64,72 +55,22 @@ class InPlaceSwitch:
         self._left_out: list[Replica] = []  # new replicas that could not be completed
         self._kv_is_dropped = False  # of the old ranks
         self._old_is_whole = True  # their weights
-        self._cancelled = self._committed = False
-        self._paused_at_s: float | None = None
-
-    # ---------------------------------------------------------------- life
 
     @property
-    def committed(self) -> bool:
-        return self._committed
+    def can_roll_back(self) -> bool:
+        return self._old_is_whole and not self._committed
 
     def cancel(self) -> None:
         """Takes effect while the old weights are whole; later the ticket says that it does not."""
-        if self._old_is_whole:
-            self._cancelled = True
-        elif not self._committed:
-            self._update(reason="cannot be cancelled: old weights are gone, it rolls forward")
-
-    async def run(self) -> None:
-        """The whole switch."""
-        try:
-            await self._phase(SwitchPhase.PREPARE, self._prepare)
-            await self._phase(SwitchPhase.TRANSFER, self._transfer)
-            await self._phase(SwitchPhase.VERIFY, self._verify)
-            await self._phase(SwitchPhase.COMMIT, lambda: self._commit(self.plan.target))
-        except Exception as error:
-            if not await self._recover(error):
-                return
-        try:
-            await self._phase(SwitchPhase.RELEASE, self._release)
-        except Exception:  # the new deployment serves; a rank that cannot be freed is logged
-            logger.exception("switch %s: release failed", self.ticket.ticket_id)
-        self._update(phase=SwitchPhase.DONE)
-
-    async def _recover(self, error: Exception) -> bool:
-        """Whether the switch goes through in spite of `error`."""
-        if self._committed:
-            logger.exception("switch %s: failed after its commit", self.ticket.ticket_id)
-            return True
-        if not self._old_is_whole:
-            return await self._roll_forward(error)
-        await self._roll_back(error)
-        return False
-
-    async def _phase(self, phase: SwitchPhase, work: Callable[[], Awaitable[None]]) -> None:
-        self._stop_if_cancelled()
-        started_s = self.host.now_s()
-        if phase is not SwitchPhase.COMMIT:  # that phase is announced when it is a fact
-            self._update(phase=phase)
-        self.host.failpoint(f"before_{phase}")
-        await work()
-        self.host.failpoint(f"after_{phase}")
-        elapsed_s = self.host.now_s() - started_s
-        self._update(phase_s=(*self.ticket.phase_s, (phase.value, elapsed_s)))
-
-    def _stop_if_cancelled(self) -> None:
-        if self._cancelled and self._old_is_whole:
-            raise SwitchCancelledError("cancelled on request")
-
-    def _update(self, **changes: Any) -> None:
-        self.ticket = replace(self.ticket, updated_s=self.host.now_s(), **changes)
-        self.host.publish(self.ticket)
+        super().cancel()
+        if not self.can_roll_back and not self._committed:
+            self.update(reason="cannot be cancelled: old weights are gone, it rolls forward")
 
     # ---------------------------------------------------------------- phases
 
-    async def _prepare(self) -> None:
+    async def prepare(self) -> None:
         """The steps; groups and modules of the new ranks, while the old ones serve."""
-        host, nonce, devices = self.host, self.ticket.ticket_id, self.devices
+        host = self.host
         self.steps = in_place_order(
             host.spec,
             self._old,
@@ -137,32 +78,28 @@ class InPlaceSwitch:
             self.plan.transfers,
             default_staging_bytes(host.spec),
         )
-        store = await host_store(host.call, devices[0], f"move-{nonce}")
-        await await_all(
-            host.call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
-        )
+        await self.open_transfer()
         await self._new.build_bare()
 
-    async def _transfer(self) -> None:
+    async def transfer(self) -> None:
         await self._stop_leaving()
         for number, step in enumerate(self.steps):
             self.host.failpoint(f"before_step_{number}")
             await self._move(step)
             self.journal.append(number)
             self.host.failpoint(f"after_step_{number}")
-        self._update(weight_bytes=self.plan.weight_bytes)
+        self.update(weight_bytes=self.plan.weight_bytes)
 
     async def _stop_leaving(self) -> None:
         """The replicas that go stand still, and their KV is given up."""
         if not self.leaving:
             return
-        self._paused_at_s = self.host.now_s()
-        self.host.hold(r.replica_id for r in self.leaving)
+        self.begin_pause()
         replies = await await_all(
             self.host.call(_leader(r), Quiesce, replica_id=r.replica_id) for r in self.leaving
         )
         self._states = [state for reply in replies for state in reply.sequences]
-        self._update(bindings=tuple(map(self._bind, self._states)))
+        self.update(bindings=tuple(map(self._bind, self._states)))
         self._kv_is_dropped = True
         await await_all(size_kv(self.host.call, r, 0) for r in self.leaving)
 
@@ -198,7 +135,7 @@ class InPlaceSwitch:
         )
         check_sums(replies, "weight")
         sent_bytes = sum(reply.sent_bytes for reply in replies)
-        self._update(moved_bytes=self.ticket.moved_bytes + sent_bytes)
+        self.update(moved_bytes=self.ticket.moved_bytes + sent_bytes)
         if step.freed:
             self._let_go_of_old()
         await await_all(
@@ -208,13 +145,16 @@ class InPlaceSwitch:
 
     def _let_go_of_old(self) -> None:
         """From here on there is no way back."""
-        self._stop_if_cancelled()
+        self.stop_if_cancelled()
         self._old_is_whole = False
 
-    async def _verify(self) -> None:
+    async def verify(self) -> None:
         await await_all(map(self._new.make_ready, self.coming))
 
-    async def _commit(self, target: Deployment) -> None:
+    async def commit(self) -> None:
+        await self._commit_to(self.plan.target)
+
+    async def _commit_to(self, target: Deployment) -> None:
         for replica in target.replicas:
             if replica in self.coming and self._new.is_lost(replica):
                 raise UnavailableError(self._new.why_lost(replica))
@@ -227,9 +167,9 @@ class InPlaceSwitch:
             for r in target.replicas
             if r.replica_id in owner.values()
         )
-        self._end_pause()
+        self.end_pause()
         host.abort_ended(owner)
-        self._update(phase=SwitchPhase.COMMIT, num_recomputed=len(states))
+        self.update(phase=SwitchPhase.COMMIT, num_recomputed=len(states))
 
     async def _adopt(self, replica: Replica, states: list[SequenceState]) -> None:
         replica_id = replica.replica_id
@@ -240,21 +180,17 @@ class InPlaceSwitch:
         except UnavailableError:  # its loss is noticed apart and its requests requeued
             logger.exception("replica %d did not adopt", replica_id)
 
-    async def _release(self) -> None:
+    async def release(self) -> None:
         await release_ranks(self.host, [*self.leaving, *self._left_out])
-        await self._close_transfer()
+        await self.close_transfer()
 
     # ---------------------------------------------------------------- failures
 
-    async def _roll_back(self, error: Exception) -> None:
-        logger.warning("switch %s rolled back: %s", self.ticket.ticket_id, error)
+    async def roll_back(self, error: Exception) -> None:
         await release_ranks(self.host, self.coming)
         for replica, failure in await _try_all(self._restore, self.leaving):
             self.host.lose(replica.replica_id, f"it was not restored: {failure}")
-        await self._close_transfer()
-        cancelled = isinstance(error, SwitchCancelledError)
-        phase = SwitchPhase.CANCELLED if cancelled else SwitchPhase.ROLLED_BACK
-        self._end(phase, str(error) or type(error).__name__)
+        await self.close_transfer()
 
     async def _restore(self, replica: Replica) -> None:
         call = self.host.call
@@ -262,12 +198,11 @@ class InPlaceSwitch:
             await size_kv(call, replica, num_kv_blocks(self.host.spec, replica.parallel))
         await call(_leader(replica), Resume, replica_id=replica.replica_id)
 
-    async def _roll_forward(self, error: Exception) -> bool:
+    async def roll_forward(self, error: Exception) -> bool:
         """Commit to all that can be completed. False when that is nothing: then the old replicas
         are the engine's to recover from."""
-        logger.warning("switch %s rolls forward: %s", self.ticket.ticket_id, error)
         reason = f"rolled forward after: {error}"
-        await self._close_transfer()
+        await self.close_transfer()
         await release_ranks(self.host, self.leaving)
         failures = dict(await _try_all(self._complete, self.coming))
         for replica in self.coming:
@@ -280,10 +215,12 @@ class InPlaceSwitch:
             await release_ranks(self.host, self._left_out)
             for replica in self.leaving:
                 self.host.lose(replica.replica_id, reason)
-            self._end(SwitchPhase.ROLLED_BACK, reason)
+            self.host.unhold()
+            self.end_pause()
+            self.update(phase=SwitchPhase.ROLLED_BACK, reason=reason)
             return False
-        self._update(reason=reason, to_key=target.key)
-        await self._commit(target)
+        self.update(reason=reason, to_key=target.key)
+        await self._commit_to(target)
         return True
 
     async def _complete(self, replica: Replica) -> None:
@@ -291,21 +228,6 @@ class InPlaceSwitch:
         devices, todo = set(replica.placement.devices), self.steps[len(self.journal) :]
         is_whole = not any(device in devices for step in todo for device, _ in step.made)
         await self._new.complete(replica, is_whole)
-
-    async def _close_transfer(self) -> None:
-        closed = (self.host.call(d, CloseTransfer) for d in self.devices)
-        await asyncio.gather(*closed, return_exceptions=True)
-
-    def _end(self, phase: SwitchPhase, reason: str) -> None:
-        """Without a commit."""
-        self.host.unhold()
-        self._end_pause()
-        self._update(phase=phase, reason=reason)
-
-    def _end_pause(self) -> None:
-        if self._paused_at_s is not None:
-            self._update(pause_s=self.host.now_s() - self._paused_at_s)
-            self._paused_at_s = None
 
 
 async def _try_all(
