@@ -18,12 +18,22 @@ import zmq
 import zmq.asyncio
 
 from engine.errors import StaleEpochError, UnavailableError
-from engine.messages import UNDO_CALLS, Beat, Hello, Reply, Shutdown, decode_to_engine, encode
+from engine.messages import (
+    MIGRATION_CALLS,
+    UNDO_CALLS,
+    Beat,
+    Hello,
+    Reply,
+    Shutdown,
+    decode_to_engine,
+    encode,
+)
 from engine.sockets import CurveKeys, Sockets
 
 logger = logging.getLogger(__name__)
 CALL_TIMEOUT_S = 60.0
 WATCH_INTERVAL_S = 0.25
+SERVING, MIGRATION = SOCKETS = (b"w", b"m")  # of a worker: what its identities begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +52,17 @@ class _Peer:
 
     device: int
     incarnation: int = 0
-    has_said_hello: bool = False
+    hellos: set[bytes] = field(default_factory=set)  # sockets that have reported
     is_dead: bool = False
     silent_s: float = 0.0
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # it said hello, or is dead
 
     @property
     def is_there(self) -> bool:
-        return self.has_said_hello and not self.is_dead
+        return len(self.hellos) == len(SOCKETS) and not self.is_dead
 
-    @property
-    def identity(self) -> bytes:
-        return f"w{self.device}.{self.incarnation}".encode()
+    def identity(self, socket: bytes) -> bytes:
+        return socket + f"{self.device}.{self.incarnation}".encode()
 
 
 class WorkerChannel:
@@ -106,7 +115,8 @@ class WorkerChannel:
         if peer.is_there:
             # a ROUTER queues without blocking below its high-water mark
             fence = str(self.fence).encode()
-            self._socket.send_multipart([peer.identity, fence, encode(message)])
+            socket = MIGRATION if isinstance(message, MIGRATION_CALLS) else SERVING
+            self._socket.send_multipart([peer.identity(socket), fence, encode(message)])
 
     async def call(self, device: int, kind: type[Any], **fields: Any) -> Reply:
         """Send a call and await its reply. Raises UnavailableError on error, death or deadline,
@@ -168,8 +178,9 @@ class WorkerChannel:
             message = decode_to_engine(data)
             match message:
                 case Hello():
-                    peer.has_said_hello = True
-                    peer.settled.set()
+                    peer.hellos.add(identity[:1])
+                    if peer.is_there:
+                        peer.settled.set()
                     if self._is_closing:
                         self.send(peer.device, Shutdown())
                 case Beat():

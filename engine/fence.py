@@ -7,18 +7,22 @@ a long one, can't act for a switch that is over.
 
 from __future__ import annotations
 
+from threading import Lock
+
 from engine.errors import StaleEpochError
 
 
 class Fence:
-    """The highest number that this process has heard of. One thread raises it, any may check."""
+    """The highest number that this process has heard of, by whichever socket."""
 
     def __init__(self) -> None:
         self._highest = 0
+        self._lock = Lock()
 
     def raise_to(self, number: int) -> int:
         """Take note of a number that came; returns it."""
-        self._highest = max(self._highest, number)
+        with self._lock:
+            self._highest = max(self._highest, number)
         return number
 
     def check(self, number: int) -> None:

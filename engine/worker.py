@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing import connection, parent_process
 from typing import Any
@@ -28,7 +28,6 @@ from engine.executor import WorkerConfig
 from engine.fence import Fence
 from engine.memory import keep_freed_memory, release_memory
 from engine.messages import (
-    MIGRATION_CALLS,
     Abort,
     Activate,
     AdoptSequences,
@@ -59,7 +58,7 @@ from engine.sockets import Sockets
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5  # signs of life
 STATS_S = 0.2  # load of an idle leader
-REPLIES = "inproc://replies"
+MIGRATION_POLL_S = 0.2
 
 
 class Worker:
@@ -71,7 +70,6 @@ class Worker:
         self.control = self._connect("w")
         self.ranks: dict[int, RankState] = {}
         self.serving: dict[int, Replica | Follower] = {}
-        self.calls: queue.SimpleQueue[tuple[int, Call] | None] = queue.SimpleQueue()
         self.fence = Fence()
         self._migration = MigrationCalls(
             config, torch_device(config), self.sockets, self.ranks, self.serving
@@ -86,20 +84,18 @@ class Worker:
         """Serve until told to shut down. The only place that ends this process in order."""
         _use_threads(self.config.num_threads)
         keep_freed_memory()
-        wake = self.sockets.context.socket(zmq.PAIR)
-        wake.bind(REPLIES)
         migration = threading.Thread(target=self._migrate, name="migration", daemon=True)
         migration.start()
         self._send(Hello(self.config.device, os.getpid()))
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         heart.start()
         while not self._stopping:
-            self._poll(wake)
+            self._poll()
             self._step_all()
             self._send_stats()
-        self.calls.put(None)
         self._ended.set()
         heart.join()
+        migration.join(2 * MIGRATION_POLL_S)  # it may be waiting for a peer
         self.sockets.close()
 
     def _connect(self, kind: str) -> Any:
@@ -115,11 +111,10 @@ class Worker:
     def _send(self, message: Any) -> None:
         self.control.send(encode(message))
 
-    def _poll(self, wake: Any) -> None:
+    def _poll(self) -> None:
         """Take every message that has come; wait for one only when there is nothing to step."""
         poller = zmq.Poller()
         poller.register(self.control, zmq.POLLIN)
-        poller.register(wake, zmq.POLLIN)
         busy = False
         for serving in self.serving.values():
             if isinstance(serving, Follower):
@@ -127,14 +122,16 @@ class Worker:
             else:
                 busy = busy or serving.wants_to_step
         poller.poll(0 if busy else int(STATS_S * 1000))
-        while wake.poll(0):
-            self.control.send(wake.recv())
-        arrived = []
-        while self.control.poll(0):
-            fence, data = self.control.recv_multipart()
-            arrived.append((self.fence.raise_to(int(fence)), decode_to_worker(data)))
-        for fence, message in arrived:  # all have come before any is acted upon
+        for fence, message in self._received(self.control):
             self._handle(fence, message)
+
+    def _received(self, socket: Any) -> list[tuple[int, Any]]:
+        """All messages that have come, with their fences, before any is acted upon."""
+        arrived = []
+        while socket.poll(0):
+            fence, data = socket.recv_multipart()
+            arrived.append((self.fence.raise_to(int(fence)), decode_to_worker(data)))
+        return arrived
 
     def _step_all(self) -> None:
         for replica_id, serving in list(self.serving.items()):
@@ -168,9 +165,6 @@ class Worker:
     # ---------------------------------------------------------------- messages
 
     def _handle(self, fence: int, message: Any) -> None:
-        if isinstance(message, MIGRATION_CALLS):
-            self.calls.put((fence, message))
-            return
         match message:
             case Submit():
                 # a rank that failed a moment ago is gone; the engine will hear and send it again
@@ -277,19 +271,22 @@ class Worker:
         # A second team of threads would make OpenMP believe that the cores are taken, and let the
         # threads of the serving loop sleep between any two operations.
         _use_threads(1)
-        wake = self.sockets.context.socket(zmq.PAIR)
-        wake.connect(REPLIES)
-        while (arrived := self.calls.get()) is not None:
-            fence, call = arrived
-            wake.send(encode(self._answer(fence, call, self._migration.execute)))
-        wake.close(0)
+        socket = self._connect("m")  # of its own: a call need not wait for the end of a step
+        socket.send(encode(Hello(self.config.device, os.getpid())))
+        calls: deque[tuple[int, Call]] = deque()
+        while not self._ended.is_set():
+            if calls or socket.poll(int(MIGRATION_POLL_S * 1000)):
+                calls += self._received(socket)
+                fence, call = calls.popleft()
+                socket.send(encode(self._answer(fence, call, self._migration.execute)))
+        socket.close(0)
 
 
 def _use_threads(count: int) -> None:
     """How many threads the calling thread computes with; the number is each thread's own."""
+    numba.set_num_threads(min(count, numba.get_num_threads()))  # sets OpenMP's to all cores
     torch.set_num_threads(count)
     torch.get_num_threads()  # settles it: torch asks once per thread, and others may set it too
-    numba.set_num_threads(min(count, numba.get_num_threads()))
 
 
 def _die_with_parent() -> None:
