@@ -85,6 +85,8 @@ async def reload_replicas(runtime: EngineRuntime, plan: SwitchPlan, nonce: str) 
     await bind_ranks(call, coming)
     await activate_ranks(call, coming, endpoints)
     runtime.commit(plan.target, {})
+    for request in runtime.requests._requests.values():
+        request.num_losses = 0  # no replica has broken under it
     for replica in leaving:
         runtime.requests.requeue(replica.replica_id)
 

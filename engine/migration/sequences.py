@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from engine.cluster import DISK, Binding, BoundSequence, Replica, Routing, SwitchPlan, Transfer
 from engine.errors import UnavailableError
@@ -50,6 +51,7 @@ class SequenceMove:
         self.kv_bytes = 0  # the same, as the copies add up
         size = host.spec.block_size
         self._filled = {r.replica_id: FilledBlocks(size) for r in plan.target.replicas}
+        self._reserved: set[int] = set()  # new replicas that hold blocks for some of them
         self._payer: dict[tuple[int, int], str] = {}  # sequence that a block is charged to
 
     def num_bound(self, binding: Binding) -> int:
@@ -86,12 +88,14 @@ class SequenceMove:
         if is_last:
             present = {state.request_id for _, state in here}
             self.owner = {key: to for key, to in self.owner.items() if key in present}
-        moves: list[KvMove] = []
         self.recompute = {}
-        for target in self._plan.target.replicas:
-            mine = [(r, s) for r, s in here if self.owner[s.request_id] == target.replica_id]
-            moves += await self._reserve(target, mine)
-        await self._move(moves, is_last)
+        by_target: dict[int, list[Here]] = {id_: [] for id_ in self._reserved}
+        for replica, state in here:
+            by_target.setdefault(self.owner[state.request_id], []).append((replica, state))
+        moves = await await_all(
+            self._reserve(self._plan.target.replica(id_), mine) for id_, mine in by_target.items()
+        )
+        await self._move(list(chain.from_iterable(moves)), is_last)
 
     # ---------------------------------------------------------------- where, and how
 
@@ -151,6 +155,7 @@ class SequenceMove:
             replica_id=target.replica_id,
             sequences=[state for _, state in migrate],
         )
+        self._reserved.add(target.replica_id)
         filled = self._filled[target.replica_id]
         filled.expect(reply.blocks_to_fill)
         copies: dict[Replica, tuple[list[int], list[int]]] = {}
