@@ -111,14 +111,18 @@ def test_a_predecessor_is_not_heard_and_hears_nothing(tmp_path: Path) -> None:
     heard: asyncio.Queue[Any] = asyncio.Queue()
 
     def worker(endpoint: str, name: bytes) -> Any:
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, name)
-        socket.connect(endpoint)
-        socket.send(encode(Hello(0, 1)))
-        return socket
+        """Its serving socket; that of the migration thread says hello and no more."""
+        sockets = []
+        for kind in (b"m", b"w"):
+            socket = context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.IDENTITY, kind + name)
+            socket.connect(endpoint)
+            socket.send(encode(Hello(0, 1)))
+            sockets.append(socket)
+        return sockets[1]
 
     async def talk(channel: WorkerChannel) -> None:
-        old = worker(channel.endpoint, b"w0.0")
+        old = worker(channel.endpoint, b"0.0")
         await channel.wait_for_hello(0, TIMEOUT_S)
         old.send(encode(RankFailed(0, 7, "first")))
         assert (await heard.get()).error == "first"
@@ -132,7 +136,7 @@ def test_a_predecessor_is_not_heard_and_hears_nothing(tmp_path: Path) -> None:
             await channel.call(0, ReleaseRank, replica_id=0)
         old.send(encode(Hello(0, 1)))
         old.send(encode(RankFailed(0, 7, "from the grave")))
-        new = worker(channel.endpoint, b"w0.1")
+        new = worker(channel.endpoint, b"0.1")
         await channel.wait_for_hello(0, TIMEOUT_S)
         channel.shut_down()
         assert len(new.recv_multipart()) == 2
