@@ -131,6 +131,7 @@ def test_any_worker_struck_at_any_point(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_hundred_switches_in_a_row_leave_nothing_behind(
     open_engine: Any, long: list[Reference]
 ) -> None:

@@ -105,6 +105,7 @@ def test_tokens_survive_a_sample_of_the_pairs(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("at_token", range(1, SHORT))
 def test_tokens_survive_every_pair_at_every_token(
     engine: EngineCluster, short: list[Reference], at_token: int
@@ -116,6 +117,7 @@ def test_tokens_survive_every_pair_at_every_token(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_long_requests_survive_every_pair_at_a_random_token(
     engine: EngineCluster, long: list[Reference]
 ) -> None:
