@@ -24,10 +24,8 @@ from engine.cluster import (
 )
 from engine.errors import UnavailableError
 from engine.messages import (
-    AdoptSequences,
     FreeShards,
     MakeShards,
-    MoveWeights,
     Quiesce,
     Resume,
     SequenceState,
@@ -36,7 +34,7 @@ from engine.migration.host import SwitchHost
 from engine.migration.new_ranks import NewRanks, release_ranks
 from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
 from engine.migration.phases import PhasedSwitch
-from engine.migration.sequences import check_sums, choose_replicas, ends_of
+from engine.migration.sequences import choose_replicas
 from engine.rank_calls import await_all, size_kv
 from engine.shards import num_kv_blocks
 
@@ -123,18 +121,7 @@ class InPlaceSwitch(PhasedSwitch):
             call(d, MakeShards, replica_id=new[d], tensors=names, parked=parked.get(d, []))
             for d, names in _by_device(step.made).items()
         )
-        replies = await await_all(
-            call(
-                device,
-                MoveWeights,
-                transfers=step.transfers,
-                dst_replicas=[new[t.dst] for t in step.transfers],
-                src_replicas=new,
-            )
-            for device in ends_of(step.transfers)
-        )
-        check_sums(replies, "weight")
-        sent_bytes = sum(reply.sent_bytes for reply in replies)
+        sent_bytes = await self.move_weights(step.transfers)
         self.update(moved_bytes=self.ticket.moved_bytes + sent_bytes)
         if step.freed:
             self._let_go_of_old()
@@ -163,22 +150,13 @@ class InPlaceSwitch(PhasedSwitch):
         host.commit(target, owner)
         self._committed = True
         await await_all(
-            self._adopt(r, [s for s in states if owner[s.request_id] == r.replica_id])
+            self.adopt(r, [s for s in states if owner[s.request_id] == r.replica_id])
             for r in target.replicas
             if r.replica_id in owner.values()
         )
         self.end_pause()
         host.abort_ended(owner)
         self.update(phase=SwitchPhase.COMMIT, num_recomputed=len(states))
-
-    async def _adopt(self, replica: Replica, states: list[SequenceState]) -> None:
-        replica_id = replica.replica_id
-        try:
-            await self.host.call(
-                _leader(replica), AdoptSequences, replica_id=replica_id, recompute=states
-            )
-        except UnavailableError:  # its loss is noticed apart and its requests requeued
-            logger.exception("replica %d did not adopt", replica_id)
 
     async def release(self) -> None:
         await release_ranks(self.host, [*self.leaving, *self._left_out])

@@ -37,8 +37,7 @@ class InPlaceStep:
     `made` get storage, filled from what the device itself holds and by `transfers` (of the plan, in
     its order); when all have arrived, the old shards in `freed` go, from wherever they are.
 
-    Shards whose interval does not change keep their storage and
-    are in none of them.
+    Shards whose interval does not change keep their storage and are in none of them.
     """
 
     tensors: tuple[str, ...]

@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.cluster import SwitchPhase, SwitchPlan, SwitchTicket
-from engine.messages import CloseTransfer, OpenTransfer, ReleaseRank
+from engine.cluster import Replica, SwitchPhase, SwitchPlan, SwitchTicket, Transfer
+from engine.errors import UnavailableError
+from engine.messages import (
+    AdoptSequences,
+    CloseTransfer,
+    MoveWeights,
+    OpenTransfer,
+    ReleaseRank,
+    SequenceState,
+)
 from engine.migration.host import SwitchCancelledError, SwitchHost
+from engine.migration.sequences import check_sums, ends_of
 from engine.rank_calls import await_all, host_store
 
 logger = logging.getLogger(__name__)
@@ -134,6 +143,33 @@ class PhasedSwitch(ABC):
         await await_all(
             call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
         )
+
+    async def move_weights(self, transfers: Sequence[Transfer], first_index: int = 0) -> int:
+        """Carry out a stretch of the plan's transfers and compare checksums; bytes sent."""
+        new_replicas = {
+            d: r.replica_id for r in self.plan.target.replicas for d in r.placement.devices
+        }
+        replies = await await_all(
+            self.host.call(
+                device,
+                MoveWeights,
+                transfers=transfers,
+                dst_replicas=[new_replicas[t.dst] for t in transfers],
+                src_replicas=new_replicas,
+                first_index=first_index,
+            )
+            for device in ends_of(transfers)
+        )
+        check_sums(replies, "weight")
+        return sum(reply.sent_bytes for reply in replies)
+
+    async def adopt(self, replica: Replica, recompute: Sequence[SequenceState]) -> None:
+        """After the commit: what was imported runs there, and these start over."""
+        replica_id, leader = replica.replica_id, replica.placement.devices[0]
+        try:
+            await self.host.call(leader, AdoptSequences, replica_id=replica_id, recompute=recompute)
+        except UnavailableError:  # its loss is noticed apart and its requests requeued
+            logger.exception("replica %d did not adopt", replica_id)
 
     async def close_transfer(self) -> None:
         """On every device that answers."""

@@ -11,23 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from engine.cluster import Binding, Replica, SwitchPhase, SwitchPlan, SwitchTicket, Transfer
-from engine.errors import UnavailableError
 from engine.messages import (
-    AdoptSequences,
     LimitBlocks,
-    MoveWeights,
-    ReleaseRank,
-    Reply,
     Resume,
 )
 from engine.migration.host import SwitchHost
+from engine.migration.new_ranks import release_ranks
 from engine.migration.order import default_staging_bytes
 from engine.migration.phases import PhasedSwitch
 from engine.migration.room import kv_limits
-from engine.migration.sequences import SequenceMove, check_sums, ends_of
+from engine.migration.sequences import SequenceMove
 from engine.rank_calls import (
     Endpoints,
     activate_ranks,
@@ -105,22 +101,7 @@ class Switch(PhasedSwitch):
         self.update(weight_bytes=self.plan.weight_bytes)
 
     async def _move_batch(self, first: int, transfers: Sequence[Transfer]) -> None:
-        new_replicas = {
-            d: r.replica_id for r in self.plan.target.replicas for d in r.placement.devices
-        }
-        replies = await await_all(
-            self.host.call(
-                device,
-                MoveWeights,
-                transfers=transfers,
-                dst_replicas=[new_replicas[t.dst] for t in transfers],
-                src_replicas=new_replicas,
-                first_index=first,
-            )
-            for device in ends_of(transfers)
-        )
-        check_sums(replies, "weight")
-        self._weight_bytes_sent += sum(reply.sent_bytes for reply in replies)
+        self._weight_bytes_sent += await self.move_weights(transfers, first)
         self.update(moved_bytes=self._weight_bytes_sent)
 
     async def _copy_sequences(self) -> None:
@@ -165,7 +146,7 @@ class Switch(PhasedSwitch):
         self.host.commit(self.plan.target, moving.owner)
         self._committed = True
         await await_all(
-            self._adopt(r.placement.devices[0], r.replica_id)
+            self.adopt(r, moving.recompute[r.replica_id])
             for r in self.plan.target.replicas
             if r.replica_id in moving.recompute
         )
@@ -180,29 +161,18 @@ class Switch(PhasedSwitch):
             bindings=moving.as_reported(),
         )
 
-    async def _adopt(self, leader: int, replica_id: int) -> None:
-        recompute = self._sequences.recompute[replica_id]
-        try:
-            await self.host.call(leader, AdoptSequences, replica_id=replica_id, recompute=recompute)
-        except UnavailableError:  # its loss is noticed apart and its requests requeued
-            logger.exception("replica %d did not adopt", replica_id)
-
     async def release(self) -> None:
         await super().release()
         await self._limit_blocks(self.coming, None)
 
     async def roll_back(self, error: Exception) -> None:
         self.update(bindings=self._sequences.as_reported())
-        calls: list[Awaitable[Reply]] = [
-            self.host.call(d, ReleaseRank, replica_id=r.replica_id)
-            for r in self.coming
-            for d in r.placement.devices
-        ]
-        calls += [
+        resumed = (
             self.host.call(r.placement.devices[0], Resume, replica_id=r.replica_id)
             for r in self._old.replicas
-        ]
-        await asyncio.gather(*calls, return_exceptions=True)
+        )
+        released = release_ranks(self.host, self.coming)
+        await asyncio.gather(released, *resumed, return_exceptions=True)
         await self.close_transfer()
 
 

@@ -27,7 +27,7 @@ from engine.cluster import (
 )
 from engine.facade import EngineCluster
 from engine.messages import Reply
-from engine.migration import in_place as in_place_module
+from engine.migration import phases
 from engine.migration.in_place import InPlaceSwitch
 from engine.migration.order import InPlaceStep
 from engine.migration.plan import plan_transfers
@@ -176,7 +176,7 @@ def test_a_wrong_checksum_is_found_before_anything_is_dropped_for_it(
             num_checked += 1
         check_sums(replies, what)
 
-    monkeypatch.setattr(in_place_module, "check_sums", check)
+    monkeypatch.setattr(phases, "check_sums", check)
     ticket = switch_under_load(engine, references, "4xtp1pp1", "crc-0")
     assert ticket.phase is SwitchPhase.ROLLED_BACK
     assert "weight transfer 0 arrived with a wrong checksum" in ticket.reason
