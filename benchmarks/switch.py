@@ -9,7 +9,9 @@ workers send them; the least bytes and the most loaded port come from code apart
 processes reach just before the switch, while the load runs on the same cores. Reload: the replicas
 that go are dropped and the new ones loaded from disk, in living processes. Restart: a new engine
 process, with the same requests. Either ends, like a switch, when the last affected request has its
-next token. Ratios of gaps and percentiles are over all transitions taken together.
+next token: that span is compared as `speedup_vs_`; how long that request waits between two tokens
+meanwhile, as `longest_gap_ratio_`. Ratios of gaps and percentiles are over all transitions taken
+together.
 """
 
 from __future__ import annotations

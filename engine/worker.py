@@ -83,7 +83,6 @@ class Worker:
     def run(self) -> None:
         """Serve until told to shut down. The only place that ends this process in order."""
         _use_threads(self.config.num_threads)
-        keep_freed_memory()
         migration = threading.Thread(target=self._migrate, name="migration", daemon=True)
         migration.start()
         self._send(Hello(self.config.device, os.getpid()))
@@ -299,5 +298,6 @@ def _die_with_parent() -> None:
 def run_worker(config: WorkerConfig) -> None:
     """Entry point of a worker process. Ctrl-C is the engine's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     Worker(config).run()

@@ -34,6 +34,9 @@ def summarise(rows: Sequence[Row], lost: int) -> dict[str, Any]:
         "speedup_vs_reload_dropped_p50": _median(_speedups(rows, "reload_dropped", "seconds")),
         "speedup_vs_reload_warm_p50": _median(_speedups(rows, "reload_warm", "seconds")),
         "speedup_vs_restart_p50": _median(_speedups(rows, "restart", "last_token_s")),
+        "longest_gap_ratio_reload_dropped_p50": _median(_gap_ratios(rows, "reload_dropped")),
+        "longest_gap_ratio_reload_warm_p50": _median(_gap_ratios(rows, "reload_warm")),
+        "longest_gap_ratio_restart_p50": _median(_gap_ratios(rows, "restart")),
         "lost_requests": lost,
         "throughput_lost_frac_p50": _median([row["throughput_lost_frac"] for row in rows]),
         "plan_ms_p50": _median([row["plan_ms"] for row in rows]),
@@ -45,6 +48,17 @@ def summarise(rows: Sequence[Row], lost: int) -> dict[str, Any]:
 
 def _speedups(rows: Sequence[Row], other: str, key: str) -> list[float]:
     return [row[other][key] / row["seconds"] for row in rows if other in row]
+
+
+def _gap_ratios(rows: Sequence[Row], other: str) -> list[float]:
+    """How many times as long as in the live switch the last affected request waits for a token. A
+    restart keeps all of them waiting from the command on."""
+    compared = [row for row in rows if other in row and row["pauses_s"]]
+    return [_longest_gap_s(row[other]) / max(row["pauses_s"]) for row in compared]
+
+
+def _longest_gap_s(other: Row) -> float:
+    return float(max(other["pauses_s"]) if "pauses_s" in other else other["last_token_s"])
 
 
 def _median(values: Sequence[float]) -> float | None:

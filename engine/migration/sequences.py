@@ -232,8 +232,8 @@ def check_sums(replies: Iterable[Reply], what: str) -> None:
     """Every slice must have left its source and reached its target with the same CRC."""
     seen: dict[int, int] = {}
     for reply in replies:
-        for index, crc in reply.checksums:
-            if seen.setdefault(index, crc) != crc:
+        for index, value in reply.checksums:
+            if seen.setdefault(index, value) != value:
                 raise UnavailableError(f"{what} transfer {index} arrived with a wrong checksum")
 
 

@@ -9,7 +9,6 @@ in host memory, also between GPUs: the transfer group is gloo on every device.
 from __future__ import annotations
 
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.checksum import checksum
 from engine.cluster import ModelSpec, Transfer
+from engine.memory import new_storage
 from engine.messages import KvMove
 from engine.packing import dense
 from engine.shards import Shard
@@ -33,8 +34,8 @@ class PeerLostError(Exception):
 
 @dataclass(slots=True)
 class Moved:
-    """What a worker's part of a move came to: the CRC of every transfer by its index, from either
-    end, and the bytes that left here."""
+    """What a worker's part of a move came to: the checksum of every transfer by its index, from
+    either end, and the bytes that left here."""
 
     checksums: list[tuple[int, int]] = field(default_factory=list)
     sent_bytes: int = 0
@@ -42,13 +43,14 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One end of a transfer. A sender makes the buffer when its turn comes; if it `forwards` what
-    it received, then after all that came before. A receiver is told when the buffer is full."""
+    """One end of a transfer. The buffer is made when its turn comes; if a sender `forwards` what
+    it received, then after all that came before. A receiver may be told when it is full."""
 
     index: int
     peer: int  # rank in the group
     buffer: Callable[[], Tensor]
-    on_received: Callable[[Tensor], None] | None = None  # None: this end sends
+    sends: bool
+    on_received: Callable[[Tensor], None] | None = None
     forwards: bool = False
 
 
@@ -68,11 +70,6 @@ class Pace:
         if due_s > now_s:
             time.sleep(due_s - now_s)
         self._sent_bytes += nbytes
-
-
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor in host memory."""
-    return zlib.crc32(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
 def shard_view(tensor: Tensor, held: Shard, start: int, stop: int) -> Tensor:
@@ -101,7 +98,7 @@ def fill_local(
             weights[need.tensor] = have[1]
             continue
         shape = _shard_shape(shapes[need.tensor], need)
-        weights[need.tensor] = torch.empty(shape, dtype=dtype, device=device)
+        weights[need.tensor] = new_storage(shape, dtype, device)
         if have is not None:
             start, stop = max(need.start, have[0].start), min(need.stop, have[0].stop)
             if start < stop:
@@ -144,10 +141,10 @@ def exchange(group: Any, jobs: Iterable[Job], pace: Pace) -> Moved:
     for job in jobs:
         finish_down_to(0 if job.forwards else WINDOW - 1)
         buffer = job.buffer()
-        if job.on_received is None:
+        if job.sends:
             pace.wait(buffer.nbytes)
             moved.sent_bytes += buffer.nbytes
-        start = group.send if job.on_received is None else group.recv
+        start = group.send if job.sends else group.recv
         window.append((job, start([buffer], job.peer, job.index), buffer))
     finish_down_to(0)
     return moved
@@ -166,13 +163,18 @@ def weight_jobs(
     the i-th transfer of the list must fill."""
     for i, transfer in enumerate(transfers):
         if transfer.src == device:
-            peer, send = members.index(transfer.dst), partial(_send_slice, source, transfer)
-            yield Job(first_index + i, peer, send, forwards=forwards(transfer))
+            peer, buffer = members.index(transfer.dst), partial(_send_slice, source, transfer)
+            yield Job(first_index + i, peer, buffer, sends=True, forwards=forwards(transfer))
         elif transfer.dst == device and transfer.src in members:
-            view = target(i)
-            buffer = partial(torch.empty, view.shape, dtype=view.dtype, device="cpu")
-            peer = members.index(transfer.src)
-            yield Job(first_index + i, peer, buffer, partial(_fill, view))
+            yield _receive(first_index + i, members.index(transfer.src), target(i))
+
+
+def _receive(index: int, peer: int, view: Tensor) -> Job:
+    """Right into its place where gloo can write there."""
+    if view.device.type == "cpu" and view.is_contiguous():
+        return Job(index, peer, lambda: view, sends=False)
+    buffer = partial(torch.empty, view.shape, dtype=view.dtype, device="cpu")
+    return Job(index, peer, buffer, sends=False, on_received=partial(_fill, view))
 
 
 def _send_slice(source: Callable[[Transfer], Tensor], transfer: Transfer) -> Tensor:
@@ -192,11 +194,12 @@ def kv_jobs(
         if move.src == move.dst == device:
             write(move, read(move))
         elif move.src == device:
-            yield Job(i, members.index(move.dst), partial(_read_to_host, read, move))
+            yield Job(i, members.index(move.dst), partial(_read_to_host, read, move), sends=True)
         elif move.dst == device:
             size, dtype = shape(move)
             buffer = partial(torch.empty, size, dtype=dtype, device="cpu")
-            yield Job(i, members.index(move.src), buffer, partial(write, move))
+            fill = partial(write, move)
+            yield Job(i, members.index(move.src), buffer, sends=False, on_received=fill)
 
 
 def _read_to_host(read: Callable[[KvMove], Tensor], move: KvMove) -> Tensor:

@@ -172,7 +172,7 @@ def test_a_wrong_checksum_is_found_before_anything_is_dropped_for_it(
         if any(reply.checksums for reply in replies):
             if num_checked == wrong:
                 first = next(i for i, reply in enumerate(replies) if reply.checksums)
-                replies[first] = replace_crc(replies[first])
+                replies[first] = wrong_sums(replies[first])
             num_checked += 1
         check_sums(replies, what)
 
@@ -187,8 +187,10 @@ def test_a_wrong_checksum_is_found_before_anything_is_dropped_for_it(
     assert ticket.reason.endswith("arrived with a wrong checksum")
 
 
-def replace_crc(reply: Reply) -> Reply:
-    return msgspec.structs.replace(reply, checksums=[(i, crc ^ 1) for i, crc in reply.checksums])
+def wrong_sums(reply: Reply) -> Reply:
+    return msgspec.structs.replace(
+        reply, checksums=[(i, value ^ 1) for i, value in reply.checksums]
+    )
 
 
 class failing_at:
