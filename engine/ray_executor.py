@@ -55,12 +55,11 @@ class RayWorker:
         return os.getpid(), context.get_node_id(), ray.util.get_node_ip_address()
 
     def run(self, config: WorkerConfig) -> None:
-        from engine.memory import keep_freed_memory
         from engine.worker import Worker
 
-        keep_freed_memory()
+        worker = Worker(config)
         threading.Thread(target=_die_with_node, name="node-watch", daemon=True).start()
-        Worker(config).run()
+        worker.run()
 
 
 def _die_with_node() -> None:

@@ -65,6 +65,7 @@ class Worker:
     """Owns everything on one device: at most two ranks, of which one serves."""
 
     def __init__(self, config: WorkerConfig) -> None:
+        keep_freed_memory()
         self.config = config
         self.sockets = Sockets(zmq.Context(), config.run_dir, config.host, config.keys)
         self.control = self._connect("w")
@@ -298,6 +299,6 @@ def _die_with_parent() -> None:
 def run_worker(config: WorkerConfig) -> None:
     """Entry point of a worker process. Ctrl-C is the engine's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_freed_memory()
+    worker = Worker(config)
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
-    Worker(config).run()
+    worker.run()
