@@ -2,7 +2,8 @@
 
 Two random models, one twice as large as the other, each served before a live switch, after its
 rollback, after the switch, and after the way back, under some traffic. The overhead of a worker is
-its PSS less the bytes of its weight slice and its KV cache. A second copy of the weights would make
+its PSS less the bytes of its weight slice and those pages of its KV cache that are in memory (a
+cache takes them as it is written). A second copy of the weights would make
 it grow with the model; `growth` is the largest such slope seen, 1.0 for one copy too many.
 """
 
@@ -25,11 +26,12 @@ from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.migration.plan import plan_switch
 from engine.request import SamplingParams
-from engine.shards import num_kv_blocks, rank_shards
+from engine.shards import rank_shards
 
 START, TARGET = "4xtp1pp1", "2xtp2pp1"
 MAX_MODEL_LEN, NUM_KV_TOKENS = 256, 512
 MIGRATE = KvCostParams(1e9, 1.0, 0.01)
+ANONYMOUS = "/dev/zero"  # what Linux calls the mappings of `engine.memory.lazy_zeros`
 STATES = ("started", "after rollback", "after switch", "after switch back")
 
 
@@ -67,17 +69,15 @@ def write_model(folder: Path, num_layers: int) -> Path:
 
 
 def read_memory(cluster: EngineCluster) -> Reading:
-    """PSS and RSS of every worker, and the bytes that its rank must hold."""
+    """PSS and RSS of every worker, the bytes that its rank must hold, and those of its KV cache."""
     runtime, spec, rows = cluster.runtime, cluster.spec, []
     for replica in cluster.snapshot().deployment.replicas:
-        parallel = replica.parallel
-        tokens = num_kv_blocks(spec, parallel) * spec.block_size
         for rank, device in enumerate(replica.placement.devices):
-            memory = psutil.Process(runtime._executor.pid(device)).memory_full_info()
-            first, stop = parallel.layer_range(parallel.stage_of(rank), spec.model.num_layers)
-            heads = spec.model.num_kv_heads // parallel.tp
-            kv = tokens * spec.model.kv_bytes_per_token(stop - first, heads)
-            weights = sum(s.nbytes for s in rank_shards(spec.model, parallel, rank))
+            process = psutil.Process(runtime._executor.pid(device))
+            memory = process.memory_full_info()
+            maps = process.memory_maps(grouped=True)
+            kv = sum(m.pss for m in maps if m.path.startswith(ANONYMOUS))
+            weights = sum(s.nbytes for s in rank_shards(spec.model, replica.parallel, rank))
             rows.append((memory.pss, memory.rss, weights, kv))
     return Reading(*(np.mean(rows, axis=0) / 1e6).tolist())
 

@@ -10,10 +10,14 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
+import transformers
 
 import engine.worker  # noqa: F401  torch, the model classes and everything a rank runs
+from engine.architectures import ARCHITECTURES
 from engine.decode_kernel import as_array, compile_for
 
+for name in ARCHITECTURES:
+    getattr(transformers, name)  # loads its module
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     compile_for(as_array(torch.zeros(1, 1, 1, 1, dtype=dtype)), parallel=False)
 
