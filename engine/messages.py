@@ -103,6 +103,13 @@ class OpenTransfer(Message, frozen=True):
     store: str = ""
 
 
+class Abandon(Message, frozen=True):
+    """Wait no longer for ranks that are to meet at this store: one of them is lost."""
+
+    call_id: int
+    store: str
+
+
 class MoveWeights(Message, frozen=True):
     """Execute this device's part of the weight transfers, in the order given. They are a stretch
     of the plan's, from `first_index` on."""
@@ -307,6 +314,7 @@ Call = (
     | BindRank
     | MoveKv
     | SizeKv
+    | Abandon
     | MakeShards
     | FreeShards
     | Activate

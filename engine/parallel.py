@@ -7,6 +7,8 @@ side and no default process group exists (dist.new_group with a rebuilt name han
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from torch import Tensor, distributed
 from engine.cluster import ParallelConfig
 
 PIPELINE_TAG = 0
+MEETING_POLL_S = 0.005
 LOOPBACK = "127.0.0.1"
 dist: Any = distributed  # the raw process groups have no type stubs
 
@@ -54,6 +57,24 @@ def open_store(address: str, size: int, timeout_s: float) -> Any:
         return store
     host, _, port = place.rpartition(":")
     return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
+def meet(
+    store: Any, rank: int, size: int, timeout_s: float, is_abandoned: Callable[[], bool]
+) -> None:
+    """Return when all ranks have come. gloo's own wait for them can't be given up.
+
+    Raises RuntimeError after `timeout_s`, or as soon as `is_abandoned`.
+    """
+    store.set(f"here-{rank}", "")
+    names = [f"here-{other}" for other in range(size)]
+    deadline_s = time.monotonic() + timeout_s
+    while not store.check(names):
+        if is_abandoned():
+            raise RuntimeError("the group is given up: one of its ranks is lost")
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"not all {size} ranks of the group came within {timeout_s:.0f} s")
+        time.sleep(MEETING_POLL_S)
 
 
 # ------------------------------------------------------------------------------------

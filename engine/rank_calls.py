@@ -8,7 +8,16 @@ from typing import Any
 
 from engine.cluster import ClusterSpec, Replica
 from engine.errors import UnavailableError
-from engine.messages import Activate, BindRank, BuildRank, HostStore, RankSpec, Reply, SizeKv
+from engine.messages import (
+    Abandon,
+    Activate,
+    BindRank,
+    BuildRank,
+    HostStore,
+    RankSpec,
+    Reply,
+    SizeKv,
+)
 from engine.shards import num_kv_blocks
 
 CallWorker = Callable[..., Awaitable[Reply]]  # (device, kind, **fields)
@@ -45,6 +54,19 @@ async def host_store(call: CallWorker, device: int, name: str) -> str:
     return (await call(device, HostStore, name=name)).endpoint
 
 
+async def meet_at(
+    call: CallWorker, devices: Sequence[int], store: str, calls: Iterable[Awaitable[Reply]]
+) -> list[Reply]:
+    """`await_all` of calls in which the devices meet at a store. When one fails, the others are
+    told to wait no longer."""
+    tasks = [asyncio.ensure_future(c) for c in calls]
+    _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    if waiting:
+        told = (call(device, Abandon, store=store) for device in devices)
+        await asyncio.gather(*told, return_exceptions=True)
+    return await await_all(tasks)
+
+
 async def build_ranks(
     call: CallWorker,
     spec: ClusterSpec,
@@ -70,7 +92,7 @@ async def _build(
     devices, store = replica.placement.devices, ""
     if len(devices) > 1:
         store = await host_store(call, devices[0], f"{nonce}-{replica.replica_id}")
-    replies: list[Reply] = await await_all(
+    calls = (
         call(
             device,
             BuildRank,
@@ -81,6 +103,7 @@ async def _build(
         )
         for rank, device in enumerate(devices)
     )
+    replies = await meet_at(call, devices, store, calls)
     return [reply.endpoint for reply in replies]
 
 

@@ -28,6 +28,7 @@ from engine.executor import WorkerConfig
 from engine.fence import Fence
 from engine.memory import keep_freed_memory, release_memory
 from engine.messages import (
+    Abandon,
     Abort,
     Activate,
     AdoptSequences,
@@ -213,6 +214,8 @@ class Worker:
                 self._leader(call.replica_id).adopt(call.recompute)
             case SizeKv():
                 self._size_kv(call)
+            case Abandon():
+                self._migration.abandon(call.store)
             case ReleaseRank():
                 self._release(call.replica_id)
         return Reply(call.call_id)

@@ -41,6 +41,7 @@ from engine.parallel import (
     build_gloo,
     build_parallel_state,
     host_store,
+    meet,
     open_store,
 )
 from engine.replica import RankState
@@ -79,6 +80,7 @@ class MigrationCalls:
         self._groups = GroupConfig(
             config.host, device, config.group_timeout_s, config.stage_tensors
         )
+        self._abandoned: set[str] = set()  # stores at which nobody is to be waited for
         self._hosted: dict[str, Any] = {}  # stores by address, until their group is built
         self._transfer: tuple[Any, Any] | None = None  # group and its store
         self._members: list[int] = []
@@ -107,6 +109,7 @@ class MigrationCalls:
             case CloseTransfer():
                 self._transfer = None
                 self._hosted.clear()
+                self._abandoned.clear()
                 release_memory()  # the ranks of the old generation are gone, or of a new one
         return Reply(call.call_id)
 
@@ -116,14 +119,22 @@ class MigrationCalls:
         self._hosted[address] = store
         return address
 
-    def _store(self, address: str, size: int) -> Any:
-        hosted = self._hosted.pop(address, None)
-        return hosted or open_store(address, size, self._config.group_timeout_s)
+    def abandon(self, address: str) -> None:
+        """From any thread: whoever waits at this store, or will, gives up."""
+        self._abandoned.add(address)
+
+    def _meet(self, address: str, rank: int, size: int) -> Any:
+        """The store at this address, once all `size` ranks have come to it."""
+        store = self._hosted.pop(address, None)
+        store = store or open_store(address, size, self._config.group_timeout_s)
+        timeout_s = self._config.group_timeout_s
+        meet(store, rank, size, timeout_s, lambda: address in self._abandoned)
+        return store
 
     def _open_transfer(self, call: OpenTransfer) -> None:
         self._members, size = call.devices, len(call.devices)
-        store = self._store(call.store, size)
         rank = call.devices.index(self._config.device)
+        store = self._meet(call.store, rank, size)
         self._transfer = (build_gloo(self._groups, store, "move", rank, size), store)
         self._pace = Pace(self._config.switch_bytes_per_s)
 
@@ -132,7 +143,8 @@ class MigrationCalls:
     def _build(self, call: BuildRank) -> str:
         """Make the rank and the socket for its inputs; the endpoint of that."""
         spec, config = call.spec, self._config
-        store = self._store(call.store, spec.parallel.num_devices) if call.store else None
+        size = spec.parallel.num_devices
+        store = self._meet(call.store, spec.rank, size) if call.store else None
         groups = build_parallel_state(self._groups, store, spec.parallel, spec.rank)
         runner = ModelRunner(
             Path(config.model_dir),

@@ -21,7 +21,7 @@ from engine.messages import (
 )
 from engine.migration.host import SwitchCancelledError, SwitchHost
 from engine.migration.sequences import check_sums, ends_of
-from engine.rank_calls import await_all, host_store
+from engine.rank_calls import await_all, host_store, meet_at
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,8 @@ class PhasedSwitch(ABC):
         """The group of all devices, old and new, over which bytes move."""
         call, nonce, devices = self.host.call, self.ticket.ticket_id, self.devices
         store = await host_store(call, devices[0], f"move-{nonce}")
-        await await_all(
-            call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices
-        )
+        calls = (call(d, OpenTransfer, nonce=nonce, devices=devices, store=store) for d in devices)
+        await meet_at(call, devices, store, calls)
 
     async def move_weights(self, transfers: Sequence[Transfer], first_index: int = 0) -> int:
         """Carry out a stretch of the plan's transfers and compare checksums; bytes sent."""

@@ -26,6 +26,7 @@ from engine.parallel import (
     StagedGroup,
     build_gloo,
     host_store,
+    meet,
     open_store,
 )
 from engine.sockets import Sockets, make_curve_keys
@@ -118,6 +119,17 @@ def test_a_hosted_store_is_seen_by_all_and_goes_with_the_last(host: str, tmp_pat
     assert address.startswith("tcp://127.0.0.1:" if host else f"file://{tmp_path}/")
     del first, second, hosted
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_meet_or_give_up_at_once(tmp_path: Path) -> None:
+    _, address = host_store(str(tmp_path), "group", "", 10.0)
+    stores = [open_store(address, 2, 10.0) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="given up"):
+        meet(stores[0], 0, 2, 60.0, lambda: True)
+    with pytest.raises(RuntimeError, match="not all 2 ranks"):
+        meet(stores[0], 0, 2, 0.0, lambda: False)
+    meet(stores[1], 1, 2, 60.0, lambda: False)
+    meet(stores[0], 0, 2, 60.0, lambda: False)
 
 
 # -------------------------------------------------------------------------------- staging

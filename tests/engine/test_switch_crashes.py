@@ -36,7 +36,9 @@ WAIT_S = 90.0
 
 @pytest.fixture(scope="module")
 def engine(open_engine: Any) -> Iterator[EngineCluster]:
-    channel, recovery = ChannelConfig(heartbeat_timeout_s=2.0), RecoveryConfig(first_wait_s=0.05)
+    # The same devices are struck again and again: the wait before a restart must not keep doubling.
+    recovery = RecoveryConfig(first_wait_s=0.05, longest_wait_s=0.2)
+    channel = ChannelConfig(heartbeat_timeout_s=2.0)
     with open_engine(START, channel=channel, recovery=recovery) as cluster:
         yield cluster
 
@@ -64,6 +66,11 @@ def is_whole_and_empty(runtime: EngineRuntime) -> bool:
     )
 
 
+def is_replaced(runtime: EngineRuntime, device: int, pid: int) -> bool:
+    """Another worker than that of `pid` has said hello for the device."""
+    return not psutil.pid_exists(pid) and device not in runtime.snapshot().dead_devices
+
+
 def crash(
     engine: EngineCluster, references: list[Reference], point: str, device: int, number: int
 ) -> SwitchTicket:
@@ -81,7 +88,7 @@ def crash(
     try:
         outputs, ticket = engine.run(serve(runtime, references, 2, plan, name), WAIT_S)
         assert struck, f"{point} was not passed"
-        engine.run(until(runtime, lambda: runtime._executor.pid(device) != struck[0]), WAIT_S)
+        engine.run(until(runtime, lambda: is_replaced(runtime, device, struck[0])), WAIT_S)
         engine.run(until(runtime, lambda: is_whole_and_empty(runtime)), WAIT_S)
     finally:
         runtime.failpoint = lambda at: None
