@@ -16,12 +16,13 @@ import numpy as np
 from controller.monitor import SCALES, MonitorState
 from controller.predictor import Forecast
 from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec
-from policies.base import Observation, ObservationSpec
+from policies.base import Floats, Observation, ObservationSpec
 
 OBSERVATION_VERSION = 1
 DEGREES = (1, 2, 4, 8)  # tensor- and pipeline-parallel degrees; larger ones count as the last
 MAX_RATIO = 10.0  # headrooms and latency ratios are cut here
 MAX_SWITCH_S = 600.0
+FEATURE_LIMIT = MAX_SWITCH_S  # no feature is larger in magnitude
 LONG_AGO_S = 3600.0
 
 STATE_NAMES = (
@@ -114,8 +115,12 @@ def build_observation(
         mask[i] = not mask_reasons[i]
     state = np.array(_state(situation, candidates[0], spec.grid_s), np.float32)
     assert state.shape == (len(spec.state_features),), (state.shape, len(spec.state_features))
-    state = np.nan_to_num(state, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
-    return Observation(state, np.nan_to_num(rows), mask, tuple(c.key for c in candidates))
+    return Observation(_bounded(state), _bounded(rows), mask, tuple(c.key for c in candidates))
+
+
+def _bounded(features: Floats) -> Floats:
+    found = np.nan_to_num(features, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
+    return np.clip(found, -FEATURE_LIMIT, FEATURE_LIMIT)
 
 
 def _ln1(value: float) -> float:

@@ -7,9 +7,8 @@ import difflib
 import itertools
 import subprocess
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from engine.cluster import SloSpec, WorkloadTyping
 from engine.config import validate
 from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
-from envs.build import DEFAULT_PROFILE, surrogate_parts
-from envs.serving_env import ServingEnv
+from envs.build import DEFAULT_PROFILE, engine_parts, surrogate_parts
+from envs.serving_env import MakeTrace, ServingEnv
 from envs.traces import load_trace
 from envs.traffic import (
     Capacity,
@@ -127,9 +126,12 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> ExperimentConfig:
     if not isinstance(values, dict):
         raise InvalidRequestError(f"config {path} must hold keys and values, such as 'seed: 0'.")
     check_keys(ExperimentConfig, values, str(path))
+    given: dict[str, Any] = {}
     for key, value in overrides.items():
         if value is not None:
-            _set(values, key.split("."), value)
+            _set(given, key.split("."), value)
+    check_keys(ExperimentConfig, given, "the settings")
+    values = _merged(values, given)
     config = validate(ExperimentConfig, values, str(path))
     if config.ppo.group_size < 1 or config.env.num_envs % config.ppo.group_size:
         raise InvalidRequestError(
@@ -145,6 +147,16 @@ def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
+def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what is given in their place, at any depth."""
+    merged = dict(values)
+    for key, value in given.items():
+        old = merged.get(key)
+        nested = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
 def check_keys(kind: type[Any], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
     """Refuse keys that `kind` (a pydantic model or a dataclass) does not have, at any depth."""
     hints = typing.get_type_hints(kind)
@@ -158,7 +170,10 @@ def check_keys(kind: type[Any], values: Mapping[str, Any], where: str, prefix: s
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
             raise InvalidRequestError(f"unknown key {prefix + str(key)!r} in {where}; {hint}")
         inner = hints[key]
-        if isinstance(value, dict) and isinstance(inner, type):
+        section = isinstance(inner, type) and (
+            dataclasses.is_dataclass(inner) or issubclass(inner, BaseModel)
+        )
+        if isinstance(value, dict) and section:
             check_keys(inner, value, where, f"{prefix}{key}.")
 
 
@@ -223,7 +238,33 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     return Experiment(config, cluster, kinds, source, capacity, default_key)
 
 
-def build_env(experiment: Experiment, planner: Planner | None = None, group: int = 0) -> ServingEnv:
+def _episode_draws(
+    experiment: Experiment, planner: Planner, group: int | None
+) -> tuple[MakeTrace, Callable[[np.random.Generator], str]]:
+    """Traffic and first deployment of an episode, drawn from the environment's generator; traffic
+    by number of the episode in a group, so that its environments meet the same."""
+    config, episode = experiment.config, itertools.count()
+    keys, first = static_keys(planner), config.env.initial
+
+    def make_trace(rng: np.random.Generator) -> Trace:
+        if group is not None:
+            rng = np.random.default_rng((config.seed, group, next(episode)))
+        rate_per_s = float(rng.uniform(*config.workload.load)) * experiment.capacity.rate_per_s
+        return draw_window(experiment.source, rate_per_s, config.env.episode_s, rng)
+
+    def draw_key(rng: np.random.Generator) -> str:
+        return str(rng.choice(keys)) if first == ANY else first
+
+    return make_trace, draw_key
+
+
+def build_env(
+    experiment: Experiment,
+    planner: Planner | None = None,
+    group: int | None = None,
+    columns: bool = True,
+    render_mode: str | None = None,
+) -> ServingEnv:
     """A training environment: load, window, first deployment and profile drawn per episode.
 
     `planner`: one to share, since its caches hold no history and serve all environments.
@@ -231,28 +272,28 @@ def build_env(experiment: Experiment, planner: Planner | None = None, group: int
     """
     config, pipeline = experiment.config, experiment.pipeline()
     pipeline.planner = planner or pipeline.planner
-    keys, first = static_keys(pipeline.planner), config.env.initial
-    episode = itertools.count()
+    make_trace, draw_key = _episode_draws(experiment, pipeline.planner, group)
+    spread, slo = config.env.spread, config.slo
+    parts = surrogate_parts(pipeline, make_trace, draw_key, spread=spread, slo=slo, columns=columns)
+    return ServingEnv(parts, render_mode)
 
-    def make_trace(_: np.random.Generator) -> Trace:
-        rng = np.random.default_rng((config.seed, group, next(episode)))
-        rate_per_s = float(rng.uniform(*config.workload.load)) * experiment.capacity.rate_per_s
-        return draw_window(experiment.source, rate_per_s, config.env.episode_s, rng)
 
-    def draw_key(rng: np.random.Generator) -> str:
-        return str(rng.choice(keys)) if first == ANY else first
-
-    parts = surrogate_parts(
-        pipeline, make_trace, draw_key, spread=config.env.spread, slo=config.slo, columns=True
-    )
-    return ServingEnv(parts)
+def build_engine_env(
+    experiment: Experiment, options: Mapping[str, Any], render_mode: str | None = None
+) -> ServingEnv:
+    """The same over a real engine, in real time; see `envs.build.engine_parts`."""
+    pipeline = experiment.pipeline()
+    make_trace, draw_key = _episode_draws(experiment, pipeline.planner, None)
+    parts = engine_parts(pipeline, make_trace, draw_key, options, slo=experiment.config.slo)
+    return ServingEnv(parts, render_mode)
 
 
 def build_venv(experiment: Experiment) -> ServingVecEnv:
     """`num_envs` training environments in groups of `group_size`; the learner seeds them."""
     config, planner = experiment.config, experiment.pipeline().planner
-    groups = [i // config.ppo.group_size for i in range(config.env.num_envs)]
-    return ServingVecEnv([partial(build_env, experiment, planner, group) for group in groups])
+    size = config.ppo.group_size
+    groups = [None if size == 1 else i // size for i in range(config.env.num_envs)]
+    return ServingVecEnv([build_env(experiment, planner, group) for group in groups])
 
 
 def build_evaluation(
