@@ -194,14 +194,16 @@ def _draw_replica(
         ("running", str(load.num_running), load.running, RUNNING),
         ("waiting", str(load.num_waiting), load.waiting, WAITING),
         ("KV", f"{100 * load.cache:.0f} %", load.cache, CACHE),
-        ("routed", _routed(load), load.routed or 0.0, SHARE),
+        ("routed", _routed(load, wide), load.routed or 0.0, SHARE),
     )
     for row, (label, value, share, color) in enumerate(bars):
         _draw_bar(pen, (left + 8, right - 8, top + 74 + 43 * row), label, value, share, color)
 
 
-def _routed(load: _Load) -> str:
-    return "by load" if load.routed is None else f"{100 * load.routed:.0f} %"
+def _routed(load: _Load, wide: bool) -> str:
+    if load.routed is not None:
+        return f"{100 * load.routed:.0f} %"
+    return "by load" if wide else "load"
 
 
 def _draw_bar(
