@@ -31,20 +31,22 @@ def surrogate_parts(
     make_trace: MakeTrace,
     initial_key: MakeKey,
     reward: RewardConfig | None = None,
-    spread: float = 0.0,
+    spread: float | Callable[[np.random.Generator], float] = 0.0,
     slo: SloSpec | None = None,
     columns: bool = False,
 ) -> EnvParts:
     """Parts of an environment over the surrogate of the pipeline's cluster.
 
-    `columns` is the fast path for training: no object per request, hence no outcomes to evaluate.
+    `spread` is that of `SurrogateCluster`, or draws it. `columns` is the fast path for training:
+    no object per request, hence no outcomes to evaluate.
     """
     cluster = pipeline.cluster
 
     def make_cluster(rng: np.random.Generator) -> SurrogateCluster:
         initial = dense_deployment(parse_deployment_key(_key(initial_key, rng)))
+        width = spread(rng) if callable(spread) else spread
         seed = int(rng.integers(2**31))
-        return SurrogateCluster(cluster, initial, seed=seed, spread=spread, columns=columns)
+        return SurrogateCluster(cluster, initial, seed=seed, spread=width, columns=columns)
 
     found = reward or reward_config(cluster)
     return EnvParts(pipeline, make_cluster, make_trace, found, slo or SloSpec(), columns)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from envs.experiment import Experiment, build_engine_env, build_env, build_experiment, read_config
+from envs.experiment import Experiment, build_engine_env, build_env, build_experiment
+from envs.experiment_config import read_config
 from envs.serving_env import ServingEnv
 from envs.vector_env import ServingVectorEnv
 

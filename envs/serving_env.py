@@ -7,7 +7,7 @@ prepare the next. Episodes end by truncation alone; serving has no terminal stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium
@@ -17,6 +17,7 @@ from controller.decision import DecisionPipeline, PreparedDecision
 from controller.observation import FEATURE_LIMIT
 from engine.cluster import (
     ClusterEvent,
+    ClusterSnapshot,
     Decision,
     Drivable,
     SloSpec,
@@ -26,6 +27,7 @@ from engine.errors import InvalidRequestError, StaleEpochError, SwitchInProgress
 from envs.columns import ColumnTraffic
 from envs.render import Frame, draw, show_text
 from envs.reward import RewardConfig, meets_slo
+from envs.scenarios import DeviceFailure, Disturbances, FailureDrivable
 from envs.traffic_feed import EventTraffic, IntervalCounts, TrafficFeed
 from envs.workload import Trace
 from policies.base import Floats, Mask, Observation
@@ -34,6 +36,12 @@ from policies.evaluation import EpisodeRecord
 NO_SLO = SloSpec()
 MakeTrace = Callable[[np.random.Generator], Trace]
 MakeCluster = Callable[[np.random.Generator], Drivable]
+MakeDisturbances = Callable[[np.random.Generator, float], Disturbances]
+
+
+def undisturbed(rng: np.random.Generator, duration_s: float) -> Disturbances:
+    """Nothing happens but traffic."""
+    return Disturbances()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class EnvParts:
     reward: RewardConfig
     slo: SloSpec = NO_SLO
     columns: bool = False  # the fast path: make_cluster gives a `ColumnDrivable`
+    make_disturbances: MakeDisturbances = undisturbed  # of an episode of that many seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         snapshot = self.cluster.snapshot()
         self._start_s = snapshot.now_s
         self._num_steps, self._num_intervals = 0, max(1, round(trace.duration_s / self.grid_s))
+        self._disturb(self.cluster, trace.duration_s)
         self._cursor = self.cluster.events(0).next_cursor
         feed = ColumnTraffic if self.parts.columns else EventTraffic
         self._feed: TrafficFeed = feed(
@@ -114,6 +124,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         self._counts = IntervalCounts()
         self._rewards: list[float] = []
         self._tickets: dict[str, SwitchTicket] = {}
+        self._seen = snapshot
         self.pipeline.reset(snapshot.now_s)
         self.prepared = self.pipeline.prepare(snapshot)
         return self.prepared.observation.flat(), {"at_s": snapshot.now_s}
@@ -152,7 +163,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         snapshot = self.cluster.snapshot()
         reward = self._feed.settle(snapshot.now_s, begun.moved_bytes)
         self._rewards.append(reward)
-        self.prepared = self.pipeline.prepare(snapshot)
+        self.prepared = self.pipeline.prepare(self._as_seen(snapshot))
         info = self._feed.interval_info() | {
             "decision": begun.decision,
             "ticket": begun.ticket,
@@ -211,6 +222,31 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             return cluster.apply(decision.plan)
         except (StaleEpochError, SwitchInProgressError):
             return None
+
+    def _disturb(self, cluster: Drivable, duration_s: float) -> None:
+        """Draw what disturbs the episode, and hand failures over to the cluster."""
+        drawn = self.parts.make_disturbances(self.np_random, duration_s)
+        self._stale = drawn.stale
+        if not drawn.failures:
+            return
+        if not isinstance(cluster, FailureDrivable):
+            raise InvalidRequestError(
+                f"{type(cluster).__name__} cannot be told to lose devices; set the scenario's "
+                "failure_gap_s to [0, 0]."
+            )
+        start_s = self._start_s
+        cluster.schedule_failures(
+            [
+                DeviceFailure(f.at_s + start_s, f.device, f.back_at_s + start_s)
+                for f in drawn.failures
+            ]
+        )
+
+    def _as_seen(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
+        """The snapshot; in a stale span the last one before it, at the present time."""
+        if not any(span.covers(snapshot.now_s - self._start_s) for span in self._stale):
+            self._seen = snapshot
+        return replace(self._seen, now_s=snapshot.now_s)
 
     def _take_events(self, cluster: Drivable) -> tuple[ClusterEvent, ...]:
         batch = cluster.events(self._cursor)
