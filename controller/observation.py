@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from controller.monitor import SCALES, MonitorState
 from controller.predictor import Forecast
-from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec
+from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec, ModelSpec
 from policies.base import Floats, Observation, ObservationSpec
 
 OBSERVATION_VERSION = 1
@@ -119,8 +120,9 @@ def build_observation(
 
 
 def _bounded(features: Floats) -> Floats:
-    found = np.nan_to_num(features, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
-    return np.clip(found, -FEATURE_LIMIT, FEATURE_LIMIT)
+    """Unknowns as zero, everything within FEATURE_LIMIT. In place."""
+    np.nan_to_num(features, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
+    return np.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT, out=features)
 
 
 def _ln1(value: float) -> float:
@@ -178,10 +180,14 @@ def _ratio(value: float, reference: float) -> float:
     return max(-limit, min(limit, math.log(max(value, 1e-9) / max(reference, 1e-9))))
 
 
+@lru_cache(maxsize=16)
+def _model_bytes(model: ModelSpec) -> int:
+    return sum(math.prod(t.shape) for t in model.tensors) * model.dtype_bytes
+
+
 def _pool_weight_bytes(spec: ClusterSpec) -> float:
     """Bytes of one full copy of the weights on every device: the most a switch could move."""
-    total = sum(math.prod(t.shape) for t in spec.model.tensors) * spec.model.dtype_bytes
-    return max(float(total) * spec.num_devices, 1.0)
+    return max(float(_model_bytes(spec.model)) * spec.num_devices, 1.0)
 
 
 def _degree_shares(candidate: Candidate, num_devices: int) -> list[float]:
