@@ -31,10 +31,17 @@ from engine.migration.plan import check_memory
 from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
-from envs.surrogate import kernel
-from envs.surrogate.kernel import WAITING
+from envs.surrogate import kernel, layout
 from envs.surrogate.latency import step_coefficients
-from envs.surrogate.record import Floats, Ints, TrafficColumns, log_events, traffic_columns
+from envs.surrogate.layout import WAITING
+from envs.surrogate.record import (
+    Floats,
+    Ints,
+    Records,
+    TrafficColumns,
+    log_events,
+    traffic_columns,
+)
 from envs.surrogate.state import Slots, SurrogateState, new_records
 from envs.surrogate.switch import SurrogateSwitch
 
@@ -58,7 +65,8 @@ class SurrogateCluster:
     `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
     exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
     With `columns`, requests come and go as arrays (`submit_columns`, `take_columns`), and the
-    event log holds switches alone.
+    event log holds switches alone. With `trace_items`, the first so many items of steps are kept
+    for `trace`.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class SurrogateCluster:
         seed: int = 0,
         spread: float = 0.0,
         columns: bool = False,
+        trace_items: int = 0,
     ) -> None:
         self._profiled = cluster
         self._coefficients, self._num_blocks = (
@@ -81,12 +90,11 @@ class SurrogateCluster:
         ).tolist()
         for numbers in self._coefficients.values():
             numbers[:-1] *= step_factor  # all but stage_share
-        self.state = SurrogateState(cluster.spec, max_queue)
+        self.state = SurrogateState(cluster.spec, max_queue, trace_items)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
-        self._waiting = np.zeros(0, kernel.SEQUENCE)  # the same, with columns
+        self._waiting = np.zeros(0, layout.SEQUENCE)  # the same, with columns
         self._columns: list[TrafficColumns] | None = [] if columns else None
-        self._num_submitted = 0
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: SurrogateSwitch | None = None
@@ -183,8 +191,6 @@ class SurrogateCluster:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         assert self._columns is not None, "made without columns"
         records = new_records(arrival_s, prompt_tokens, output_tokens)
-        records["index"] = self._num_submitted + np.arange(len(records))
-        self._num_submitted += len(records)
         self._waiting = np.concatenate([self._waiting, records])
         assert (np.diff(self._waiting["arrival_s"]) >= 0).all(), "not in order of arrival"
 
@@ -234,6 +240,7 @@ class SurrogateCluster:
             state.counts[0],
             arriving,
             state.ended,
+            state.trace,
             until_s,
         )
         ended = state.ended[: state.counts[0]["ended"]].copy()
@@ -329,6 +336,13 @@ class SurrogateCluster:
         self._log.append(ticket.updated_s, EventKind.SWITCH, ticket=ticket)
         if ticket.phase.is_terminal:
             self._switch = None
+
+    def trace(self) -> Records:
+        """Items of the steps started so far, of `layout.ITEM`, in the order in which they were
+        scheduled; an assertion fails when `trace_items` were too few."""
+        count = int(self.state.counts[0]["traced"])
+        assert count <= len(self.state.trace), f"{count} items, trace_items={len(self.state.trace)}"
+        return self.state.trace[:count].copy()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless requests, lists and blocks are consistent."""

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from engine.cluster import Arrival, EventKind, Request, RequestOutcome, RequestStatus
 from engine.events import EventLog
-from envs.surrogate.kernel import REJECTED
+from envs.surrogate.layout import REJECTED
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Records = NDArray[Any]  # of `kernel.SEQUENCE`
+Records = NDArray[Any]  # of a dtype in `envs.surrogate.layout`
 
 OUTCOME_FIELDS = (
     "first_token_s",
@@ -31,7 +31,7 @@ OUTCOME_FIELDS = (
 class TrafficColumns:
     """A arrivals and E ended requests, each in order of time.
 
-    `index` numbers requests by submission, from 0.
+    `index` numbers requests by arrival, from 0.
     """
 
     arrival_s: Floats  # [A]
