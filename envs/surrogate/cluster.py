@@ -34,16 +34,10 @@ from engine.shards import num_kv_blocks
 from envs.surrogate import kernel, layout
 from envs.surrogate.latency import step_coefficients
 from envs.surrogate.layout import WAITING
-from envs.surrogate.record import (
-    Floats,
-    Ints,
-    Records,
-    TrafficColumns,
-    log_events,
-    traffic_columns,
-)
-from envs.surrogate.state import Slots, SurrogateState, new_records
+from envs.surrogate.record import Records, log_events, traffic_columns
+from envs.surrogate.state import Slots, SurrogateState, new_records, request_records
 from envs.surrogate.switch import SurrogateSwitch
+from policies.base import Counts, Future, LengthSampler, Rollout, Seconds, TrafficColumns
 
 
 @lru_cache(maxsize=16)
@@ -187,7 +181,9 @@ class SurrogateCluster:
         assert request.arrival_s >= self._now_s, (request.arrival_s, self._now_s)
         self._pending.append(request)
 
-    def submit_columns(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+    def submit_columns(
+        self, arrival_s: Seconds, prompt_tokens: Counts, output_tokens: Counts
+    ) -> None:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         assert self._columns is not None, "made without columns"
         records = new_records(arrival_s, prompt_tokens, output_tokens)
@@ -213,15 +209,47 @@ class SurrogateCluster:
     def close(self) -> None:
         """Nothing is held."""
 
-    def fork(self) -> SurrogateCluster:
-        """An independent copy that goes on from the same state, log and clock included."""
+    # ---------------------------------------------------------------- Simulator
+
+    def fork(self, lengths: LengthSampler | None = None) -> SurrogateCluster:
+        """An independent copy that goes on from the same state, log and clock included; see
+        `policies.base.Simulator`."""
         other = copy(self)
         other.state = self.state.copy()
         other._pending, other._rows = self._pending.copy(), self._rows.copy()
         other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
         other._switch = copy(self._switch)
+        if lengths is not None:
+            other.state.redraw(lengths)
         return other
+
+    def rollout(
+        self,
+        until_s: float,
+        future: Future | None = None,
+        plan: SwitchPlan | None = None,
+        routing: Routing | None = None,
+    ) -> Rollout:
+        """See `policies.base.Simulator`. From here on traffic is recorded as columns."""
+        if plan is not None:
+            self.apply(plan)
+        if routing is not None:
+            self.set_routing(routing)
+        self._record_columns()
+        if future is not None:
+            self._waiting = self._waiting[:0]
+            self.submit_columns(future.arrival_s, future.prompt_tokens, future.output_tokens)
+        self.advance(until_s)
+        return Rollout(self.take_columns(), self.snapshot())
+
+    def _record_columns(self) -> None:
+        """Nothing recorded before, and requests not yet arrived as records."""
+        self._columns = []
+        if self._pending:
+            self._pending.sort(key=_arrival_s)
+            self._waiting = request_records(self._pending)
+            self._pending = []
 
     # ---------------------------------------------------------------- time
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
 from envs.surrogate import kernel, layout
 from envs.surrogate.layout import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
+from policies.base import LengthSampler
 
 FIRST_SLOTS = 256
 Records = NDArray[Any]
@@ -25,6 +26,15 @@ def new_records(
     records["target_tokens"] = target_tokens
     records["row"] = records["next"] = records["prev"] = NONE
     return records
+
+
+def request_records(requests: list[Request]) -> Records:
+    """The same, from objects."""
+    return new_records(
+        [r.arrival_s for r in requests],
+        [r.prompt_tokens for r in requests],
+        [r.output_tokens for r in requests],
+    )
 
 
 class SurrogateState:
@@ -63,6 +73,15 @@ class SurrogateState:
         other._requests, other._free_slots = self._requests.copy(), self._free_slots.copy()
         return other
 
+    def redraw(self, lengths: LengthSampler) -> None:
+        """New output lengths for every live sequence, in the order of their slots."""
+        is_live = np.ones(len(self.seqs), np.bool_)
+        is_live[self._free_slots] = False
+        live = self.seqs[is_live]
+        live["target_tokens"] = lengths(live["prompt_tokens"], live["output_tokens"])
+        assert (live["target_tokens"] > live["output_tokens"]).all(), "a length is not to come"
+        self.seqs[is_live] = live
+
     # ---------------------------------------------------------------- slots
 
     def _grow(self) -> None:
@@ -86,13 +105,7 @@ class SurrogateState:
 
     def add_requests(self, requests: list[Request]) -> Slots:
         """The same, kept as objects for `requests_of`."""
-        slots = self.add_records(
-            new_records(
-                [r.arrival_s for r in requests],
-                [r.prompt_tokens for r in requests],
-                [r.output_tokens for r in requests],
-            )
-        )
+        slots = self.add_records(request_records(requests))
         for slot, request in zip(slots.tolist(), requests, strict=True):
             self._requests[slot] = request
         return slots
