@@ -33,7 +33,7 @@ from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
 from envs.surrogate import kernel
 from envs.surrogate.kernel import WAITING
-from envs.surrogate.latency import step_coefficients
+from envs.surrogate.latency import step_records
 from envs.surrogate.record import Floats, Ints, TrafficColumns, log_events, traffic_columns
 from envs.surrogate.state import Slots, SurrogateState, new_records
 from envs.surrogate.switch import SurrogateSwitch
@@ -71,16 +71,12 @@ class SurrogateCluster:
         columns: bool = False,
     ) -> None:
         self._profiled = cluster
-        self._coefficients, self._num_blocks = (
-            step_coefficients(cluster.profile),
-            kv_blocks(cluster),
-        )
+        self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
         step_factor, self._switch_factor = np.exp(
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
-        for numbers in self._coefficients.values():
-            numbers[:-1] *= step_factor  # all but stage_share
+        self._step_records = step_records(cluster.profile, step_factor)
         self.state = SurrogateState(cluster.spec, max_queue)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
@@ -274,7 +270,7 @@ class SurrogateCluster:
             self._rows[replica.replica_id] = row
             parallel = replica.parallel
             blocks = self._num_blocks[parallel]
-            self.state.add_replica(row, parallel, self._coefficients[parallel], blocks)
+            self.state.add_replica(row, parallel, self._step_records[parallel], blocks)
 
     def drop_rows(self, replicas: list[Replica]) -> None:
         for replica in replicas:

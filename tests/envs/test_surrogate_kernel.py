@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from engine.cluster import (
     dense_deployment,
     parse_deployment_key,
 )
-from engine.profile import ProfiledCluster, StepTimeModel
+from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
 from engine.request import SamplingParams, Sequence
 from engine.router import ReplicaLoad, pick
 from engine.scheduler import BatchScheduler
@@ -69,7 +70,8 @@ class PlainReplica:
             self.may_start = bool(not self.in_flight and self.scheduler.has_work)
             return
         context = sum(item.start + item.num_tokens for item in batch.items)
-        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context)
+        pairs = sum(attention_pairs(item.start, item.num_tokens) for item in batch.items)
+        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context, pairs)
         stage_s = self.steps.stage_share * step_s
         self.last_end_s = max(now_s + step_s, self.last_end_s + stage_s)
         self.ready_s = now_s + stage_s
@@ -134,6 +136,22 @@ class PlainCluster:
         }
 
 
+@pytest.fixture(scope="module")
+def curved_cluster(small_cluster: ProfiledCluster) -> ProfiledCluster:
+    """With attention pairs and a token term of knots: some steps are below the first, between two,
+    and beyond the last."""
+    steps = tuple(
+        replace(
+            model,
+            per_pair_s=3e-7 / model.parallel.tp,
+            token_knots=(3, 8, 20, 50),
+            token_s=(1e-4, 2e-4, 1.5e-3, 3e-3),
+        )
+        for model in small_cluster.profile.steps
+    )
+    return replace(small_cluster, profile=replace(small_cluster.profile, steps=steps))
+
+
 def draw_requests(rng: np.random.Generator, number: int, rate_per_s: float) -> list[Request]:
     arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, number))
     arrival_s[5:8] = arrival_s[5]  # some at one instant
@@ -176,15 +194,15 @@ def skewed_routing(deployment: Deployment) -> Routing:
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_the_batch_scheduler(
-    small_cluster: ProfiledCluster, key: str, weighted: bool
+    curved_cluster: ProfiledCluster, key: str, weighted: bool
 ) -> None:
     deployment = dense_deployment(parse_deployment_key(key))
     ids = tuple(r.replica_id for r in deployment.replicas)
     routing = skewed_routing(deployment) if weighted else Routing(ids)
     rng = np.random.default_rng(len(key) + weighted)
     requests = draw_requests(rng, 250, rate_per_s=90.0)
-    expected = PlainCluster(small_cluster, deployment, routing).run(requests)
-    outcomes = simulate(small_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
+    expected = PlainCluster(curved_cluster, deployment, routing).run(requests)
+    outcomes = simulate(curved_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
     preemptions = 0
     for name, (replica_id, token_times, preempted) in expected.items():
         outcome = outcomes[name]
