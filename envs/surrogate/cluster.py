@@ -32,7 +32,7 @@ from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
 from envs.surrogate import kernel, layout
-from envs.surrogate.latency import step_coefficients
+from envs.surrogate.latency import step_records
 from envs.surrogate.layout import WAITING
 from envs.surrogate.record import Records, log_events, traffic_columns
 from envs.surrogate.state import Slots, SurrogateState, new_records, request_records
@@ -74,16 +74,12 @@ class SurrogateCluster:
         trace_items: int = 0,
     ) -> None:
         self._profiled = cluster
-        self._coefficients, self._num_blocks = (
-            step_coefficients(cluster.profile),
-            kv_blocks(cluster),
-        )
+        self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
         step_factor, self._switch_factor = np.exp(
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
-        for numbers in self._coefficients.values():
-            numbers[:-1] *= step_factor  # all but stage_share
+        self._step_records = step_records(cluster.profile, step_factor)
         self.state = SurrogateState(cluster.spec, max_queue, trace_items)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
@@ -309,7 +305,7 @@ class SurrogateCluster:
             self._rows[replica.replica_id] = row
             parallel = replica.parallel
             blocks = self._num_blocks[parallel]
-            self.state.add_replica(row, parallel, self._coefficients[parallel], blocks)
+            self.state.add_replica(row, parallel, self._step_records[parallel], blocks)
 
     def drop_rows(self, replicas: list[Replica]) -> None:
         for replica in replicas:

@@ -143,7 +143,7 @@ def _schedule(
     The number of tokens of each item is kept in its sequence until the step ends.
     """
     budget = limits.max_num_batched_tokens
-    num_items, context, last, preempted = 0, 0, NONE, False
+    num_items, context, pairs, last, preempted = 0, 0, 0.0, NONE, False
     share_of_running = _share(lists[RUNNING].count, replica.depth)
     live = lists[RUNNING].count + lists[WAITING].count
     share_of_all = _share(min(live, limits.max_num_seqs), replica.depth)
@@ -162,11 +162,8 @@ def _schedule(
                 break  # all behind it are in flight
             if granted:
                 last = _append_item(seqs, batch, last, s, tokens)
-                num_items, context, budget = (
-                    num_items + 1,
-                    context + start + tokens,
-                    budget - tokens,
-                )
+                num_items, budget = num_items + 1, budget - tokens
+                context, pairs = context + start + tokens, pairs + _pairs(start, tokens)
         s = seqs[s].next
     while (
         not preempted
@@ -186,12 +183,13 @@ def _schedule(
         seqs[s].status = IN_RUNNING
         insert(seqs, lists[RUNNING], s)
         last = _append_item(seqs, batch, last, s, tokens)
-        num_items, context, budget = num_items + 1, context + tokens, budget - tokens
+        num_items, budget = num_items + 1, budget - tokens
+        context, pairs = context + tokens, pairs + _pairs(0, tokens)
     if num_items == 0:
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
     num_tokens = limits.max_num_batched_tokens - budget
-    _start(replica, batch, now_s, num_tokens, num_items, context)
+    _start(replica, batch, now_s, step_seconds(replica.step, num_tokens, num_items, context, pairs))
     return True
 
 
@@ -207,17 +205,45 @@ def _append_item(seqs: Any, batch: Any, last: int, s: int, tokens: int) -> Any:
 
 
 @compiled
-def _start(
-    replica: Any, batch: Any, now_s: float, tokens: int, sequences: int, context_tokens: int
-) -> None:
-    """`StepTimeModel`; with pp > 1 a step also waits for the last stage to end the one before."""
-    step_s = (
-        replica.base_s
-        + replica.per_token_s * tokens
-        + replica.per_seq_s * sequences
-        + replica.per_context_token_s * context_tokens
+def _pairs(start: int, tokens: int) -> Any:
+    """`engine.profile.attention_pairs`."""
+    return tokens * (start + 0.5 * (tokens + 1))
+
+
+@compiled
+def _token_seconds(step: Any, tokens: int) -> Any:
+    """`engine.profile.StepTimeModel.token_term_s`."""
+    last = step.num_knots - 1
+    if last < 0:
+        return step.per_token_s * tokens
+    if tokens >= step.token_knots[last]:
+        return step.token_s[last] + step.per_token_s * (tokens - step.token_knots[last])
+    if tokens <= step.token_knots[0]:
+        return step.token_s[0]
+    i = 1
+    while tokens > step.token_knots[i]:
+        i += 1
+    rise_s = step.token_s[i] - step.token_s[i - 1]
+    slope = rise_s / (step.token_knots[i] - step.token_knots[i - 1])
+    return slope * (tokens - step.token_knots[i - 1]) + step.token_s[i - 1]
+
+
+@compiled
+def step_seconds(step: Any, tokens: int, sequences: int, context_tokens: int, pairs: float) -> Any:
+    """`engine.profile.StepTimeModel.step_s` of a record `STEP`, added up in the same order."""
+    return (
+        step.base_s
+        + _token_seconds(step, tokens)
+        + step.per_seq_s * sequences
+        + step.per_context_token_s * context_tokens
+        + step.per_pair_s * pairs
     )
-    stage_s = replica.stage_share * step_s
+
+
+@compiled
+def _start(replica: Any, batch: Any, now_s: float, step_s: float) -> None:
+    """With pp > 1 a step also waits for the last stage to end the one before."""
+    stage_s = replica.step.stage_share * step_s
     batch.end_s = max(now_s + step_s, replica.last_end_s + stage_s)
     replica.last_end_s = batch.end_s
     replica.ready_s = now_s + stage_s

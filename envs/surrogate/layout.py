@@ -31,13 +31,23 @@ SEQUENCE = np.dtype(
         ("status", "i8"),
     ]
 )
-REPLICA = np.dtype(
+MAX_KNOTS = 16
+STEP = np.dtype(  # `engine.profile.StepTimeModel`; see envs/surrogate/latency.py
     [
         ("base_s", "f8"),
         ("per_token_s", "f8"),
         ("per_seq_s", "f8"),
         ("per_context_token_s", "f8"),
+        ("per_pair_s", "f8"),
         ("stage_share", "f8"),
+        ("num_knots", "i8"),
+        ("token_knots", "f8", (MAX_KNOTS,)),
+        ("token_s", "f8", (MAX_KNOTS,)),
+    ]
+)
+REPLICA = np.dtype(
+    [
+        ("step", STEP),
         ("wake_s", "f8"),  # something to schedule appeared then
         ("ready_s", "f8"),  # the first stage is free from then on
         ("last_end_s", "f8"),  # end of the last step started

@@ -134,14 +134,10 @@ class SurrogateState:
 
     # ---------------------------------------------------------------- rows
 
-    def add_replica(
-        self, row: int, parallel: ParallelConfig, coefficients: NDArray[np.float64], blocks: int
-    ) -> None:
-        """An idle, closed replica of `blocks` KV blocks in `row`; coefficients as in
-        `latency.step_coefficients`."""
+    def add_replica(self, row: int, parallel: ParallelConfig, step: Records, blocks: int) -> None:
+        """An idle, closed replica of `blocks` KV blocks in `row`; `step` is a `layout.STEP`."""
         record = np.zeros((), layout.REPLICA)
-        for name, value in zip(layout.REPLICA.names or (), coefficients, strict=False):
-            record[name] = value
+        record["step"] = step
         record["depth"], record["num_devices"] = parallel.pp, parallel.num_devices
         record["num_blocks"] = record["free_blocks"] = blocks
         self.replicas[row] = record

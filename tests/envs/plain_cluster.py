@@ -10,7 +10,7 @@ from typing import NamedTuple
 from engine.batch import ScheduledBatch
 from engine.block_manager import BlockManager
 from engine.cluster import Deployment, Request, Routing
-from engine.profile import ProfiledCluster, StepTimeModel
+from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
 from engine.request import SamplingParams, Sequence
 from engine.router import ReplicaLoad, pick
 from engine.scheduler import BatchScheduler
@@ -68,7 +68,8 @@ class PlainReplica:
             self.may_start = bool(not self.in_flight and self.scheduler.has_work)
             return
         context = sum(item.start + item.num_tokens for item in batch.items)
-        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context)
+        pairs = sum(attention_pairs(item.start, item.num_tokens) for item in batch.items)
+        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context, pairs)
         stage_s = self.steps.stage_share * step_s
         self.last_end_s = max(now_s + step_s, self.last_end_s + stage_s)
         self.ready_s = now_s + stage_s

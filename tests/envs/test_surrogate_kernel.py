@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,22 @@ from engine.router import ReplicaLoad, pick
 from envs.surrogate import kernel, layout
 from envs.surrogate.cluster import SurrogateCluster
 from tests.envs.plain_cluster import PlainCluster
+
+
+@pytest.fixture(scope="module")
+def curved_cluster(small_cluster: ProfiledCluster) -> ProfiledCluster:
+    """With attention pairs and a token term of knots: some steps are below the first, between two,
+    and beyond the last."""
+    steps = tuple(
+        replace(
+            model,
+            per_pair_s=3e-7 / model.parallel.tp,
+            token_knots=(3, 8, 20, 50),
+            token_s=(1e-4, 2e-4, 1.5e-3, 3e-3),
+        )
+        for model in small_cluster.profile.steps
+    )
+    return replace(small_cluster, profile=replace(small_cluster.profile, steps=steps))
 
 
 def draw_requests(rng: np.random.Generator, number: int, rate_per_s: float) -> list[Request]:
@@ -64,15 +82,15 @@ def skewed_routing(deployment: Deployment) -> Routing:
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_the_batch_scheduler(
-    small_cluster: ProfiledCluster, key: str, weighted: bool
+    curved_cluster: ProfiledCluster, key: str, weighted: bool
 ) -> None:
     deployment = dense_deployment(parse_deployment_key(key))
     ids = tuple(r.replica_id for r in deployment.replicas)
     routing = skewed_routing(deployment) if weighted else Routing(ids)
     rng = np.random.default_rng(len(key) + weighted)
     requests = draw_requests(rng, 250, rate_per_s=90.0)
-    expected = PlainCluster(small_cluster, deployment, routing).run(requests)
-    outcomes = simulate(small_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
+    expected = PlainCluster(curved_cluster, deployment, routing).run(requests)
+    outcomes = simulate(curved_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
     preemptions = 0
     for name, (replica_id, token_times, preempted) in expected.items():
         outcome = outcomes[name]
