@@ -59,9 +59,10 @@ class Setup:
     rate_per_s: float
 
     def pool(self, devices: int) -> ProfiledCluster:
-        """The profiled cluster with another number of devices."""
+        """The profiled cluster with another number of devices, which share nothing."""
         spec = replace(self.cluster.spec, num_devices=devices, devices_per_node=devices)
-        return replace(self.cluster, spec=spec)
+        profile = replace(self.cluster.profile, cores=0.0)
+        return ProfiledCluster(spec, profile)
 
     def surrogate(self, replicas: int) -> SurrogateCluster:
         initial = dense_deployment([SINGLE] * replicas)
@@ -135,7 +136,7 @@ def measure_iterations(setup: Setup, replicas: int, iterations: int) -> float:
     """Steps of replicas per second of wall time, with full batches. Every step lasts STEP_S and no
     replica ever idles, so that a span of time is a number of steps."""
     steps = tuple(
-        StepTimeModel(s.parallel, STEP_S, 0.0, 0.0, 0.0, s.stage_share)
+        StepTimeModel(s.parallel, STEP_S, 0.0, 0.0, 0.0, stage_share=s.stage_share)
         for s in setup.cluster.profile.steps
     )
     pool = setup.pool(replicas)

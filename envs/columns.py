@@ -17,16 +17,18 @@ from controller.monitor import LENGTH_MEMORY, Monitor
 from controller.workload import assign
 from engine.cluster import ClusterEvent, Drivable, SloSpec
 from envs.reward import WORST, RewardConfig
-from envs.surrogate.record import Floats, Ints, TrafficColumns
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
+from policies.base import Counts, Seconds, TrafficColumns
 
 
 @runtime_checkable
 class ColumnDrivable(Drivable, Protocol):
     """A cluster that takes and gives traffic as columns."""
 
-    def submit_columns(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+    def submit_columns(
+        self, arrival_s: Seconds, prompt_tokens: Counts, output_tokens: Counts
+    ) -> None:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         ...
 

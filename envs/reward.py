@@ -56,7 +56,7 @@ class RewardConfig:
 def reward_config(cluster: ProfiledCluster, scale_requests: float = 100.0) -> RewardConfig:
     """References of an unloaded replica: the least of each figure over the profiled
     configurations. One switch of every weight of one model copy costs 0.02."""
-    steps = cluster.profile.steps
+    steps = [s.linear(cluster.spec.max_num_batched_tokens) for s in cluster.profile.steps]
     model = cluster.spec.model
     model_bytes = sum(math.prod(t.shape) for t in model.tensors) * model.dtype_bytes
     return RewardConfig(
