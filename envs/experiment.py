@@ -172,7 +172,8 @@ def build_venv(experiment: Experiment) -> ServingVecEnv:
     config, planner = experiment.config, experiment.pipeline().planner
     size = config.ppo.group_size
     groups = [None if size == 1 else i // size for i in range(config.env.num_envs)]
-    return ServingVecEnv([build_env(experiment, planner, group) for group in groups])
+    envs = [build_env(experiment, planner, group) for group in groups]
+    return ServingVecEnv(envs, config.env.num_threads)
 
 
 def build_evaluation(

@@ -58,6 +58,9 @@ class EnvSection(_Section):
     """Training environments."""
 
     num_envs: int = Field(default=16, ge=1, description="stepped together")
+    num_threads: int = Field(
+        default=1, ge=1, description="that step them; more pay for large pools and heavy traffic"
+    )
     episode_s: float = Field(default=3600.0, gt=0, description="seconds of an episode")
     spread: float = Field(default=0.1, ge=0, description="of step and switch times, in ln")
     initial: str = Field(default=ANY, description="first deployment; 'any': drawn per episode")

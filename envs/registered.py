@@ -44,7 +44,7 @@ def make_surrogate_vector(
     num_threads: int = 1,
 ) -> ServingVectorEnv:
     """`tidewright/Surrogate-v0` for `gymnasium.make_vec`: `num_envs` surrogates in one process,
-    advanced by `num_threads`. With `columns`, `info` tells nothing of single requests."""
+    stepped by `num_threads`. With `columns`, `info` tells nothing of single requests."""
     experiment = load_experiment(config, settings)
     planner = experiment.pipeline().planner
     envs = [

@@ -57,20 +57,6 @@ class EnvParts:
     make_disturbances: MakeDisturbances = undisturbed  # of an episode of that many seconds
 
 
-@dataclass(frozen=True, slots=True)
-class _Interval:
-    """What began with a decision."""
-
-    decision: Decision
-    ticket: SwitchTicket | None  # of the switch applied
-    arrived: int
-
-    @property
-    def moved_bytes(self) -> int:
-        plan = self.decision.plan
-        return plan.weight_bytes if plan is not None and self.ticket is not None else 0
-
-
 class ServingEnv(gymnasium.Env[Floats, np.int64]):
     """Observation: `Observation.flat()`, float32. Action: a candidate row; 0 keeps.
 
@@ -132,42 +118,25 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
     def step(
         self, action: np.int64 | int, probabilities: Any = None, policy_name: str = ""
     ) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
-        """One decision and the `grid_s` seconds after it: `begin`, `advance`, `end`."""
-        self.begin(action, probabilities, policy_name)
-        self.advance()
-        return self.end()
-
-    def begin(
-        self, action: np.int64 | int, probabilities: Any = None, policy_name: str = ""
-    ) -> None:
-        """Resolve and apply the decision, and submit the interval's traffic."""
+        """One decision and the `grid_s` seconds after it."""
         assert self.cluster is not None, "reset first"
         assert self.prepared is not None
         decision = self.pipeline.resolve(self.prepared, int(action), probabilities, policy_name)
         ticket = self._apply(self.cluster, decision)
         self._num_steps += 1
         arrived = self._feed.submit_until(self._until_s)
-        self._begun = _Interval(decision, ticket, arrived)
-
-    def advance(self) -> None:
-        """Let the interval pass; touches nothing but this environment's cluster."""
-        assert self.cluster is not None, "reset first"
         self.cluster.advance(self._until_s)
-
-    def end(self) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
-        """Observe the interval, and prepare the next decision."""
-        assert self.cluster is not None, "reset first"
-        begun = self._begun
         self._feed.observe(self._take_events(self.cluster))
-        self._counts = self._feed.counts(begun.arrived, self.parts.slo)
+        self._counts = self._feed.counts(arrived, self.parts.slo)
         snapshot = self.cluster.snapshot()
-        reward = self._feed.settle(snapshot.now_s, begun.moved_bytes)
+        moved = decision.plan.weight_bytes if decision.plan is not None and ticket else 0
+        reward = self._feed.settle(snapshot.now_s, moved)
         self._rewards.append(reward)
         self.prepared = self.pipeline.prepare(self._as_seen(snapshot))
         info = self._feed.interval_info() | {
-            "decision": begun.decision,
-            "ticket": begun.ticket,
-            "arrived": begun.arrived,
+            "decision": decision,
+            "ticket": ticket,
+            "arrived": arrived,
             "at_s": snapshot.now_s,
         }
         return self.prepared.observation.flat(), reward, False, self.is_over, info
@@ -179,7 +148,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
 
     @property
     def _until_s(self) -> float:
-        """When the interval that has begun ends, on the cluster's clock."""
+        """When the last interval begun ends, on the cluster's clock."""
         return self._start_s + self._num_steps * self.grid_s
 
     def action_masks(self) -> Mask:

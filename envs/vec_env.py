@@ -22,8 +22,8 @@ Step = tuple[Floats, float, bool, bool, dict[str, Any]]
 
 
 class EnvPool:
-    """Environments and the threads that advance their clusters. A simulated interval runs outside
-    the interpreter's lock; decision pipelines may share a planner and stay in the caller's."""
+    """Environments and the threads that step them; they may share a planner. Simulation and the
+    planner's solver run outside the interpreter's lock, the rest of a step holds it."""
 
     def __init__(self, envs: Sequence[ServingEnv], num_threads: int = 1) -> None:
         assert envs, "at least one environment"
@@ -33,14 +33,8 @@ class EnvPool:
 
     def step(self, actions: NDArray[np.int64]) -> list[Step]:
         """`ServingEnv.step` of all; [N] actions."""
-        for env, action in zip(self.envs, actions, strict=True):
-            env.begin(action)
-        if self._threads is None:
-            for env in self.envs:
-                env.advance()
-        else:
-            list(self._threads.map(ServingEnv.advance, self.envs))
-        return [env.end() for env in self.envs]
+        each = map if self._threads is None else self._threads.map
+        return list(each(ServingEnv.step, self.envs, actions))
 
     def close(self) -> None:
         for env in self.envs:

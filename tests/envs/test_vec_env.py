@@ -28,7 +28,8 @@ def make_env() -> Callable[..., ServingEnv]:
     from envs.registered import load_experiment
 
     experiment = load_experiment(None, SETTINGS)
-    return lambda **options: build_env(experiment, **options)
+    planner = experiment.pipeline().planner  # one for all, threads included
+    return lambda **options: build_env(experiment, planner, **options)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
