@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from envs.build import DEFAULT_PROFILE
 from envs.experiment import Experiment, build_engine_env, build_env, build_experiment
 from envs.experiment_config import read_config
 from envs.serving_env import ServingEnv
@@ -18,7 +19,10 @@ Settings = Mapping[str, Any]
 def load_experiment(config: str | Path | None, settings: Settings | None) -> Experiment:
     """An experiment from its YAML (none: configs/quick.yaml), with settings by dotted key that go
     before the file, such as {"env.episode_s": 600.0}. Raises InvalidRequestError."""
-    return build_experiment(read_config(Path(config or DEFAULT_CONFIG), settings or {}))
+    given = dict(settings or {})
+    if config is None:
+        given = {"profile": DEFAULT_PROFILE} | given  # wherever the process was started
+    return build_experiment(read_config(Path(config or DEFAULT_CONFIG), given))
 
 
 def make_surrogate(

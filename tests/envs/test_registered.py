@@ -48,7 +48,8 @@ def test_checkers_find_nothing_in_the_surrogate(columns: bool) -> None:
     sb3_check_env(make_surrogate(columns=columns), skip_render_check=False)
 
 
-def test_it_needs_no_settings() -> None:
+def test_it_needs_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     env = gymnasium.make(SURROGATE)
     flat, _ = env.reset(seed=3)
     assert env.observation_space.contains(flat)
