@@ -25,7 +25,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--trace", type=Path, help="trace CSV, plain or gzip'd (default: embedded generator)")
     add("--days", help="first-last day of the trace, 86400 s each, from 1 (default: all)")
     add("--load", type=float, help="share of best static capacity (default: as trained)")
-    add("--compress", type=float, help="time runs so many times faster (default: as trained)")
     add("--length-factor", type=float, help="multiplies lengths (default: as trained)")
     add("--profile", type=Path, help="measured cluster JSON (default: as trained)")
     add("--initial", help="first deployment, e.g. 4xtp1pp1 (default: the checkpoint's)")
@@ -42,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
         trace=args.trace,
         days=args.days,
         load=args.load,
-        compress=args.compress,
         length_factor=args.length_factor,
         profile=args.profile,
         initial=args.initial,

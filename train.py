@@ -10,7 +10,8 @@ from pathlib import Path
 
 from engine.errors import TidewrightError
 from envs.comparison import compare, print_table, reporter
-from envs.experiment import build_experiment, build_venv, read_config
+from envs.experiment import build_experiment, build_venv
+from envs.experiment_config import read_config
 from envs.traffic import evaluation_windows
 from policies.checkpoint import save_checkpoint
 from policies.ppo import train

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from controller.monitor import SCALES, MonitorState
 from controller.predictor import Forecast
-from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec
-from policies.base import Observation, ObservationSpec
+from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec, ModelSpec
+from policies.base import Floats, Observation, ObservationSpec
 
 OBSERVATION_VERSION = 1
 DEGREES = (1, 2, 4, 8)  # tensor- and pipeline-parallel degrees; larger ones count as the last
 MAX_RATIO = 10.0  # headrooms and latency ratios are cut here
 MAX_SWITCH_S = 600.0
+FEATURE_LIMIT = MAX_SWITCH_S  # no feature is larger in magnitude
 LONG_AGO_S = 3600.0
 
 STATE_NAMES = (
@@ -114,8 +116,13 @@ def build_observation(
         mask[i] = not mask_reasons[i]
     state = np.array(_state(situation, candidates[0], spec.grid_s), np.float32)
     assert state.shape == (len(spec.state_features),), (state.shape, len(spec.state_features))
-    state = np.nan_to_num(state, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
-    return Observation(state, np.nan_to_num(rows), mask, tuple(c.key for c in candidates))
+    return Observation(_bounded(state), _bounded(rows), mask, tuple(c.key for c in candidates))
+
+
+def _bounded(features: Floats) -> Floats:
+    """Unknowns as zero, everything within FEATURE_LIMIT. In place."""
+    np.nan_to_num(features, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
+    return np.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT, out=features)
 
 
 def _ln1(value: float) -> float:
@@ -173,10 +180,14 @@ def _ratio(value: float, reference: float) -> float:
     return max(-limit, min(limit, math.log(max(value, 1e-9) / max(reference, 1e-9))))
 
 
+@lru_cache(maxsize=16)
+def _model_bytes(model: ModelSpec) -> int:
+    return sum(math.prod(t.shape) for t in model.tensors) * model.dtype_bytes
+
+
 def _pool_weight_bytes(spec: ClusterSpec) -> float:
     """Bytes of one full copy of the weights on every device: the most a switch could move."""
-    total = sum(math.prod(t.shape) for t in spec.model.tensors) * spec.model.dtype_bytes
-    return max(float(total) * spec.num_devices, 1.0)
+    return max(float(_model_bytes(spec.model)) * spec.num_devices, 1.0)
 
 
 def _degree_shares(candidate: Candidate, num_devices: int) -> list[float]:

@@ -6,6 +6,7 @@ whatever was asked before.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -58,18 +59,23 @@ class Scores:
 
 
 class Cache:
-    """Bounded memo; the oldest entry goes first."""
+    """Bounded memo; the oldest entry goes first. Threads may share it: at worst two of them make
+    the same entry."""
 
     def __init__(self, size: int = CACHE_SIZE) -> None:
         self._entries: dict[Hashable, object] = {}
+        self._order: deque[Hashable] = deque()
         self._size = size
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._entries:
-            if len(self._entries) >= self._size:
-                del self._entries[next(iter(self._entries))]
-            self._entries[key] = make()
-        return self._entries[key]  # type: ignore[return-value]
+        known = self._entries.get(key, self)
+        if known is not self:
+            return known  # type: ignore[return-value]
+        made = self._entries[key] = make()
+        self._order.append(key)
+        if len(self._order) > self._size:
+            self._entries.pop(self._order.popleft(), None)
+        return made
 
 
 def quantise(values: Floats, step: float) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
 """What a replica can do: service rates and request latency from measured step times.
 
-A batch of N sequences steps once in step(T, N, X) = a + b T + d N + e X seconds, with T tokens and
-X tokens of context in it (`engine.profile.StepTimeModel`). A request of P prompt and O output
-tokens takes part in m = O - 1 + max(1, P / max_num_batched_tokens) steps, P + O - 1 tokens in all,
-at a mean context of P + O / 2. So one sequence adds on average
-    beta = b (P + O - 1) / m + d + e (P + O / 2)
+A batch of N sequences steps once in step(T, N, X, Y) = a + b T + d N + e X + f Y seconds, with T
+tokens, X tokens of context and Y attention pairs in it (`engine.profile.StepTimeModel.linear`). A
+request of P prompt and O output tokens takes part in m = O - 1 + max(1, P / max_num_batched_tokens)
+steps, with L = P + O - 1 tokens in all, at a mean context of P + O / 2. So one sequence adds on
+average
+    beta = b L / m + d + e (P + O / 2) + f L (L + 1) / 2 m
 seconds to the step it is in. With n sequences running they form M = min(pp, n) batches, and one
 sequence steps once per cycle of
     T(n) = k(M) (a + beta max(n, 1) / M),   k(M) = max(1, stage_share * M),
@@ -30,11 +31,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig
-from engine.profile import ProfiledCluster
+from engine.profile import ProfiledCluster, attention_pairs
 from engine.shards import fits, num_kv_blocks
 
 Floats = NDArray[np.float64]
 RHO_KNEE = 0.97
+COEFFICIENTS = (
+    "base_s",
+    "per_token_s",
+    "per_seq_s",
+    "per_context_token_s",
+    "per_pair_s",
+    "stage_share",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,10 +100,10 @@ def build_service_model(
     Raises InvalidRequestError when the profile lacks a configuration.
     """
     spec = cluster.spec
-    models = [cluster.profile.step_model(c) for c in configs]
-    a, b, d, e, share = (
-        np.array([getattr(m, name) for m in models], np.float64)
-        for name in ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "stage_share")
+    limit = spec.max_num_batched_tokens
+    models = [cluster.profile.step_model(c).linear(limit) for c in configs]
+    a, b, d, e, f, share = (
+        np.array([getattr(m, name) for m in models], np.float64) for name in COEFFICIENTS
     )
     pp = np.array([c.pp for c in configs], np.float64)
     share = np.maximum(1.0 / pp, share)
@@ -102,7 +111,8 @@ def build_service_model(
     lengths = np.maximum(lengths, 1.0)
     steps, context = _steps(spec, lengths), lengths[:, 0] + lengths[:, 1] / 2.0
     tokens = np.maximum(lengths.sum(axis=1) - 1.0, 1.0) / steps
-    added_s = b[:, None] * tokens + d[:, None] + e[:, None] * context
+    pairs = attention_pairs(0.0, lengths.sum(axis=1) - 1.0) / steps
+    added_s = b[:, None] * tokens + d[:, None] + e[:, None] * context + f[:, None] * pairs
     running = _max_running(spec, kv_tokens, lengths, pp)
     cycle_s = _cycle_s((a[:, None], share[:, None], pp[:, None]), running, added_s)
     rates = running / (steps * np.maximum(cycle_s, 1e-9))
@@ -163,6 +173,7 @@ def kv_cost_params(cluster: ProfiledCluster, target: Sequence[ParallelConfig]) -
     spec, context = cluster.spec, cluster.spec.model.max_model_len / 2.0
     models = [cluster.profile.step_model(c) for c in set(target)]
     full = spec.max_num_batched_tokens
-    step_s = max(max(m.step_s(full, 1, context), 1e-9) for m in models)
-    decode_s = max(max(m.step_s(1, 1, context), 1e-9) for m in models)
+    pairs = attention_pairs(max(context - full, 0.0), full)
+    step_s = max(max(m.step_s(full, 1, context, pairs), 1e-9) for m in models)
+    decode_s = max(max(m.step_s(1, 1, context, context), 1e-9) for m in models)
     return KvCostParams(cluster.profile.link_bytes_per_s, full / step_s, decode_s)

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import itertools
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
 from engine.errors import InvalidRequestError
 
-PROFILE_SCHEMA = 1
+PROFILE_SCHEMA = 2
+
+
+def attention_pairs(start: float, tokens: float) -> float:
+    """(query token, context token) pairs of `tokens` tokens that follow `start` cached ones: each
+    sees those before it and itself, so a decode step of one token has as many as its context."""
+    return tokens * (start + (tokens + 1) / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimeModel:
-    """Linear step time of one replica configuration, measured with the whole pool busy.
+    """Step time of one replica configuration that has its devices to itself.
 
-    step_s = base_s + per_token_s * tokens + per_seq_s * sequences
-             + per_context_token_s * (sum over sequences of their context length)
+    step_s = base_s + token term + per_seq_s * sequences
+             + per_context_token_s * (sum over sequences of their context length after the step)
+             + per_pair_s * (sum over sequences of `attention_pairs`)
+
+    The token term is per_token_s * tokens, or, with knots, `token_s` interpolated linearly over
+    `token_knots` (ascending token counts): constant before the first, rising by per_token_s a
+    token beyond the last.
 
     A step is one batch through all stages. `stage_share` is the share of it during which the
     slowest stage is busy (1 for pp=1, about 1/pp when stages overlap): with pp batches in flight
@@ -28,15 +42,48 @@ class StepTimeModel:
     per_token_s: float
     per_seq_s: float
     per_context_token_s: float
+    per_pair_s: float = 0.0
+    token_knots: tuple[int, ...] = ()
+    token_s: tuple[float, ...] = ()
+    busy_cores: float = 0.0  # host cores that a step keeps busy on average; 0 on accelerators
     stage_share: float = 1.0
     residual_p50: float = 0.0  # median |predicted / measured - 1| over the fitted points
 
-    def step_s(self, tokens: float, sequences: float, context_tokens: float) -> float:
+    def __post_init__(self) -> None:
+        knots = self.token_knots
+        if len(knots) != len(self.token_s) or any(a >= b for a, b in itertools.pairwise(knots)):
+            raise InvalidRequestError(
+                f"step times of {self.parallel.key} have token_knots {knots} and "
+                f"{len(self.token_s)} token_s; expected ascending knots with one time each."
+            )
+
+    def step_s(
+        self, tokens: float, sequences: float, context_tokens: float, pairs: float = 0.0
+    ) -> float:
         return (
             self.base_s
-            + self.per_token_s * tokens
+            + self.token_term_s(tokens)
             + self.per_seq_s * sequences
             + self.per_context_token_s * context_tokens
+            + self.per_pair_s * pairs
+        )
+
+    def token_term_s(self, tokens: float) -> float:
+        if not self.token_knots:
+            return self.per_token_s * tokens
+        beyond = max(tokens - self.token_knots[-1], 0.0)
+        return float(np.interp(tokens, self.token_knots, self.token_s)) + self.per_token_s * beyond
+
+    def linear(self, max_tokens: int) -> StepTimeModel:
+        """The same without knots: a straight token term, fitted in relative error to steps of 1 to
+        `max_tokens` tokens, equally many at each scale."""
+        if not self.token_knots:
+            return self
+        tokens = np.geomspace(1.0, max(max_tokens, 2), 32)
+        times = np.array([max(self.base_s + self.token_term_s(t), 1e-12) for t in tokens])
+        slope, base = np.polyfit(tokens, times, 1, w=1.0 / times).tolist()
+        return replace(
+            self, base_s=max(base, 0.0), per_token_s=max(slope, 0.0), token_knots=(), token_s=()
         )
 
 
@@ -50,6 +97,7 @@ class ServingProfile:
     link_bytes_per_s: float
     switch_overhead_s: float  # a switch that moves no byte: groups, verify, commit
     pause_overhead_s: float  # how long affected replicas stand still when no KV moves
+    cores: float = 0.0  # host cores that all replicas share; 0: they share nothing
 
     def step_model(self, parallel: ParallelConfig) -> StepTimeModel:
         for model in self.steps:
@@ -77,7 +125,14 @@ class ServingProfile:
             )
         fields = {k: v for k, v in data.items() if k != "schema"}
         steps = tuple(
-            StepTimeModel(**(s | {"parallel": ParallelConfig(**s["parallel"])}))
+            StepTimeModel(
+                **s
+                | {
+                    "parallel": ParallelConfig(**s["parallel"]),
+                    "token_knots": tuple(s["token_knots"]),
+                    "token_s": tuple(s["token_s"]),
+                }
+            )
             for s in fields.pop("steps")
         )
         return cls(steps=steps, **fields)

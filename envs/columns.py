@@ -15,17 +15,20 @@ import numpy as np
 from controller.decision import DecisionPipeline
 from controller.monitor import LENGTH_MEMORY, Monitor
 from controller.workload import assign
-from engine.cluster import ClusterEvent, Drivable
+from engine.cluster import ClusterEvent, Drivable, SloSpec
 from envs.reward import WORST, RewardConfig
-from envs.surrogate.record import Floats, Ints, TrafficColumns
+from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
+from policies.base import Counts, Seconds, TrafficColumns
 
 
 @runtime_checkable
 class ColumnDrivable(Drivable, Protocol):
     """A cluster that takes and gives traffic as columns."""
 
-    def submit_columns(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+    def submit_columns(
+        self, arrival_s: Seconds, prompt_tokens: Counts, output_tokens: Counts
+    ) -> None:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         ...
 
@@ -150,3 +153,14 @@ class ColumnTraffic:
     def interval_info(self) -> dict[str, Any]:
         assert self._interval is not None, "observe first"
         return {"traffic": self._interval.to_dict()}
+
+    def counts(self, arrived: int, slo: SloSpec) -> IntervalCounts:
+        assert self._interval is not None, "observe first"
+        ended = self._interval
+        ttft_s, done = ended.first_token_s - ended.ended_arrival_s, ended.finished
+        tpot_s = (ended.finish_s - ended.first_token_s) / np.maximum(ended.output_tokens - 1, 1)
+        slow_start = (slo.ttft_s > 0) & (ttft_s > slo.ttft_s)
+        slow_tokens = (slo.tpot_s > 0) & (ended.output_tokens > 1) & (tpot_s > slo.tpot_s)
+        met = int((done & ~slow_start & ~slow_tokens).sum())
+        finished = int(done.sum())
+        return IntervalCounts(arrived, finished, met, len(done) - finished)

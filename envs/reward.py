@@ -31,7 +31,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.cluster import Request, RequestOutcome, RequestStatus
+from engine.cluster import Request, RequestOutcome, RequestStatus, SloSpec
 from engine.profile import ProfiledCluster, StepTimeModel
 
 WORST = -1.0
@@ -56,7 +56,7 @@ class RewardConfig:
 def reward_config(cluster: ProfiledCluster, scale_requests: float = 100.0) -> RewardConfig:
     """References of an unloaded replica: the least of each figure over the profiled
     configurations. One switch of every weight of one model copy costs 0.02."""
-    steps = cluster.profile.steps
+    steps = [s.linear(cluster.spec.max_num_batched_tokens) for s in cluster.profile.steps]
     model = cluster.spec.model
     model_bytes = sum(math.prod(t.shape) for t in model.tensors) * model.dtype_bytes
     return RewardConfig(
@@ -78,6 +78,15 @@ def utility(config: RewardConfig, outcome: RequestOutcome, reference_s: float) -
         return WORST
     slowdown = max((outcome.finish_s - outcome.arrival_s) / reference_s, 1e-9)
     return max(-1.0, min(1.0, 1.0 - 2.0 * math.log(slowdown) / math.log(config.worst_slowdown)))
+
+
+def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
+    """Whether a request finished with both its TTFT and its TPOT within the objective."""
+    if outcome.status is not RequestStatus.FINISHED or outcome.ttft_s is None:
+        return False
+    slow_start = 0 < slo.ttft_s < outcome.ttft_s
+    slow_tokens = outcome.tpot_s is not None and 0 < slo.tpot_s < outcome.tpot_s
+    return not (slow_start or slow_tokens)
 
 
 class RewardLedger:

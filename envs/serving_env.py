@@ -7,26 +7,28 @@ prepare the next. Episodes end by truncation alone; serving has no terminal stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from controller.decision import DecisionPipeline, PreparedDecision
+from controller.observation import FEATURE_LIMIT
 from engine.cluster import (
     ClusterEvent,
+    ClusterSnapshot,
     Decision,
     Drivable,
-    RequestOutcome,
-    RequestStatus,
     SloSpec,
     SwitchTicket,
 )
-from engine.errors import StaleEpochError, SwitchInProgressError
+from engine.errors import InvalidRequestError, StaleEpochError, SwitchInProgressError
 from envs.columns import ColumnTraffic
-from envs.reward import RewardConfig
-from envs.traffic_feed import EventTraffic, TrafficFeed
+from envs.render import Frame, draw, show_text
+from envs.reward import RewardConfig, meets_slo
+from envs.scenarios import DeviceFailure, Disturbances, FailureDrivable
+from envs.traffic_feed import EventTraffic, IntervalCounts, TrafficFeed
 from envs.workload import Trace
 from policies.base import Floats, Mask, Observation
 from policies.evaluation import EpisodeRecord
@@ -34,6 +36,12 @@ from policies.evaluation import EpisodeRecord
 NO_SLO = SloSpec()
 MakeTrace = Callable[[np.random.Generator], Trace]
 MakeCluster = Callable[[np.random.Generator], Drivable]
+MakeDisturbances = Callable[[np.random.Generator, float], Disturbances]
+
+
+def undisturbed(rng: np.random.Generator, duration_s: float) -> Disturbances:
+    """Nothing happens but traffic."""
+    return Disturbances()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class EnvParts:
     reward: RewardConfig
     slo: SloSpec = NO_SLO
     columns: bool = False  # the fast path: make_cluster gives a `ColumnDrivable`
+    make_disturbances: MakeDisturbances = undisturbed  # of an episode of that many seconds
 
 
 class ServingEnv(gymnasium.Env[Floats, np.int64]):
@@ -58,13 +67,21 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
     It is also the `DecisionEnv` that evaluation runs: `start`, `decide`, `record`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium's own form)
+    metadata: dict[str, Any] = {  # noqa: RUF012 (gymnasium's own form)
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": 4,  # decisions per second of a film
+    }
 
-    def __init__(self, parts: EnvParts) -> None:
-        self.parts, self.pipeline = parts, parts.pipeline
+    def __init__(self, parts: EnvParts, render_mode: str | None = None) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise InvalidRequestError(
+                f"render_mode is {render_mode!r}; expected one of "
+                f"{', '.join(self.metadata['render_modes'])}, or none."
+            )
+        self.parts, self.pipeline, self.render_mode = parts, parts.pipeline, render_mode
         spec = self.pipeline.observation_spec
         self.observation_space = gymnasium.spaces.Box(
-            -np.inf, np.inf, (spec.flat_size,), np.float32
+            -FEATURE_LIMIT, FEATURE_LIMIT, (spec.flat_size,), np.float32
         )
         self.action_space = gymnasium.spaces.Discrete(spec.max_candidates)
         self.grid_s = spec.grid_s
@@ -83,14 +100,17 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         self.cluster = self.parts.make_cluster(self.np_random)
         snapshot = self.cluster.snapshot()
         self._start_s = snapshot.now_s
-        self._num_steps, self._num_left = 0, max(1, round(trace.duration_s / self.grid_s))
+        self._num_steps, self._num_intervals = 0, max(1, round(trace.duration_s / self.grid_s))
+        self._disturb(self.cluster, trace.duration_s)
         self._cursor = self.cluster.events(0).next_cursor
         feed = ColumnTraffic if self.parts.columns else EventTraffic
         self._feed: TrafficFeed = feed(
             self.cluster, self.pipeline, trace, self._start_s, self.parts.reward
         )
+        self._counts = IntervalCounts()
         self._rewards: list[float] = []
         self._tickets: dict[str, SwitchTicket] = {}
+        self._seen = snapshot
         self.pipeline.reset(snapshot.now_s)
         self.prepared = self.pipeline.prepare(snapshot)
         return self.prepared.observation.flat(), {"at_s": snapshot.now_s}
@@ -104,28 +124,51 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         decision = self.pipeline.resolve(self.prepared, int(action), probabilities, policy_name)
         ticket = self._apply(self.cluster, decision)
         self._num_steps += 1
-        self._num_left -= 1
-        until_s = self._start_s + self._num_steps * self.grid_s
-        arrived = self._feed.submit_until(until_s)
-        self.cluster.advance(until_s)
+        arrived = self._feed.submit_until(self._until_s)
+        self.cluster.advance(self._until_s)
         self._feed.observe(self._take_events(self.cluster))
+        self._counts = self._feed.counts(arrived, self.parts.slo)
         snapshot = self.cluster.snapshot()
         moved = decision.plan.weight_bytes if decision.plan is not None and ticket else 0
         reward = self._feed.settle(snapshot.now_s, moved)
         self._rewards.append(reward)
-        self.prepared = self.pipeline.prepare(snapshot)
+        self.prepared = self.pipeline.prepare(self._as_seen(snapshot))
         info = self._feed.interval_info() | {
             "decision": decision,
             "ticket": ticket,
             "arrived": arrived,
             "at_s": snapshot.now_s,
         }
-        return self.prepared.observation.flat(), reward, False, self._num_left <= 0, info
+        return self.prepared.observation.flat(), reward, False, self.is_over, info
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the episode has passed; it is truncated then."""
+        return self._num_steps >= self._num_intervals
+
+    @property
+    def _until_s(self) -> float:
+        """When the last interval begun ends, on the cluster's clock."""
+        return self._start_s + self._num_steps * self.grid_s
 
     def action_masks(self) -> Mask:
         """[max_candidates] True where a row may be chosen; row 0 (keep) always may."""
         assert self.prepared is not None, "reset first"
         return self.prepared.observation.mask
+
+    def render(self) -> Any:
+        """Deployment, load, routing and switch, and what the last interval came to: text ("ansi")
+        or uint8 [height, width, 3] ("rgb_array")."""
+        assert self.prepared is not None, "reset first"
+        if self.render_mode is None:
+            raise InvalidRequestError(
+                "render_mode is not set; make the environment with render_mode='ansi' or "
+                "'rgb_array'."
+            )
+        reward = self._rewards[-1] if self._rewards else 0.0
+        snapshot, spec = self.prepared.snapshot, self.pipeline.cluster.spec
+        frame = Frame(snapshot, spec, self._counts, self.grid_s, self._start_s, reward)
+        return show_text(frame) if self.render_mode == "ansi" else draw(frame)
 
     def close(self) -> None:
         if self.cluster is not None:
@@ -148,6 +191,31 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             return cluster.apply(decision.plan)
         except (StaleEpochError, SwitchInProgressError):
             return None
+
+    def _disturb(self, cluster: Drivable, duration_s: float) -> None:
+        """Draw what disturbs the episode, and hand failures over to the cluster."""
+        drawn = self.parts.make_disturbances(self.np_random, duration_s)
+        self._stale = drawn.stale
+        if not drawn.failures:
+            return
+        if not isinstance(cluster, FailureDrivable):
+            raise InvalidRequestError(
+                f"{type(cluster).__name__} cannot be told to lose devices; set the scenario's "
+                "failure_gap_s to [0, 0]."
+            )
+        start_s = self._start_s
+        cluster.schedule_failures(
+            [
+                DeviceFailure(f.at_s + start_s, f.device, f.back_at_s + start_s)
+                for f in drawn.failures
+            ]
+        )
+
+    def _as_seen(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
+        """The snapshot; in a stale span the last one before it, at the present time."""
+        if not any(span.covers(snapshot.now_s - self._start_s) for span in self._stale):
+            self._seen = snapshot
+        return replace(self._seen, now_s=snapshot.now_s)
 
     def _take_events(self, cluster: Drivable) -> tuple[ClusterEvent, ...]:
         batch = cluster.events(self._cursor)
@@ -179,18 +247,9 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         return EpisodeRecord(
             outcomes=tuple(feed.outcomes),
             unfinished_arrivals_s=tuple(feed.open_arrivals_s.values()),
-            end_s=self._start_s + self._num_steps * self.grid_s,
+            end_s=self._until_s,
             rewards=tuple(self._rewards),
             num_switches=len(self._tickets),
             switch_s=sum(t.duration_s for t in done),
             num_slo_met=sum(meets_slo(self.parts.slo, o) for o in feed.outcomes),
         )
-
-
-def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
-    """Whether a request finished with both its TTFT and its TPOT within the objective."""
-    if outcome.status is not RequestStatus.FINISHED or outcome.ttft_s is None:
-        return False
-    slow_start = 0 < slo.ttft_s < outcome.ttft_s
-    slow_tokens = outcome.tpot_s is not None and 0 < slo.tpot_s < outcome.tpot_s
-    return not (slow_start or slow_tokens)

@@ -13,7 +13,8 @@ from controller.decision import DecisionPipeline
 from engine.cluster import SloSpec, dense_deployment, parse_deployment_key
 from engine.config import validate
 from engine.errors import CheckpointError, InvalidRequestError
-from envs.experiment import ExperimentConfig, WorkloadSection, build_source
+from envs.experiment import build_source
+from envs.experiment_config import ExperimentConfig, WorkloadSection
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import Capacity, Source, evaluation_windows, measure_capacity
 from envs.workload import Trace
@@ -28,7 +29,6 @@ class SettingOptions:
     trace: Path | None = None  # None: the embedded generator
     days: str | None = None  # such as "8-10" or "3"
     load: float | None = None
-    compress: float | None = None
     length_factor: float | None = None
     profile: Path | None = None
     initial: str | None = None
@@ -65,9 +65,8 @@ def _workload(trained: ExperimentConfig, options: SettingOptions) -> WorkloadSec
     to another trace."""
     values: dict[str, Any] = trained.workload.model_dump()
     values |= {"trace": options.trace, "days": parse_days(options.days)}
-    for name in ("compress", "length_factor"):
-        if getattr(options, name) is not None:
-            values[name] = getattr(options, name)
+    if options.length_factor is not None:
+        values["length_factor"] = options.length_factor
     if options.load is not None:
         values["load"] = (options.load, options.load)
     return validate(WorkloadSection, values, "the command line")
@@ -134,8 +133,8 @@ def _notes(
     else:
         origin = (
             f"traffic: {workload.trace}, {days}, {len(source.trace)} requests in {total_s:.0f} s "
-            f"({source.trace.mean_rate_per_s:.3f}/s) after compressing time {workload.compress:g} "
-            f"times; windows resampled to a mean of {rate_per_s:.3f} requests/s"
+            f"({source.trace.mean_rate_per_s:.3f}/s); windows resampled to a mean of "
+            f"{rate_per_s:.3f} requests/s, time as it was"
         )
     return (
         f"{origin}; lengths times {workload.length_factor:g}, cut to {source.max_tokens} tokens",
@@ -164,7 +163,6 @@ def _facts(
         "capacity_of": capacity.key,
         "rate_per_s": round(rate_per_s, 6),
         "source_rate_per_s": round(source.trace.mean_rate_per_s, 6),
-        "compress": workload.compress,
         "length_factor": workload.length_factor,
         "num_windows": options.num_windows,
         "window_s": options.window_s,

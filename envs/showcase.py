@@ -11,7 +11,7 @@ import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,7 +159,8 @@ def cut_window(
             f"no request arrives in {start_s:.0f}..{start_s + seconds * speed:.0f} s of the trace, "
             f"which ends at {trace.duration_s:.0f} s; choose another start."
         )
-    return window.compress_time(speed).scale_lengths(factor, max_tokens)
+    fast = replace(window, arrival_s=window.arrival_s / speed, duration_s=seconds)
+    return fast.scale_lengths(factor, max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

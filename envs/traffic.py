@@ -29,7 +29,6 @@ class Shaping:
     """What is done to a source before it is loaded."""
 
     days: tuple[int, int] | None = None  # first and last day, counted from 1; None: all
-    compress: float = 1.0  # time runs so many times faster
     length_factor: float = 1.0  # multiplies prompt and output lengths
 
 
@@ -62,12 +61,12 @@ def cut_days(trace: Trace, days: tuple[int, int] | None) -> Trace:
 
 
 def shape_trace(trace: Trace, shaping: Shaping, max_tokens: int) -> Source:
-    """Cut days, scale lengths to the model's context, compress time."""
+    """Cut days, scale lengths to the model's context."""
     cut = cut_days(trace, shaping.days)
     if not len(cut):
         raise InvalidRequestError(f"days {shaping.days} of the trace have no requests.")
     scaled = cut.scale_lengths(shaping.length_factor, max_tokens)
-    return Source(scaled.compress_time(shaping.compress), shaping, max_tokens)
+    return Source(scaled, shaping, max_tokens)
 
 
 def generator_source(

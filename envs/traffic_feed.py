@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from controller.decision import DecisionPipeline
-from engine.cluster import ClusterEvent, Drivable, RequestOutcome
-from envs.reward import RewardConfig, RewardLedger
+from engine.cluster import ClusterEvent, Drivable, RequestOutcome, RequestStatus, SloSpec
+from envs.reward import RewardConfig, RewardLedger, meets_slo
 from envs.workload import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalCounts:
+    """Requests of one interval; `met` are those within the service-level objective."""
+
+    arrived: int = 0
+    finished: int = 0
+    met: int = 0
+    rejected: int = 0
 
 
 class TrafficFeed(Protocol):
@@ -28,6 +38,10 @@ class TrafficFeed(Protocol):
         ...
 
     def interval_info(self) -> dict[str, Any]: ...
+
+    def counts(self, arrived: int, slo: SloSpec) -> IntervalCounts:
+        """Of the interval's ended requests; `arrived` is what `submit_until` gave."""
+        ...
 
 
 class EventTraffic:
@@ -75,3 +89,8 @@ class EventTraffic:
 
     def interval_info(self) -> dict[str, Any]:
         return {"outcomes": self._interval}
+
+    def counts(self, arrived: int, slo: SloSpec) -> IntervalCounts:
+        met = sum(meets_slo(slo, outcome) for outcome in self._interval)
+        finished = sum(o.status is RequestStatus.FINISHED for o in self._interval)
+        return IntervalCounts(arrived, finished, met, len(self._interval) - finished)

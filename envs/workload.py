@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 AnyFloats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 RATE_STEP_S = 1.0  # rates are constant over a step
+WINDOW_S = 60.0  # of resampling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,33 +72,31 @@ class Trace:
         )
         return dataclasses.replace(self, prompt_tokens=prompt, output_tokens=output)
 
-    def compress_time(self, factor: float) -> Trace:
-        """The same requests `factor` times as fast."""
-        assert factor > 0, factor
-        return dataclasses.replace(
-            self, arrival_s=self.arrival_s / factor, duration_s=self.duration_s / factor
-        )
+    def resample(
+        self, target_rate_per_s: float, rng: np.random.Generator, window_s: float = WINDOW_S
+    ) -> Trace:
+        """As many requests as `target_rate_per_s` means; time is never compressed.
 
-    def resample(self, target_rate_per_s: float, rng: np.random.Generator) -> Trace:
-        """As many requests as `target_rate_per_s` means, with the shape over time kept.
-
-        Each request is kept floor(r) times and once more with probability r - floor(r), r being
-        the ratio of the rates; repeats are moved by up to r mean gaps, so that the local rate comes
-        from some 2 r requests of the source and not from each single one.
+        With r the ratio of the rates, in every window of `window_s`: below 1 each request is kept
+        with probability r, at its time; above 1 all are kept, and (r - 1) times as many are drawn
+        from them with replacement, at times drawn uniformly in the window. So rates and mix move
+        as in the source, and bursts shorter than a window keep their height only when thinned.
         """
-        if not len(self) or target_rate_per_s <= 0:
+        if not len(self) or target_rate_per_s <= 0 or window_s <= 0:
             raise InvalidRequestError(
                 f"a trace of {len(self)} requests cannot be resampled to {target_rate_per_s} "
-                "requests/s; give a window with requests and a positive rate."
+                f"requests/s in windows of {window_s} s; give a trace with requests, a positive "
+                "rate and a positive window."
             )
         ratio = target_rate_per_s / self.mean_rate_per_s
-        copies = int(ratio) + (rng.random(len(self)) < ratio - int(ratio))
-        index = np.repeat(np.arange(len(self)), copies)
-        is_repeat = np.concatenate([[False], index[1:] == index[:-1]])[: len(index)]
-        shift_s = rng.uniform(-1, 1, len(index)) * ratio / self.mean_rate_per_s
-        arrival_s = self.arrival_s[index] + np.where(is_repeat, shift_s, 0.0)
-        arrival_s = self.duration_s - np.abs(self.duration_s - np.abs(arrival_s))  # no heap at ends
-        arrival_s = np.clip(arrival_s, 0.0, np.nextafter(self.duration_s, 0.0))
+        everything = np.arange(len(self))
+        if ratio <= 1:
+            index = everything[rng.random(len(self)) < ratio]
+            arrival_s = self.arrival_s[index]
+        else:
+            drawn, drawn_s = self._draw_again(ratio - 1, window_s, rng)
+            index = np.concatenate([everything, drawn])
+            arrival_s = np.concatenate([self.arrival_s, drawn_s])
         order = np.argsort(arrival_s, kind="stable")
         chosen = index[order]
         return Trace(
@@ -106,6 +105,21 @@ class Trace:
             self.output_tokens[chosen],
             self.duration_s,
         )
+
+    def _draw_again(
+        self, ratio: float, window_s: float, rng: np.random.Generator
+    ) -> tuple[Ints, Floats]:
+        """`ratio` times the requests of each window, rounded by chance: indices and times."""
+        starts_s = np.arange(0.0, max(self.duration_s, window_s / 2), window_s)
+        firsts = np.searchsorted(self.arrival_s, starts_s)
+        numbers = np.diff(firsts, append=len(self))
+        wanted = np.floor(ratio * numbers + rng.random(len(numbers))).astype(np.int64)
+        wanted[numbers == 0] = 0
+        window = np.repeat(np.arange(len(wanted)), wanted)
+        drawn = firsts[window] + np.floor(rng.random(len(window)) * numbers[window])
+        stops_s = np.minimum(starts_s + window_s, self.duration_s)
+        drawn_s = starts_s[window] + rng.random(len(window)) * (stops_s - starts_s)[window]
+        return drawn.astype(np.int64), drawn_s
 
     def requests(self, prefix: str = "r") -> list[Request]:
         """The requests, with ids `prefix`0, `prefix`1, ..."""
@@ -153,7 +167,8 @@ DEFAULT_TYPES = (
 
 @dataclass(frozen=True, slots=True)
 class WorkloadConfig:
-    """Rates that move: a daily cycle, regimes of the mix and of the level, and bursts."""
+    """Rates that move: a daily cycle, regimes of the mix and of the level, bursts, and blackouts
+    in which one type sends nothing."""
 
     types: tuple[RequestType, ...] = DEFAULT_TYPES
     mean_rate_per_s: float = 8.0
@@ -165,6 +180,8 @@ class WorkloadConfig:
     burst_gap_s: float = 900.0  # mean time between bursts
     burst_s: float = 20.0  # mean length
     burst_factor: float = 2.5  # times the rate
+    blackout_gap_s: float = 0.0  # mean time between blackouts of a type; 0: none
+    blackout_s: float = 120.0  # mean length
     max_tokens: int = 8192  # prompt + output
 
 
@@ -197,7 +214,23 @@ def _rates(
     phase = rng.uniform(0, 2 * np.pi)
     cycle = 1 + config.cycle_amplitude * np.sin(2 * np.pi * time_s / config.cycle_s + phase)
     rate = config.mean_rate_per_s * cycle * level[regime] * _burst_factor(config, time_s, rng)
-    return rate, shares[regime]
+    sending = shares[regime] * _senders(config, time_s, rng)
+    left = sending.sum(axis=1)
+    return rate * left, sending / np.maximum(left, 1e-12)[:, None]
+
+
+def _senders(config: WorkloadConfig, time_s: Floats, rng: np.random.Generator) -> Floats:
+    """[T, types] 0 where a type is blacked out, else 1; one type at a time, drawn uniformly."""
+    senders = np.ones((len(time_s), len(config.types)))
+    if config.blackout_gap_s > 0:
+        horizon_s = float(time_s[-1]) + RATE_STEP_S
+        start_s = rng.exponential(config.blackout_gap_s)
+        while start_s < horizon_s:
+            stop_s = start_s + rng.exponential(config.blackout_s)
+            silent = int(rng.integers(len(config.types)))
+            senders[(time_s >= start_s) & (time_s < stop_s), silent] = 0.0
+            start_s = stop_s + rng.exponential(config.blackout_gap_s)
+    return senders
 
 
 def generate(config: WorkloadConfig, duration_s: float, rng: np.random.Generator) -> Trace:

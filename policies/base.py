@@ -1,4 +1,5 @@
-"""What a policy sees and gives: `Observation`, `ObservationSpec`, the `Policy` protocol.
+"""What a policy sees and gives: `Observation`, `ObservationSpec`, the `Policy` protocol; and what
+one that looks ahead is handed: the `Simulator` protocol.
 
 Pure numpy. The same values are built in training and in production by `controller.observation`.
 """
@@ -7,14 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cluster import ClusterSnapshot, Routing, SwitchPlan
+
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Seconds = NDArray[np.float64]
+Counts = NDArray[np.int64]
+LengthSampler = Callable[[Counts, Counts], Counts]
+"""(prompt tokens, output tokens so far) of live requests -> output tokens at which each ends, more
+than it has; [L] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +84,84 @@ def choose(
     if deterministic:
         return int(np.argmax(probabilities))
     return int(rng.choice(len(probabilities), p=probabilities))
+
+
+# --------------------------------------------------------------------------------------
+# Looking ahead
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficColumns:
+    """A arrivals and E ended requests, each in order of time.
+
+    `index` numbers requests by arrival, from 0.
+    """
+
+    arrival_s: Seconds  # [A]
+    arrival_prompt_tokens: Counts  # [A]
+    index: Counts  # [E]
+    finished: NDArray[np.bool_]  # [E]; else rejected
+    ended_arrival_s: Seconds  # [E]
+    first_token_s: Seconds  # [E]
+    finish_s: Seconds  # [E]
+    prompt_tokens: Counts  # [E]
+    output_tokens: Counts  # [E]
+
+    def to_dict(self) -> dict[str, NDArray[Any]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def join(cls, parts: list[TrafficColumns]) -> TrafficColumns:
+        """One span after another."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """N requests to come, in order of arrival."""
+
+    arrival_s: Seconds  # [N]
+    prompt_tokens: Counts  # [N]
+    output_tokens: Counts  # [N]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What happened in a stretch of simulated time, and the state at its end."""
+
+    traffic: TrafficColumns
+    snapshot: ClusterSnapshot
+
+
+class Simulator(Protocol):
+    """A cluster at one instant whose futures can be tried out: for model-predictive control, the
+    oracle and estimators that use a model.
+
+    Fork it, roll the fork out, and fork that again where choices branch. What it returns is the
+    same for equal states, futures and choices.
+    """
+
+    def snapshot(self) -> ClusterSnapshot: ...
+
+    def fork(self, lengths: LengthSampler | None = None) -> Self:
+        """An independent copy, also in the middle of a switch.
+
+        With `lengths` the output lengths of live requests are drawn anew, as nobody knows them;
+        without, the copy knows them, as only an oracle may.
+        """
+        ...
+
+    def rollout(
+        self,
+        until_s: float,
+        future: Future | None = None,
+        plan: SwitchPlan | None = None,
+        routing: Routing | None = None,
+    ) -> Rollout:
+        """Go on to `until_s`, after starting the switch `plan` and setting `routing`, if given.
+
+        `future` takes the place of all that was submitted and has not arrived; None keeps that.
+        Raises what `Cluster.apply` and `Cluster.set_routing` raise.
+        """
+        ...

@@ -31,12 +31,13 @@ from engine.migration.plan import check_memory
 from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
-from envs.surrogate import kernel
-from envs.surrogate.kernel import WAITING
-from envs.surrogate.latency import step_coefficients
-from envs.surrogate.record import Floats, Ints, TrafficColumns, log_events, traffic_columns
-from envs.surrogate.state import Slots, SurrogateState, new_records
+from envs.surrogate import kernel, layout
+from envs.surrogate.latency import step_records
+from envs.surrogate.layout import WAITING
+from envs.surrogate.record import Records, log_events, traffic_columns
+from envs.surrogate.state import Slots, SurrogateState, new_records, request_records
 from envs.surrogate.switch import SurrogateSwitch
+from policies.base import Counts, Future, LengthSampler, Rollout, Seconds, TrafficColumns
 
 
 @lru_cache(maxsize=16)
@@ -58,7 +59,8 @@ class SurrogateCluster:
     `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
     exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
     With `columns`, requests come and go as arrays (`submit_columns`, `take_columns`), and the
-    event log holds switches alone.
+    event log holds switches alone. With `trace_items`, the first so many items of steps are kept
+    for `trace`.
     """
 
     def __init__(
@@ -69,24 +71,20 @@ class SurrogateCluster:
         seed: int = 0,
         spread: float = 0.0,
         columns: bool = False,
+        trace_items: int = 0,
     ) -> None:
         self._profiled = cluster
-        self._coefficients, self._num_blocks = (
-            step_coefficients(cluster.profile),
-            kv_blocks(cluster),
-        )
+        self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
         step_factor, self._switch_factor = np.exp(
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
-        for numbers in self._coefficients.values():
-            numbers[:-1] *= step_factor  # all but stage_share
-        self.state = SurrogateState(cluster.spec, max_queue)
+        self._step_records = step_records(cluster.profile, step_factor)
+        self.state = SurrogateState(cluster.spec, max_queue, trace_items)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
-        self._waiting = np.zeros(0, kernel.SEQUENCE)  # the same, with columns
+        self._waiting = np.zeros(0, layout.SEQUENCE)  # the same, with columns
         self._columns: list[TrafficColumns] | None = [] if columns else None
-        self._num_submitted = 0
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: SurrogateSwitch | None = None
@@ -179,12 +177,12 @@ class SurrogateCluster:
         assert request.arrival_s >= self._now_s, (request.arrival_s, self._now_s)
         self._pending.append(request)
 
-    def submit_columns(self, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints) -> None:
+    def submit_columns(
+        self, arrival_s: Seconds, prompt_tokens: Counts, output_tokens: Counts
+    ) -> None:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         assert self._columns is not None, "made without columns"
         records = new_records(arrival_s, prompt_tokens, output_tokens)
-        records["index"] = self._num_submitted + np.arange(len(records))
-        self._num_submitted += len(records)
         self._waiting = np.concatenate([self._waiting, records])
         assert (np.diff(self._waiting["arrival_s"]) >= 0).all(), "not in order of arrival"
 
@@ -207,15 +205,47 @@ class SurrogateCluster:
     def close(self) -> None:
         """Nothing is held."""
 
-    def fork(self) -> SurrogateCluster:
-        """An independent copy that goes on from the same state, log and clock included."""
+    # ---------------------------------------------------------------- Simulator
+
+    def fork(self, lengths: LengthSampler | None = None) -> SurrogateCluster:
+        """An independent copy that goes on from the same state, log and clock included; see
+        `policies.base.Simulator`."""
         other = copy(self)
         other.state = self.state.copy()
         other._pending, other._rows = self._pending.copy(), self._rows.copy()
         other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
         other._switch = copy(self._switch)
+        if lengths is not None:
+            other.state.redraw(lengths)
         return other
+
+    def rollout(
+        self,
+        until_s: float,
+        future: Future | None = None,
+        plan: SwitchPlan | None = None,
+        routing: Routing | None = None,
+    ) -> Rollout:
+        """See `policies.base.Simulator`. From here on traffic is recorded as columns."""
+        if plan is not None:
+            self.apply(plan)
+        if routing is not None:
+            self.set_routing(routing)
+        self._record_columns()
+        if future is not None:
+            self._waiting = self._waiting[:0]
+            self.submit_columns(future.arrival_s, future.prompt_tokens, future.output_tokens)
+        self.advance(until_s)
+        return Rollout(self.take_columns(), self.snapshot())
+
+    def _record_columns(self) -> None:
+        """Nothing recorded before, and requests not yet arrived as records."""
+        self._columns = []
+        if self._pending:
+            self._pending.sort(key=_arrival_s)
+            self._waiting = request_records(self._pending)
+            self._pending = []
 
     # ---------------------------------------------------------------- time
 
@@ -234,6 +264,7 @@ class SurrogateCluster:
             state.counts[0],
             arriving,
             state.ended,
+            state.trace,
             until_s,
         )
         ended = state.ended[: state.counts[0]["ended"]].copy()
@@ -274,7 +305,7 @@ class SurrogateCluster:
             self._rows[replica.replica_id] = row
             parallel = replica.parallel
             blocks = self._num_blocks[parallel]
-            self.state.add_replica(row, parallel, self._coefficients[parallel], blocks)
+            self.state.add_replica(row, parallel, self._step_records[parallel], blocks)
 
     def drop_rows(self, replicas: list[Replica]) -> None:
         for replica in replicas:
@@ -329,6 +360,13 @@ class SurrogateCluster:
         self._log.append(ticket.updated_s, EventKind.SWITCH, ticket=ticket)
         if ticket.phase.is_terminal:
             self._switch = None
+
+    def trace(self) -> Records:
+        """Items of the steps started so far, of `layout.ITEM`, in the order in which they were
+        scheduled; an assertion fails when `trace_items` were too few."""
+        count = int(self.state.counts[0]["traced"])
+        assert count <= len(self.state.trace), f"{count} items, trace_items={len(self.state.trace)}"
+        return self.state.trace[:count].copy()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless requests, lists and blocks are consistent."""

@@ -6,8 +6,8 @@ tokens, and of `engine.router.pick`; tests hold both equal. At one instant steps
 first, then requests arrive, then replicas start steps; a step that could start at `until_s` is
 left to the next call, so that cutting a span of time into pieces changes nothing.
 
-State is arrays of records, indexed by slot (a live sequence) and row (a replica). A sequence is
-in one doubly linked list, running or waiting of its row, ordered by (arrival, number).
+All compiled functions are in this one file, since numba's files of compiled code are renewed when
+the file of a function changes, not when that of a function it calls does.
 """
 
 from __future__ import annotations
@@ -17,77 +17,16 @@ from typing import Any
 import numba
 import numpy as np
 
-SEQUENCE = np.dtype(
-    [
-        ("arrival_s", "f8"),
-        ("first_token_s", "f8"),
-        ("last_token_s", "f8"),
-        ("longest_gap_s", "f8"),
-        ("index", "i8"),  # by submission; the kernel leaves it alone
-        ("number", "i8"),  # order among equal arrival times
-        ("prompt_tokens", "i8"),
-        ("target_tokens", "i8"),  # output tokens at which it ends
-        ("output_tokens", "i8"),  # generated so far
-        ("computed_tokens", "i8"),  # whose keys and values are in the cache
-        ("blocks", "i8"),  # KV blocks held
-        ("in_flight_tokens", "i8"),  # of its step in flight, else 0
-        ("num_preemptions", "i8"),
-        ("num_moves", "i8"),
-        ("row", "i8"),  # replica it was routed to, else NONE
-        ("next", "i8"),
-        ("prev", "i8"),
-        ("next_in_batch", "i8"),
-        ("status", "i8"),
-    ]
+from envs.surrogate.layout import (
+    FINISHED,
+    HELD,
+    IN_RUNNING,
+    IN_WAITING,
+    NONE,
+    REJECTED,
+    RUNNING,
+    WAITING,
 )
-REPLICA = np.dtype(
-    [
-        ("base_s", "f8"),
-        ("per_token_s", "f8"),
-        ("per_seq_s", "f8"),
-        ("per_context_token_s", "f8"),
-        ("stage_share", "f8"),
-        ("wake_s", "f8"),  # something to schedule appeared then
-        ("ready_s", "f8"),  # the first stage is free from then on
-        ("last_end_s", "f8"),  # end of the last step started
-        ("depth", "i8"),  # steps that may be in flight: pp
-        ("num_devices", "i8"),
-        ("num_blocks", "i8"),
-        ("free_blocks", "i8"),
-        ("num_outstanding", "i8"),
-        ("first_batch", "i8"),
-        ("num_batches", "i8"),
-        ("generated_total", "i8"),
-        ("preemptions_total", "i8"),
-        ("is_open", "i8"),  # takes new requests
-        ("is_paused", "i8"),  # starts no step
-        ("may_start", "i8"),  # something changed since a schedule came out empty
-    ]
-)
-BATCH = np.dtype([("end_s", "f8"), ("head", "i8")])
-LIST = np.dtype([("head", "i8"), ("tail", "i8"), ("count", "i8")])
-LIMITS = np.dtype(
-    [
-        ("block_size", "i8"),
-        ("max_num_seqs", "i8"),
-        ("max_num_batched_tokens", "i8"),
-        ("max_model_len", "i8"),
-        ("max_queue", "i8"),
-    ]
-)
-COUNTS = np.dtype(
-    [
-        ("arrived", "i8"),
-        ("finished", "i8"),
-        ("rejected", "i8"),
-        ("live", "i8"),
-        ("numbered", "i8"),
-        ("ended", "i8"),  # entries of `ended` filled by the present call
-    ]
-)
-NONE = -1
-RUNNING, WAITING = 0, 1  # columns of `lists`
-PENDING, HELD, IN_WAITING, IN_RUNNING, MOVING, FINISHED, REJECTED = 0, 1, 2, 3, 4, 5, 6
 
 compiled = numba.njit(cache=True, nogil=True)
 
@@ -191,13 +130,20 @@ def _make_room(
 
 
 @compiled
-def _schedule(seqs: Any, replica: Any, lists: Any, limits: Any, now_s: float, batch: Any) -> Any:
+def _schedule(
+    seqs: Any,
+    replica: Any,
+    lists: Any,
+    limits: Any,
+    now_s: float,
+    batch: Any,
+) -> Any:
     """Fill `batch` and start it at `now_s`; False when no sequence can make a step.
 
     The number of tokens of each item is kept in its sequence until the step ends.
     """
     budget = limits.max_num_batched_tokens
-    num_items, context, last, preempted = 0, 0, NONE, False
+    num_items, context, pairs, last, preempted = 0, 0, 0.0, NONE, False
     share_of_running = _share(lists[RUNNING].count, replica.depth)
     live = lists[RUNNING].count + lists[WAITING].count
     share_of_all = _share(min(live, limits.max_num_seqs), replica.depth)
@@ -216,11 +162,8 @@ def _schedule(seqs: Any, replica: Any, lists: Any, limits: Any, now_s: float, ba
                 break  # all behind it are in flight
             if granted:
                 last = _append_item(seqs, batch, last, s, tokens)
-                num_items, context, budget = (
-                    num_items + 1,
-                    context + start + tokens,
-                    budget - tokens,
-                )
+                num_items, budget = num_items + 1, budget - tokens
+                context, pairs = context + start + tokens, pairs + _pairs(start, tokens)
         s = seqs[s].next
     while (
         not preempted
@@ -240,12 +183,13 @@ def _schedule(seqs: Any, replica: Any, lists: Any, limits: Any, now_s: float, ba
         seqs[s].status = IN_RUNNING
         insert(seqs, lists[RUNNING], s)
         last = _append_item(seqs, batch, last, s, tokens)
-        num_items, context, budget = num_items + 1, context + tokens, budget - tokens
+        num_items, budget = num_items + 1, budget - tokens
+        context, pairs = context + tokens, pairs + _pairs(0, tokens)
     if num_items == 0:
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
     num_tokens = limits.max_num_batched_tokens - budget
-    _start(replica, batch, now_s, num_tokens, num_items, context)
+    _start(replica, batch, now_s, step_seconds(replica.step, num_tokens, num_items, context, pairs))
     return True
 
 
@@ -261,17 +205,45 @@ def _append_item(seqs: Any, batch: Any, last: int, s: int, tokens: int) -> Any:
 
 
 @compiled
-def _start(
-    replica: Any, batch: Any, now_s: float, tokens: int, sequences: int, context_tokens: int
-) -> None:
-    """`StepTimeModel`; with pp > 1 a step also waits for the last stage to end the one before."""
-    step_s = (
-        replica.base_s
-        + replica.per_token_s * tokens
-        + replica.per_seq_s * sequences
-        + replica.per_context_token_s * context_tokens
+def _pairs(start: int, tokens: int) -> Any:
+    """`engine.profile.attention_pairs`."""
+    return tokens * (start + 0.5 * (tokens + 1))
+
+
+@compiled
+def _token_seconds(step: Any, tokens: int) -> Any:
+    """`engine.profile.StepTimeModel.token_term_s`."""
+    last = step.num_knots - 1
+    if last < 0:
+        return step.per_token_s * tokens
+    if tokens >= step.token_knots[last]:
+        return step.token_s[last] + step.per_token_s * (tokens - step.token_knots[last])
+    if tokens <= step.token_knots[0]:
+        return step.token_s[0]
+    i = 1
+    while tokens > step.token_knots[i]:
+        i += 1
+    rise_s = step.token_s[i] - step.token_s[i - 1]
+    slope = rise_s / (step.token_knots[i] - step.token_knots[i - 1])
+    return slope * (tokens - step.token_knots[i - 1]) + step.token_s[i - 1]
+
+
+@compiled
+def step_seconds(step: Any, tokens: int, sequences: int, context_tokens: int, pairs: float) -> Any:
+    """`engine.profile.StepTimeModel.step_s` of a record `STEP`, added up in the same order."""
+    return (
+        step.base_s
+        + _token_seconds(step, tokens)
+        + step.per_seq_s * sequences
+        + step.per_context_token_s * context_tokens
+        + step.per_pair_s * pairs
     )
-    stage_s = replica.stage_share * step_s
+
+
+@compiled
+def _start(replica: Any, batch: Any, now_s: float, step_s: float) -> None:
+    """With pp > 1 a step also waits for the last stage to end the one before."""
+    stage_s = replica.step.stage_share * step_s
     batch.end_s = max(now_s + step_s, replica.last_end_s + stage_s)
     replica.last_end_s = batch.end_s
     replica.ready_s = now_s + stage_s
@@ -279,12 +251,39 @@ def _start(
 
 
 @compiled
+def _trace_step(
+    seqs: Any, replica: Any, batch: Any, row: int, now_s: float, counts: Any, trace: Any
+) -> None:
+    """Write the items of a step that starts, as far as `trace` has room."""
+    batch.item, s = counts.traced, batch.head
+    while s != NONE:
+        if counts.traced < len(trace):
+            item = trace[counts.traced]
+            item.row, item.start_s, item.end_s = row, now_s, np.nan
+            item.index, item.start = seqs[s].index, seqs[s].computed_tokens
+            item.tokens = seqs[s].in_flight_tokens
+            item.free_blocks, item.preemptions = replica.free_blocks, replica.preemptions_total
+        counts.traced += 1
+        s = seqs[s].next_in_batch
+
+
+@compiled
 def _finish_step(
-    seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, counts: Any, ended: Any
+    seqs: Any,
+    replica: Any,
+    lists: Any,
+    batch: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
 ) -> None:
     """Take the tokens of a step that has ended; sequences that are complete leave."""
-    now_s, s = batch.end_s, batch.head
+    now_s, s, item = batch.end_s, batch.head, batch.item
     while s != NONE:
+        if item < len(trace):
+            trace[item].end_s = now_s
+        item += 1
         following = seqs[s].next_in_batch
         seqs[s].computed_tokens += seqs[s].in_flight_tokens
         seqs[s].in_flight_tokens = 0
@@ -327,6 +326,8 @@ def _run_replica(
     limits: Any,
     counts: Any,
     ended: Any,
+    trace: Any,
+    row: int,
     until_s: float,
 ) -> None:
     """Steps that end by `until_s`; steps that start before it."""
@@ -340,13 +341,15 @@ def _run_replica(
             if end_s > until_s or end_s == np.inf:
                 return
             batch = batches[replica.first_batch]
-            _finish_step(seqs, replica, lists, batch, limits, counts, ended)
+            _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace)
         else:
             if start_s >= until_s:
                 return
             index = (replica.first_batch + replica.num_batches) % replica.depth
             if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
                 replica.wake_s = start_s
+                if len(trace) > 0:
+                    _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
 
 
 @compiled
@@ -461,6 +464,7 @@ def advance(
     counts: Any,
     arriving: Any,
     ended: Any,
+    trace: Any,
     until_s: float,
 ) -> None:
     """Simulate up to `until_s`. `arriving` are slots by arrival time, none after `until_s`.
@@ -474,7 +478,9 @@ def advance(
         now_s = seqs[s].arrival_s
         for j in range(len(rows)):
             r = rows[j]
-            _run_replica(seqs, replicas[r], lists[r], batches[r], limits, counts, ended, now_s)
+            _run_replica(
+                seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
+            )
         counts.arrived += 1
         if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
             seqs[s].status = REJECTED
@@ -486,7 +492,9 @@ def advance(
         route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, now_s)
     for j in range(len(rows)):
         r = rows[j]
-        _run_replica(seqs, replicas[r], lists[r], batches[r], limits, counts, ended, until_s)
+        _run_replica(
+            seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
+        )
 
 
 @compiled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ from numpy.typing import NDArray
 
 from engine.cluster import Arrival, EventKind, Request, RequestOutcome, RequestStatus
 from engine.events import EventLog
-from envs.surrogate.kernel import REJECTED
+from envs.surrogate.layout import REJECTED
+from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Records = NDArray[Any]  # of `kernel.SEQUENCE`
+Records = NDArray[Any]  # of a dtype in `envs.surrogate.layout`
 
 OUTCOME_FIELDS = (
     "first_token_s",
@@ -25,33 +24,6 @@ OUTCOME_FIELDS = (
     "num_moves",
     "status",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TrafficColumns:
-    """A arrivals and E ended requests, each in order of time.
-
-    `index` numbers requests by submission, from 0.
-    """
-
-    arrival_s: Floats  # [A]
-    arrival_prompt_tokens: Ints  # [A]
-    index: Ints  # [E]
-    finished: NDArray[np.bool_]  # [E]; else rejected
-    ended_arrival_s: Floats  # [E]
-    first_token_s: Floats  # [E]
-    finish_s: Floats  # [E]
-    prompt_tokens: Ints  # [E]
-    output_tokens: Ints  # [E]
-
-    def to_dict(self) -> dict[str, NDArray[Any]]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def join(cls, parts: list[TrafficColumns]) -> TrafficColumns:
-        """One span after another."""
-        names = [field.name for field in fields(cls)]
-        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
 
 def _ended_s(ended: Records) -> Floats:

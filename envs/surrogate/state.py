@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
-from envs.surrogate import kernel
-from envs.surrogate.kernel import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
+from envs.surrogate import kernel, layout
+from envs.surrogate.layout import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
+from policies.base import LengthSampler
 
 FIRST_SLOTS = 256
 Records = NDArray[Any]
@@ -20,26 +21,35 @@ def new_records(
     arrival_s: ArrayLike, prompt_tokens: ArrayLike, target_tokens: ArrayLike
 ) -> Records:
     """Records of requests that have not arrived yet."""
-    records = np.zeros(len(np.asarray(arrival_s)), kernel.SEQUENCE)
+    records = np.zeros(len(np.asarray(arrival_s)), layout.SEQUENCE)
     records["arrival_s"], records["prompt_tokens"] = arrival_s, prompt_tokens
     records["target_tokens"] = target_tokens
     records["row"] = records["next"] = records["prev"] = NONE
     return records
 
 
+def request_records(requests: list[Request]) -> Records:
+    """The same, from objects."""
+    return new_records(
+        [r.arrival_s for r in requests],
+        [r.prompt_tokens for r in requests],
+        [r.output_tokens for r in requests],
+    )
+
+
 class SurrogateState:
     """Slots for sequences, rows for replicas. Twice as many rows as devices: two deployments."""
 
-    def __init__(self, spec: ClusterSpec, max_queue: int) -> None:
+    def __init__(self, spec: ClusterSpec, max_queue: int, trace_items: int = 0) -> None:
         self.spec = spec
         num_rows = 2 * spec.num_devices
-        self.seqs = np.zeros(0, kernel.SEQUENCE)
+        self.seqs = np.zeros(0, layout.SEQUENCE)
         self._requests: dict[int, Request] = {}  # by slot
-        self.replicas = np.zeros(num_rows, kernel.REPLICA)
-        self.lists = np.zeros((num_rows + 1, 2), kernel.LIST)
+        self.replicas = np.zeros(num_rows, layout.REPLICA)
+        self.lists = np.zeros((num_rows + 1, 2), layout.LIST)
         self.lists["head"] = self.lists["tail"] = NONE
-        self.batches = np.zeros((num_rows, spec.num_devices), kernel.BATCH)
-        self.limits = np.zeros(1, kernel.LIMITS)
+        self.batches = np.zeros((num_rows, spec.num_devices), layout.BATCH)
+        self.limits = np.zeros(1, layout.LIMITS)
         self.limits[0] = (
             spec.block_size,
             spec.max_num_seqs,
@@ -47,26 +57,37 @@ class SurrogateState:
             spec.model.max_model_len,
             max_queue,
         )
-        self.counts = np.zeros(1, kernel.COUNTS)
+        self.counts = np.zeros(1, layout.COUNTS)
+        self.trace = np.zeros(trace_items, layout.ITEM)
         self.ended = np.zeros(0, np.int64)
+        self._num_added = 0
         self._free_slots: list[int] = []
         self._grow()
 
     def copy(self) -> SurrogateState:
         """An independent copy; requests are frozen and shared."""
         other = object.__new__(SurrogateState)
-        other.spec = self.spec
-        for name in ("seqs", "replicas", "lists", "batches", "limits", "counts", "ended"):
+        other.spec, other._num_added = self.spec, self._num_added
+        for name in ("seqs", "replicas", "lists", "batches", "limits", "counts", "ended", "trace"):
             setattr(other, name, getattr(self, name).copy())
         other._requests, other._free_slots = self._requests.copy(), self._free_slots.copy()
         return other
+
+    def redraw(self, lengths: LengthSampler) -> None:
+        """New output lengths for every live sequence, in the order of their slots."""
+        is_live = np.ones(len(self.seqs), np.bool_)
+        is_live[self._free_slots] = False
+        live = self.seqs[is_live]
+        live["target_tokens"] = lengths(live["prompt_tokens"], live["output_tokens"])
+        assert (live["target_tokens"] > live["output_tokens"]).all(), "a length is not to come"
+        self.seqs[is_live] = live
 
     # ---------------------------------------------------------------- slots
 
     def _grow(self) -> None:
         size = len(self.seqs)
         new_size = max(FIRST_SLOTS, 2 * size)
-        self.seqs = np.concatenate([self.seqs, np.zeros(new_size - size, kernel.SEQUENCE)])
+        self.seqs = np.concatenate([self.seqs, np.zeros(new_size - size, layout.SEQUENCE)])
         self.ended = np.zeros(new_size, np.int64)
         self._free_slots += range(new_size - 1, size - 1, -1)
 
@@ -78,17 +99,13 @@ class SurrogateState:
         slots = np.array(self._free_slots[first:], np.int64)
         del self._free_slots[first:]
         self.seqs[slots] = records
+        self.seqs["index"][slots] = self._num_added + np.arange(len(slots))
+        self._num_added += len(slots)
         return slots
 
     def add_requests(self, requests: list[Request]) -> Slots:
         """The same, kept as objects for `requests_of`."""
-        slots = self.add_records(
-            new_records(
-                [r.arrival_s for r in requests],
-                [r.prompt_tokens for r in requests],
-                [r.output_tokens for r in requests],
-            )
-        )
+        slots = self.add_records(request_records(requests))
         for slot, request in zip(slots.tolist(), requests, strict=True):
             self._requests[slot] = request
         return slots
@@ -117,14 +134,10 @@ class SurrogateState:
 
     # ---------------------------------------------------------------- rows
 
-    def add_replica(
-        self, row: int, parallel: ParallelConfig, coefficients: NDArray[np.float64], blocks: int
-    ) -> None:
-        """An idle, closed replica of `blocks` KV blocks in `row`; coefficients as in
-        `latency.step_coefficients`."""
-        record = np.zeros((), kernel.REPLICA)
-        for name, value in zip(kernel.REPLICA.names or (), coefficients, strict=False):
-            record[name] = value
+    def add_replica(self, row: int, parallel: ParallelConfig, step: Records, blocks: int) -> None:
+        """An idle, closed replica of `blocks` KV blocks in `row`; `step` is a `layout.STEP`."""
+        record = np.zeros((), layout.REPLICA)
+        record["step"] = step
         record["depth"], record["num_devices"] = parallel.pp, parallel.num_devices
         record["num_blocks"] = record["free_blocks"] = blocks
         self.replicas[row] = record

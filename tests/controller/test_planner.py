@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 
@@ -15,6 +16,7 @@ from controller.deployments import enumerate_counts, fill, neighbours, size_of
 from controller.milp import solve_milp
 from controller.planner import Planner
 from controller.predictor import Forecast
+from controller.scoring import Cache
 from controller.service_model import mean_latency_s, service_rates
 from engine.cluster import (
     ClusterSnapshot,
@@ -269,3 +271,18 @@ def test_a_model_that_fits_nowhere_is_refused(
     spec = replace(synthetic_cluster.spec, device_memory_bytes=2**20)
     with pytest.raises(InfeasibleError, match="no profiled configuration"):
         Planner(replace(synthetic_cluster, spec=spec), four_types)
+
+
+def test_a_cache_keeps_the_newest() -> None:
+    cache, made = Cache(8), []
+    for key in (*range(9), 8, 0):  # 0 is gone when it is asked for again
+        assert cache.get(key, lambda key=key: made.append(key) or key * key) == key * key
+    assert made == [*range(9), 0]
+
+
+def test_threads_may_share_a_cache() -> None:
+    cache = Cache(8)
+    keys = np.random.default_rng(0).integers(0, 32, 20_000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda key: cache.get(key, lambda: key * key), keys))
+    assert found == [key * key for key in keys]

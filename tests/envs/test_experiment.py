@@ -6,7 +6,8 @@ import pytest
 
 from engine.errors import InvalidRequestError
 from envs.build import DEFAULT_PROFILE
-from envs.experiment import Experiment, build_experiment, build_venv, git_revision, read_config
+from envs.experiment import Experiment, build_experiment, build_venv, git_revision
+from envs.experiment_config import read_config
 from envs.serving_env import ServingEnv
 
 CONFIG = f"""

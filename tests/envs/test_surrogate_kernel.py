@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import ScheduledBatch
-from engine.block_manager import BlockManager
 from engine.cluster import (
     Deployment,
     Request,
@@ -20,118 +17,27 @@ from engine.cluster import (
     dense_deployment,
     parse_deployment_key,
 )
-from engine.profile import ProfiledCluster, StepTimeModel
-from engine.request import SamplingParams, Sequence
+from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, pick
-from engine.scheduler import BatchScheduler
-from engine.shards import num_kv_blocks
-from envs.surrogate import kernel
+from envs.surrogate import kernel, layout
 from envs.surrogate.cluster import SurrogateCluster
+from tests.envs.plain_cluster import PlainCluster
 
 
-class PlainReplica:
-    """One replica: the real `BatchScheduler` on a simulated clock."""
-
-    def __init__(self, scheduler: BatchScheduler, steps: StepTimeModel) -> None:
-        self.scheduler, self.steps = scheduler, steps
-        self.in_flight: deque[tuple[float, ScheduledBatch]] = deque()
-        self.wake_s = self.ready_s = self.last_end_s = 0.0
-        self.may_start = False
-        self.outstanding = 0
-        self.token_times: dict[str, list[float]] = {}
-        self.preemptions: dict[str, int] = {}
-
-    def add(self, request: Request, now_s: float) -> None:
-        params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
-        prompt = [1] * request.prompt_tokens
-        self.scheduler.add(Sequence(request.request_id, prompt, params, request.arrival_s))
-        self.token_times[request.request_id] = []
-        self.outstanding += 1
-        self.wake_s, self.may_start = max(self.wake_s, now_s), True
-
-    def run(self, until_s: float) -> None:
-        while True:
-            end_s = self.in_flight[0][0] if self.in_flight else math.inf
-            has_room = len(self.in_flight) < self.steps.parallel.pp
-            start_s = max(self.ready_s, self.wake_s) if self.may_start and has_room else math.inf
-            if end_s <= start_s:
-                if end_s > until_s or end_s == math.inf:
-                    return
-                self._end(*self.in_flight.popleft())
-            else:
-                if start_s >= until_s:
-                    return
-                self._start(start_s)
-
-    def _start(self, now_s: float) -> None:
-        batch = self.scheduler.schedule()
-        if batch is None:
-            self.may_start = bool(not self.in_flight and self.scheduler.has_work)
-            return
-        context = sum(item.start + item.num_tokens for item in batch.items)
-        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context)
-        stage_s = self.steps.stage_share * step_s
-        self.last_end_s = max(now_s + step_s, self.last_end_s + stage_s)
-        self.ready_s = now_s + stage_s
-        self.wake_s = now_s
-        self.in_flight.append((self.last_end_s, batch))
-
-    def _end(self, now_s: float, batch: ScheduledBatch) -> None:
-        for update in self.scheduler.update(batch, [7 if i.samples else None for i in batch.items]):
-            self.token_times[update.request_id].append(now_s)
-            self.outstanding -= bool(update.finish_reason)
-        for item in batch.items:
-            self.preemptions[item.seq.request_id] = item.seq.num_preemptions
-        self.wake_s, self.may_start = now_s, True
-        self.scheduler.check_integrity()
-
-
-class PlainCluster:
-    """Replicas behind `engine.router.pick`."""
-
-    def __init__(self, cluster: ProfiledCluster, deployment: Deployment, routing: Routing) -> None:
-        spec = cluster.spec
-        self.spec, self.deployment, self.routing = spec, deployment, routing
-        self.replicas = {
-            r.replica_id: PlainReplica(
-                BatchScheduler(
-                    BlockManager(num_kv_blocks(spec, r.parallel), spec.block_size, False),
-                    spec.max_num_seqs,
-                    spec.max_num_batched_tokens,
-                    spec.model.max_model_len,
-                    None,
-                    num_stages=r.parallel.pp,
-                ),
-                cluster.profile.step_model(r.parallel),
-            )
-            for r in deployment.replicas
-        }
-
-    def run(self, requests: list[Request]) -> dict[str, tuple[int, list[float], int]]:
-        """request id -> (replica id, token times, preemptions)."""
-        chosen: dict[str, int] = {}
-        for request in requests:
-            for replica in self.replicas.values():
-                replica.run(request.arrival_s)
-            loads = [
-                ReplicaLoad(
-                    r.replica_id,
-                    r.parallel.num_devices,
-                    self.replicas[r.replica_id].outstanding,
-                    num_kv_blocks(self.spec, r.parallel) * self.spec.block_size,
-                )
-                for r in self.deployment.replicas
-            ]
-            picked = pick(self.routing, loads, request.prompt_tokens, request.prompt_tokens)
-            assert picked is not None
-            chosen[request.request_id] = picked
-            self.replicas[picked].add(request, request.arrival_s)
-        for replica in self.replicas.values():
-            replica.run(math.inf)
-        return {
-            name: (r, self.replicas[r].token_times[name], self.replicas[r].preemptions[name])
-            for name, r in chosen.items()
-        }
+@pytest.fixture(scope="module")
+def curved_cluster(small_cluster: ProfiledCluster) -> ProfiledCluster:
+    """With attention pairs and a token term of knots: some steps are below the first, between two,
+    and beyond the last."""
+    steps = tuple(
+        replace(
+            model,
+            per_pair_s=3e-7 / model.parallel.tp,
+            token_knots=(3, 8, 20, 50),
+            token_s=(1e-4, 2e-4, 1.5e-3, 3e-3),
+        )
+        for model in small_cluster.profile.steps
+    )
+    return replace(small_cluster, profile=replace(small_cluster.profile, steps=steps))
 
 
 def draw_requests(rng: np.random.Generator, number: int, rate_per_s: float) -> list[Request]:
@@ -176,15 +82,15 @@ def skewed_routing(deployment: Deployment) -> Routing:
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_the_batch_scheduler(
-    small_cluster: ProfiledCluster, key: str, weighted: bool
+    curved_cluster: ProfiledCluster, key: str, weighted: bool
 ) -> None:
     deployment = dense_deployment(parse_deployment_key(key))
     ids = tuple(r.replica_id for r in deployment.replicas)
     routing = skewed_routing(deployment) if weighted else Routing(ids)
     rng = np.random.default_rng(len(key) + weighted)
     requests = draw_requests(rng, 250, rate_per_s=90.0)
-    expected = PlainCluster(small_cluster, deployment, routing).run(requests)
-    outcomes = simulate(small_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
+    expected = PlainCluster(curved_cluster, deployment, routing).run(requests)
+    outcomes = simulate(curved_cluster, deployment, routing, requests, [0.5, 1.0, 1.37])
     preemptions = 0
     for name, (replica_id, token_times, preempted) in expected.items():
         outcome = outcomes[name]
@@ -214,7 +120,7 @@ def test_pick_equals_the_router(
     routing = Routing(ids, (row,), (), ((1.0,),)) if weighted else Routing(ids)
     blocks = [4 + 3 * (i % 4) for i in ids]
     seen = [ReplicaLoad(i, loads[i][2], loads[i][0], blocks[i] * 16) for i in ids]
-    replicas = np.zeros(len(loads), kernel.REPLICA)
+    replicas = np.zeros(len(loads), layout.REPLICA)
     replicas["num_outstanding"] = [load[0] for load in loads]
     replicas["num_devices"] = [load[2] for load in loads]
     replicas["num_blocks"], replicas["is_open"] = blocks, 1

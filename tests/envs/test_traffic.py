@@ -52,9 +52,9 @@ def test_days_count_from_one_and_include_both_ends() -> None:
             cut_days(whole, days)
 
 
-def test_shaping_scales_lengths_and_time() -> None:
-    shaped = shape_trace(trace(), Shaping((1, 1), compress=24.0, length_factor=0.5), 256).trace
-    assert shaped.duration_s == pytest.approx(3600.0)
+def test_shaping_scales_lengths_and_leaves_time() -> None:
+    shaped = shape_trace(trace(), Shaping((1, 1), length_factor=0.5), 256).trace
+    assert shaped.duration_s == DAY_S
     assert (shaped.prompt_tokens + shaped.output_tokens).max() <= 256
     assert shaped.prompt_tokens.mean() == pytest.approx(100, rel=0.1)
 

@@ -106,14 +106,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- in memory
 
 
-def test_window_and_compress_by_hand() -> None:
+def test_window_by_hand() -> None:
     window = simple_trace().window(1.0, 1.5)
     assert window.arrival_s.tolist() == [0.0]  # 2.5 is its open end
     assert (window.duration_s, window.mean_rate_per_s) == (1.5, 1 / 1.5)
     assert simple_trace().window(1.0, 8.0).prompt_tokens.tolist() == [20, 30]
-    fast = simple_trace().compress_time(2.0)
-    assert fast.arrival_s.tolist() == [0.0, 0.5, 1.25, 4.5]
-    assert fast.duration_s == 4.5
     assert simple_trace().requests("x")[1] == Request("x1", 1.0, 20, 2)
 
 
@@ -140,19 +137,58 @@ def test_too_long_pairs_shrink_in_proportion() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.6])
-def test_resample_keeps_the_shape_over_time(factor: float) -> None:
+def test_resample_keeps_rates_and_mix_over_time(factor: float) -> None:
+    """Per window: the number within 5 standard deviations of `factor` times the source's (binomial
+    when thinned, exact to one when drawn again), the mix within 5 of a bootstrap's."""
     config = WorkloadConfig(mean_rate_per_s=10.0, cycle_s=1200.0, cycle_amplitude=0.8)
     source = generate(config, 2400.0, np.random.default_rng(1))
-    target = factor * source.mean_rate_per_s
-    found = source.resample(target, np.random.default_rng(2))
-    assert found.mean_rate_per_s == pytest.approx(target, rel=0.05)
+    found = source.resample(factor * source.mean_rate_per_s, np.random.default_rng(2), 60.0)
     assert found.duration_s == source.duration_s
     assert (np.diff(found.arrival_s) >= 0).all()
     assert 0 <= found.arrival_s.min() <= found.arrival_s.max() < 2400.0
-    before, after = (np.histogram(t.arrival_s, 24)[0] for t in (source, found))
-    assert np.corrcoef(before, after)[0, 1] > 0.95
-    assert np.median(found.prompt_tokens) == pytest.approx(np.median(source.prompt_tokens), rel=0.1)
+    longest = np.median(source.output_tokens)
+    for start_s in range(0, 2400, 60):
+        before, after = source.window(start_s, 60.0), found.window(start_s, 60.0)
+        wanted = factor * len(before)
+        slack = 5 * np.sqrt(wanted * (1 - factor)) if factor < 1 else 1.0
+        assert abs(len(after) - wanted) <= slack, start_s
+        assert set(after.output_tokens) <= set(before.output_tokens)
+        share = np.mean(before.output_tokens > longest)
+        again = np.mean(after.output_tokens > longest)
+        assert abs(again - share) <= 5 * np.sqrt(share * (1 - share) / len(after)) + 1e-9
     assert len(np.unique(found.arrival_s)) == len(found)
+
+
+def test_resample_never_compresses_time() -> None:
+    """A burst at 1000 s is at 1000 s at every rate; thinned requests keep their very times."""
+    burst = np.sort(np.random.default_rng(0).uniform(1000.0, 1010.0, 500))
+    ones = np.ones(500, np.int64)
+    source = Trace(burst, ones, ones, 3600.0)
+    rng = np.random.default_rng(1)
+    less = source.resample(0.4 * source.mean_rate_per_s, rng)
+    assert set(less.arrival_s) <= set(burst)
+    more = source.resample(8.0 * source.mean_rate_per_s, rng, window_s=10.0)
+    assert 1000.0 <= more.arrival_s.min() < more.arrival_s.max() < 1010.0
+    assert abs(len(more) - 4000) <= 1
+
+
+def test_resample_is_determined_by_its_generator() -> None:
+    source = generate(WorkloadConfig(), 600.0, np.random.default_rng(0))
+    for rate_per_s in (2.0, 30.0):
+        one, same, other = (
+            source.resample(rate_per_s, np.random.default_rng(s)) for s in (1, 1, 2)
+        )
+        assert one.requests() == same.requests() != other.requests()
+
+
+def test_thinned_poisson_is_poisson() -> None:
+    """Index of dispersion of requests per second, 1 for Poisson: sd of its estimate sqrt(2/n)."""
+    rng = np.random.default_rng(3)
+    arrival_s = np.sort(rng.uniform(0.0, 7200.0, 7200 * 40))
+    ones = np.ones(len(arrival_s), np.int64)
+    thin = Trace(arrival_s, ones, ones, 7200.0).resample(8.0, rng)
+    per_s = np.bincount(thin.arrival_s.astype(int), minlength=7200)
+    assert abs(per_s.var() / per_s.mean() - 1.0) < 5 * np.sqrt(2 / 7200)
 
 
 def test_resample_of_nothing() -> None:

@@ -133,7 +133,7 @@ def test_bad_configuration_is_one_sentence(
         (["--initial", "3 replicas"], "not understood"),
         (["--windows", "0"], "at least one window"),
         (["--windows", "100"], "do not fit"),
-        (["--compress", "0"], "compress"),
+        (["--length-factor", "0"], "length_factor"),
     ],
 )
 def test_bad_evaluation_is_one_sentence(

@@ -1,0 +1,163 @@
+"""ExperimentConfig: what one YAML file in configs/ says, read and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from controller.decision import DecisionConfig
+from engine.cluster import SloSpec
+from engine.config import validate
+from engine.errors import InvalidRequestError
+from envs.build import DEFAULT_PROFILE
+from envs.scenarios import ScenarioConfig
+from envs.traffic import Shaping
+from envs.workload import WorkloadConfig
+from policies.ppo import PpoConfig
+
+ANY = "any"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkloadSection(_Section):
+    """Traffic: a trace file, or the embedded generator."""
+
+    trace: Path | None = Field(default=None, description="CSV; null: the embedded generator")
+    days: tuple[int, int] | None = Field(default=None, description="first, last; from 1")
+    length_factor: float = Field(default=1.0, gt=0, description="multiplies lengths in tokens")
+    load: tuple[float, float] = Field(
+        default=(0.7, 0.7),
+        description="range; share of best static capacity, drawn per episode",
+    )
+    num_types: int = Field(default=4, ge=1, description="workload types")
+    generator: WorkloadConfig = Field(
+        default_factory=WorkloadConfig, description="its mean rate is set by `load`"
+    )
+
+    @property
+    def shaping(self) -> Shaping:
+        return Shaping(self.days, self.length_factor)
+
+    @property
+    def mean_load(self) -> float:
+        return sum(self.load) / 2
+
+
+class EnvSection(_Section):
+    """Training environments."""
+
+    num_envs: int = Field(default=16, ge=1, description="stepped together")
+    num_threads: int = Field(
+        default=1, ge=1, description="that step them; more pay for large pools and heavy traffic"
+    )
+    episode_s: float = Field(default=3600.0, gt=0, description="seconds of an episode")
+    spread: float = Field(default=0.1, ge=0, description="of step and switch times, in ln")
+    initial: str = Field(default=ANY, description="first deployment; 'any': drawn per episode")
+
+
+class EvaluationSection(_Section):
+    """The comparison at the end of training, on traffic of its own seed."""
+
+    num_windows: int = Field(default=3, ge=1)
+    window_s: float = Field(default=1800.0, gt=0, description="seconds of a window")
+    seed: int = Field(default=1_000_003, ge=0)
+
+
+class ExperimentConfig(_Section):
+    """One published experiment: one YAML file in configs/."""
+
+    profile: Path = Field(default=DEFAULT_PROFILE, description="measured cluster JSON")
+    workload: WorkloadSection = Field(default_factory=WorkloadSection)
+    decision: DecisionConfig = DecisionConfig()
+    scenario: ScenarioConfig | None = Field(
+        default=None, description="ranges drawn per episode; its traffic is for the generator only"
+    )
+    predictor: str = Field(default="ewma4", description="naive or ewmaH")
+    slo: SloSpec = SloSpec(ttft_s=1.0, tpot_s=0.1)
+    env: EnvSection = Field(default_factory=EnvSection)
+    ppo: PpoConfig = PpoConfig()
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    seed: int = Field(default=0, ge=0)
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+def read_config(path: Path, overrides: Mapping[str, Any]) -> ExperimentConfig:
+    """An ExperimentConfig from YAML; overrides are by dotted key, None overrides nothing.
+
+    Raises InvalidRequestError in one sentence: unreadable file, unknown key, or wrong value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidRequestError(f"config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidRequestError(f"config {path} is not YAML: {reason}.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError(f"config {path} must hold keys and values, such as 'seed: 0'.")
+    check_keys(ExperimentConfig, values, str(path))
+    given: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if value is not None:
+            _set(given, key.split("."), value)
+    check_keys(ExperimentConfig, given, "the settings")
+    values = _merged(values, given)
+    config = validate(ExperimentConfig, values, str(path))
+    if config.ppo.group_size < 1 or config.env.num_envs % config.ppo.group_size:
+        raise InvalidRequestError(
+            f"env.num_envs must be a multiple of ppo.group_size in {path}, got "
+            f"{config.env.num_envs} and {config.ppo.group_size}."
+        )
+    return config
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what is given in their place, at any depth."""
+    merged = dict(values)
+    for key, value in given.items():
+        old = merged.get(key)
+        nested = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def check_keys(kind: type[Any], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Refuse keys that `kind` (a pydantic model or a dataclass) does not have, at any depth."""
+    hints = typing.get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+    else:
+        names = list(kind.model_fields)
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
+            raise InvalidRequestError(f"unknown key {prefix + str(key)!r} in {where}; {hint}")
+        inner = hints[key]
+        if isinstance(inner, types.UnionType):  # of a section and None
+            inner = typing.get_args(inner)[0]
+        section = isinstance(inner, type) and (
+            dataclasses.is_dataclass(inner) or issubclass(inner, BaseModel)
+        )
+        if isinstance(value, dict) and section:
+            check_keys(inner, value, where, f"{prefix}{key}.")

@@ -1,0 +1,104 @@
+"""Layout of the surrogate's state: records of sequences, replicas, steps and counts.
+
+State is arrays of these, indexed by slot (a live sequence) and row (a replica). A sequence is in
+one doubly linked list, running or waiting of its row, ordered by (arrival, number).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SEQUENCE = np.dtype(
+    [
+        ("arrival_s", "f8"),
+        ("first_token_s", "f8"),
+        ("last_token_s", "f8"),
+        ("longest_gap_s", "f8"),
+        ("index", "i8"),  # by arrival, from 0; the kernel leaves it alone
+        ("number", "i8"),  # order among equal arrival times
+        ("prompt_tokens", "i8"),
+        ("target_tokens", "i8"),  # output tokens at which it ends
+        ("output_tokens", "i8"),  # generated so far
+        ("computed_tokens", "i8"),  # whose keys and values are in the cache
+        ("blocks", "i8"),  # KV blocks held
+        ("in_flight_tokens", "i8"),  # of its step in flight, else 0
+        ("num_preemptions", "i8"),
+        ("num_moves", "i8"),
+        ("row", "i8"),  # replica it was routed to, else NONE
+        ("next", "i8"),
+        ("prev", "i8"),
+        ("next_in_batch", "i8"),
+        ("status", "i8"),
+    ]
+)
+MAX_KNOTS = 16
+STEP = np.dtype(  # `engine.profile.StepTimeModel`; see envs/surrogate/latency.py
+    [
+        ("base_s", "f8"),
+        ("per_token_s", "f8"),
+        ("per_seq_s", "f8"),
+        ("per_context_token_s", "f8"),
+        ("per_pair_s", "f8"),
+        ("stage_share", "f8"),
+        ("num_knots", "i8"),
+        ("token_knots", "f8", (MAX_KNOTS,)),
+        ("token_s", "f8", (MAX_KNOTS,)),
+    ]
+)
+REPLICA = np.dtype(
+    [
+        ("step", STEP),
+        ("wake_s", "f8"),  # something to schedule appeared then
+        ("ready_s", "f8"),  # the first stage is free from then on
+        ("last_end_s", "f8"),  # end of the last step started
+        ("depth", "i8"),  # steps that may be in flight: pp
+        ("num_devices", "i8"),
+        ("num_blocks", "i8"),
+        ("free_blocks", "i8"),
+        ("num_outstanding", "i8"),
+        ("first_batch", "i8"),
+        ("num_batches", "i8"),
+        ("generated_total", "i8"),
+        ("preemptions_total", "i8"),
+        ("is_open", "i8"),  # takes new requests
+        ("is_paused", "i8"),  # starts no step
+        ("may_start", "i8"),  # something changed since a schedule came out empty
+    ]
+)
+BATCH = np.dtype([("end_s", "f8"), ("head", "i8"), ("item", "i8")])  # of its first item traced
+ITEM = np.dtype(  # of the trace: one sequence's part in one step
+    [
+        ("row", "i8"),
+        ("start_s", "f8"),
+        ("end_s", "f8"),  # nan while in flight
+        ("index", "i8"),  # of the sequence
+        ("start", "i8"),  # position of its first token computed
+        ("tokens", "i8"),
+        ("free_blocks", "i8"),  # of the replica once the step is scheduled
+        ("preemptions", "i8"),  # of the replica until then
+    ]
+)
+LIST = np.dtype([("head", "i8"), ("tail", "i8"), ("count", "i8")])
+LIMITS = np.dtype(
+    [
+        ("block_size", "i8"),
+        ("max_num_seqs", "i8"),
+        ("max_num_batched_tokens", "i8"),
+        ("max_model_len", "i8"),
+        ("max_queue", "i8"),
+    ]
+)
+COUNTS = np.dtype(
+    [
+        ("arrived", "i8"),
+        ("finished", "i8"),
+        ("rejected", "i8"),
+        ("live", "i8"),
+        ("numbered", "i8"),
+        ("ended", "i8"),  # entries of `ended` filled by the present call
+        ("traced", "i8"),  # items so far that the trace had or would have had room for
+    ]
+)
+NONE = -1
+RUNNING, WAITING = 0, 1  # columns of `lists`
+PENDING, HELD, IN_WAITING, IN_RUNNING, MOVING, FINISHED, REJECTED = 0, 1, 2, 3, 4, 5, 6

@@ -1,0 +1,138 @@
+"""The engine's own batch scheduler and router on a simulated clock, stepped in Python: what the
+surrogate's kernel is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+from engine.batch import ScheduledBatch
+from engine.block_manager import BlockManager
+from engine.cluster import Deployment, Request, Routing
+from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
+from engine.request import SamplingParams, Sequence
+from engine.router import ReplicaLoad, pick
+from engine.scheduler import BatchScheduler
+from engine.shards import num_kv_blocks
+
+
+class Step(NamedTuple):
+    """One batch of a replica; blocks and preemptions are those once it is scheduled."""
+
+    start_s: float
+    end_s: float
+    items: tuple[tuple[str, int, int], ...]  # request id, first position, tokens
+    free_blocks: int
+    preemptions: int
+
+
+class PlainReplica:
+    """One replica: the real `BatchScheduler` on a simulated clock."""
+
+    def __init__(self, scheduler: BatchScheduler, steps: StepTimeModel) -> None:
+        self.scheduler, self.steps = scheduler, steps
+        self.in_flight: deque[tuple[float, ScheduledBatch]] = deque()
+        self.wake_s = self.ready_s = self.last_end_s = 0.0
+        self.may_start = False
+        self.outstanding = 0
+        self.steps_made: list[Step] = []
+        self.token_times: dict[str, list[float]] = {}
+        self.preemptions: dict[str, int] = {}
+
+    def add(self, request: Request, now_s: float) -> None:
+        params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
+        prompt = [1] * request.prompt_tokens
+        self.scheduler.add(Sequence(request.request_id, prompt, params, request.arrival_s))
+        self.token_times[request.request_id] = []
+        self.outstanding += 1
+        self.wake_s, self.may_start = max(self.wake_s, now_s), True
+
+    def run(self, until_s: float) -> None:
+        while True:
+            end_s = self.in_flight[0][0] if self.in_flight else math.inf
+            has_room = len(self.in_flight) < self.steps.parallel.pp
+            start_s = max(self.ready_s, self.wake_s) if self.may_start and has_room else math.inf
+            if end_s <= start_s:
+                if end_s > until_s or end_s == math.inf:
+                    return
+                self._end(*self.in_flight.popleft())
+            else:
+                if start_s >= until_s:
+                    return
+                self._start(start_s)
+
+    def _start(self, now_s: float) -> None:
+        batch = self.scheduler.schedule()
+        if batch is None:
+            self.may_start = bool(not self.in_flight and self.scheduler.has_work)
+            return
+        context = sum(item.start + item.num_tokens for item in batch.items)
+        pairs = sum(attention_pairs(item.start, item.num_tokens) for item in batch.items)
+        step_s = self.steps.step_s(batch.num_tokens, len(batch.items), context, pairs)
+        stage_s = self.steps.stage_share * step_s
+        self.last_end_s = max(now_s + step_s, self.last_end_s + stage_s)
+        self.ready_s = now_s + stage_s
+        self.wake_s = now_s
+        self.in_flight.append((self.last_end_s, batch))
+        blocks = self.scheduler.block_manager.num_free
+        items = tuple((i.seq.request_id, i.start, i.num_tokens) for i in batch.items)
+        preemptions = self.scheduler.num_preemptions_total
+        self.steps_made.append(Step(now_s, self.last_end_s, items, blocks, preemptions))
+
+    def _end(self, now_s: float, batch: ScheduledBatch) -> None:
+        for update in self.scheduler.update(batch, [7 if i.samples else None for i in batch.items]):
+            self.token_times[update.request_id].append(now_s)
+            self.outstanding -= bool(update.finish_reason)
+        for item in batch.items:
+            self.preemptions[item.seq.request_id] = item.seq.num_preemptions
+        self.wake_s, self.may_start = now_s, True
+        self.scheduler.check_integrity()
+
+
+class PlainCluster:
+    """Replicas behind `engine.router.pick`."""
+
+    def __init__(self, cluster: ProfiledCluster, deployment: Deployment, routing: Routing) -> None:
+        spec = cluster.spec
+        self.spec, self.deployment, self.routing = spec, deployment, routing
+        self.replicas = {
+            r.replica_id: PlainReplica(
+                BatchScheduler(
+                    BlockManager(num_kv_blocks(spec, r.parallel), spec.block_size, False),
+                    spec.max_num_seqs,
+                    spec.max_num_batched_tokens,
+                    spec.model.max_model_len,
+                    None,
+                    num_stages=r.parallel.pp,
+                ),
+                cluster.profile.step_model(r.parallel),
+            )
+            for r in deployment.replicas
+        }
+
+    def run(self, requests: list[Request]) -> dict[str, tuple[int, list[float], int]]:
+        """request id -> (replica id, token times, preemptions)."""
+        chosen: dict[str, int] = {}
+        for request in requests:
+            for replica in self.replicas.values():
+                replica.run(request.arrival_s)
+            loads = [
+                ReplicaLoad(
+                    r.replica_id,
+                    r.parallel.num_devices,
+                    self.replicas[r.replica_id].outstanding,
+                    num_kv_blocks(self.spec, r.parallel) * self.spec.block_size,
+                )
+                for r in self.deployment.replicas
+            ]
+            picked = pick(self.routing, loads, request.prompt_tokens, request.prompt_tokens)
+            assert picked is not None
+            chosen[request.request_id] = picked
+            self.replicas[picked].add(request, request.arrival_s)
+        for replica in self.replicas.values():
+            replica.run(math.inf)
+        return {
+            name: (r, self.replicas[r].token_times[name], self.replicas[r].preemptions[name])
+            for name, r in chosen.items()
+        }

@@ -1,0 +1,116 @@
+"""One description, two implementations: the kernel equals the batch scheduler step by step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cluster import Deployment, Request, Routing, dense_deployment, parse_deployment_key
+from engine.profile import ProfiledCluster
+from engine.shards import num_kv_blocks
+from envs.surrogate.cluster import SurrogateCluster
+from tests.envs.plain_cluster import PlainCluster, Step
+
+KEYS = ("1xtp1pp1", "1xtp1pp2", "1xtp1pp3+1xtp1pp1", "1xtp1pp4", "1xtp2pp1+2xtp1pp1", "2xtp1pp2")
+
+
+def with_budgets(
+    cluster: ProfiledCluster, deployment: Deployment, blocks: int, seqs: int, tokens: int
+) -> ProfiledCluster:
+    """The same cluster with `blocks` KV blocks in its smallest replica, and these budgets."""
+
+    def smallest(memory: int) -> int:
+        spec = replace(cluster.spec, device_memory_bytes=memory)
+        return min(num_kv_blocks(spec, config) for config in deployment.configs)
+
+    low, high = 0, cluster.spec.device_memory_bytes
+    while smallest(high) < blocks:
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if smallest(middle) < blocks else (low, middle)
+    spec = replace(
+        cluster.spec, device_memory_bytes=high, max_num_seqs=seqs, max_num_batched_tokens=tokens
+    )
+    return replace(cluster, spec=spec)
+
+
+def kernel_steps(surrogate: SurrogateCluster, names: list[str]) -> list[list[Step]]:
+    """The trace by replica."""
+    trace = surrogate.trace()
+    steps: list[list[Step]] = [[] for _ in surrogate.snapshot().replicas]
+    for (row, start_s), items in groupby(trace, lambda i: (int(i["row"]), float(i["start_s"]))):
+        parts = list(items)
+        ends, blocks, preemptions = (
+            {part[name].item() for part in parts}
+            for name in ("end_s", "free_blocks", "preemptions")
+        )
+        (end_s,), (free,), (preempted,) = ends, blocks, preemptions
+        told = tuple((names[i["index"]], int(i["start"]), int(i["tokens"])) for i in parts)
+        steps[row].append(Step(start_s, end_s, told, free, preempted))
+    return steps
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    key=st.sampled_from(KEYS),
+    spare_blocks=st.integers(0, 12),
+    seqs=st.integers(1, 16),
+    tokens=st.one_of(st.integers(1, 12), st.integers(13, 64)),
+    grid_s=st.sampled_from([0.0, 0.05, 0.4]),
+    number=st.integers(1, 60),
+    seed=st.integers(0, 2**32 - 1),
+    cuts=st.lists(st.floats(0, 2), max_size=4),
+)
+def test_every_step_equals_the_batch_scheduler(
+    small_cluster: ProfiledCluster,
+    key: str,
+    spare_blocks: int,
+    seqs: int,
+    tokens: int,
+    grid_s: float,
+    number: int,
+    seed: int,
+    cuts: list[float],
+) -> None:
+    """Items, positions, token counts, times, free blocks and preemptions of all steps."""
+    deployment = dense_deployment(parse_deployment_key(key))
+    cluster = with_budgets(small_cluster, deployment, 16 + spare_blocks, seqs, tokens)
+    rng = np.random.default_rng(seed)
+    arrival_s = np.cumsum(rng.exponential(0.01, number))
+    if grid_s:
+        arrival_s = np.floor(arrival_s / grid_s) * grid_s  # many at one instant
+    requests = [
+        Request(f"r{i}", at_s, int(rng.integers(1, 200)), int(rng.integers(1, 60)))
+        for i, at_s in enumerate(arrival_s.tolist())
+    ]
+    routing = Routing(tuple(r.replica_id for r in deployment.replicas))
+    plain = PlainCluster(cluster, deployment, routing)
+    plain.run(requests)
+    surrogate = SurrogateCluster(cluster, deployment, trace_items=500_000)
+    for request in requests:
+        surrogate.submit(request)
+    for until_s in [*sorted(cuts), 1e6]:
+        surrogate.advance(until_s)
+        surrogate.check_integrity()
+    found = kernel_steps(surrogate, [r.request_id for r in requests])
+    for replica, steps in zip(plain.replicas.values(), found, strict=True):
+        assert steps == replica.steps_made
+
+
+def test_trace_says_when_it_is_too_short(small_cluster: ProfiledCluster) -> None:
+    surrogate = SurrogateCluster(
+        small_cluster, dense_deployment(parse_deployment_key("1xtp1pp1")), trace_items=3
+    )
+    surrogate.submit(Request("a", 0.0, 10, 3))
+    surrogate.advance(5.0)
+    assert surrogate.trace()["tokens"].tolist() == [10, 1, 1]
+    surrogate.submit(Request("b", 6.0, 10, 1))
+    surrogate.advance(9.0)
+    with pytest.raises(AssertionError, match="trace_items=3"):
+        surrogate.trace()
