@@ -80,7 +80,7 @@ class SurrogateCluster:
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
         self._step_records = step_records(cluster.profile, step_factor)
-        self.state = SurrogateState(cluster.spec, max_queue, trace_items)
+        self.state = SurrogateState(cluster.spec, max_queue, cluster.profile.cores, trace_items)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
         self._waiting = np.zeros(0, layout.SEQUENCE)  # the same, with columns
@@ -265,6 +265,7 @@ class SurrogateCluster:
             arriving,
             state.ended,
             state.trace,
+            state.clock[0],
             until_s,
         )
         ended = state.ended[: state.counts[0]["ended"]].copy()
@@ -339,6 +340,7 @@ class SurrogateCluster:
         state, held_row = self.state, len(self.state.replicas)
         held = state.linked(held_row, WAITING)
         state.clear_lists(held_row)
+        work_s = state.work_time(now_s)
         for slot in held:
             kernel.route(
                 state.seqs,
@@ -350,8 +352,13 @@ class SurrogateCluster:
                 state.limits[0],
                 state.counts[0],
                 slot,
-                now_s,
+                work_s,
             )
+
+    def move_with(self, mover_cores: float, now_s: float) -> None:
+        """From `now_s` on a switch keeps so many of the host's cores busy."""
+        state = self.state
+        kernel.move_with(state.replicas, self._row_order, state.clock[0], mover_cores, now_s)
 
     # ---------------------------------------------------------------- what a switch reports
 

@@ -6,6 +6,10 @@ tokens, and of `engine.router.pick`; tests hold both equal. At one instant steps
 first, then requests arrive, then replicas start steps; a step that could start at `until_s` is
 left to the next call, so that cutting a span of time into pieces changes nothing.
 
+When replicas share the cores of a host, all steps in flight slow down by one factor while more
+cores are wanted than there are. Replicas therefore keep their times on one work clock, which runs
+at that factor; without sharing it is the clock on the wall.
+
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does.
 """
@@ -277,9 +281,10 @@ def _finish_step(
     counts: Any,
     ended: Any,
     trace: Any,
+    now_s: float,
 ) -> None:
-    """Take the tokens of a step that has ended; sequences that are complete leave."""
-    now_s, s, item = batch.end_s, batch.head, batch.item
+    """Take the tokens of a step that has ended at `now_s`; sequences that are complete leave."""
+    s, item = batch.head, batch.item
     while s != NONE:
         if item < len(trace):
             trace[item].end_s = now_s
@@ -313,8 +318,46 @@ def _finish_step(
         s = following
     replica.first_batch = (replica.first_batch + 1) % replica.depth
     replica.num_batches -= 1
-    replica.wake_s = now_s
+    replica.wake_s = batch.end_s
     replica.may_start = 1
+
+
+@compiled
+def _next_event(replica: Any, batches: Any) -> tuple[Any, Any]:
+    """(when on the work clock, whether a step ends then; else one may start)."""
+    end_s = start_s = np.inf
+    if replica.num_batches > 0:
+        end_s = batches[replica.first_batch].end_s
+    if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
+        start_s = max(replica.ready_s, replica.wake_s)
+    return min(end_s, start_s), end_s <= start_s
+
+
+@compiled
+def _pass_event(
+    seqs: Any,
+    replica: Any,
+    lists: Any,
+    batches: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
+    row: int,
+    is_end: bool,
+    work_s: float,
+    now_s: float,
+) -> None:
+    """Let the next event of a replica happen, at `now_s`, which is `work_s` on the work clock."""
+    if is_end:
+        batch = batches[replica.first_batch]
+        _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, now_s)
+        return
+    index = (replica.first_batch + replica.num_batches) % replica.depth
+    if _schedule(seqs, replica, lists, limits, work_s, batches[index]):
+        replica.wake_s = work_s
+        if len(trace) > 0:
+            _trace_step(seqs, replica, batches[index], row, now_s, counts, trace)
 
 
 @compiled
@@ -332,24 +375,112 @@ def _run_replica(
 ) -> None:
     """Steps that end by `until_s`; steps that start before it."""
     while True:
-        end_s = start_s = np.inf
-        if replica.num_batches > 0:
-            end_s = batches[replica.first_batch].end_s
-        if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
-            start_s = max(replica.ready_s, replica.wake_s)
-        if end_s <= start_s:
-            if end_s > until_s or end_s == np.inf:
-                return
-            batch = batches[replica.first_batch]
-            _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace)
-        else:
-            if start_s >= until_s:
-                return
-            index = (replica.first_batch + replica.num_batches) % replica.depth
-            if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
-                replica.wake_s = start_s
-                if len(trace) > 0:
-                    _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
+        at_s, is_end = _next_event(replica, batches)
+        if at_s > until_s or at_s == np.inf or (at_s == until_s and not is_end):
+            return
+        _pass_event(
+            seqs, replica, lists, batches, limits, counts, ended, trace, row, is_end, at_s, at_s
+        )
+
+
+@compiled
+def work_time(clock: Any, now_s: float) -> Any:
+    """What the work clock shows at `now_s`, when something happens."""
+    if clock.cores == 0:
+        return now_s
+    clock.work_s += (now_s - clock.wall_s) * clock.rate
+    clock.wall_s = now_s
+    return clock.work_s
+
+
+@compiled
+def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
+    """The rate at which steps in flight go on from now on: cores over busy cores, at most 1."""
+    busy = clock.mover_cores
+    for j in range(len(rows)):
+        if replicas[rows[j]].num_batches > 0:
+            busy += replicas[rows[j]].step.busy_cores
+    rate = 1.0 if busy <= clock.cores else clock.cores / busy
+    if rate != clock.rate:
+        clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate
+
+
+@compiled
+def move_with(replicas: Any, rows: Any, clock: Any, mover_cores: float, now_s: float) -> None:
+    """From `now_s` on whoever moves weights or KV keeps so many cores busy."""
+    if clock.cores > 0:
+        clock.mover_cores = mover_cores
+        _set_rate(replicas, rows, clock, now_s, work_time(clock, now_s))
+
+
+@compiled
+def _run_sharing(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
+    clock: Any,
+    until_s: float,
+) -> None:
+    """As `_run_replica` of every row, event by event, as they share the host's cores."""
+    while True:
+        row, work_s, is_end = NONE, np.inf, False
+        for j in range(len(rows)):
+            at_s, ends = _next_event(replicas[rows[j]], batches[rows[j]])
+            if at_s < work_s or (at_s == work_s and ends and not is_end):
+                row, work_s, is_end = rows[j], at_s, ends
+        if work_s == np.inf:
+            return
+        now_s = clock.wall_s + (work_s - clock.work_s) / clock.rate
+        if now_s > until_s or (now_s == until_s and not is_end):
+            return
+        _pass_event(
+            seqs,
+            replicas[row],
+            lists[row],
+            batches[row],
+            limits,
+            counts,
+            ended,
+            trace,
+            row,
+            is_end,
+            work_s,
+            now_s,
+        )
+        _set_rate(replicas, rows, clock, now_s, work_s)
+
+
+@compiled
+def _run(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
+    clock: Any,
+    until_s: float,
+) -> None:
+    """Everything but arrivals up to `until_s`."""
+    if clock.cores > 0:
+        _run_sharing(
+            seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s
+        )
+        return
+    for j in range(len(rows)):
+        r = rows[j]
+        _run_replica(
+            seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
+        )
 
 
 @compiled
@@ -386,7 +517,7 @@ def spread(seqs: Any, replicas: Any, rows: Any, block_size: int, slots: Any, cho
 
 @compiled
 def enqueue(
-    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, now_s: float
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
 ) -> None:
     """Add a sequence that holds no blocks to the waiting list of a row."""
     seqs[s].number = counts.numbered
@@ -396,12 +527,12 @@ def enqueue(
     seqs[s].status = IN_WAITING
     insert(seqs, lists[row, WAITING], s)
     replicas[row].num_outstanding += 1
-    wake(replicas[row], now_s)
+    wake(replicas[row], work_s)
 
 
 @compiled
 def adopt(
-    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, now_s: float
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
 ) -> None:
     """Add a sequence whose blocks were taken from the row before (see `reserve`)."""
     seqs[s].number = counts.numbered
@@ -410,14 +541,15 @@ def adopt(
     seqs[s].status = IN_RUNNING
     insert(seqs, lists[row, RUNNING], s)
     replicas[row].num_outstanding += 1
-    wake(replicas[row], now_s)
+    wake(replicas[row], work_s)
 
 
 @compiled
-def wake(replica: Any, now_s: float) -> None:
-    """Let a replica look at its lists again, not before `now_s`."""
+def wake(replica: Any, work_s: float) -> None:
+    """Let a replica look at its lists again, not before `work_s` on the work
+    clock (see `work_time`)."""
     replica.may_start = 1
-    replica.wake_s = max(replica.wake_s, now_s)
+    replica.wake_s = max(replica.wake_s, work_s)
 
 
 @compiled
@@ -431,7 +563,7 @@ def route(
     limits: Any,
     counts: Any,
     s: int,
-    now_s: float,
+    work_s: float,
 ) -> None:
     """Send a sequence to the replica the router picks, or hold it while none is open.
 
@@ -442,7 +574,7 @@ def route(
     needed = prompt + seqs[s].output_tokens
     row = pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
     if row != NONE:
-        enqueue(seqs, replicas, lists, counts, s, row, now_s)
+        enqueue(seqs, replicas, lists, counts, s, row, work_s)
         return
     seqs[s].number = counts.numbered
     counts.numbered += 1
@@ -465,6 +597,7 @@ def advance(
     arriving: Any,
     ended: Any,
     trace: Any,
+    clock: Any,
     until_s: float,
 ) -> None:
     """Simulate up to `until_s`. `arriving` are slots by arrival time, none after `until_s`.
@@ -476,11 +609,7 @@ def advance(
     for i in range(len(arriving)):
         s = arriving[i]
         now_s = seqs[s].arrival_s
-        for j in range(len(rows)):
-            r = rows[j]
-            _run_replica(
-                seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
-            )
+        _run(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, now_s)
         counts.arrived += 1
         if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
             seqs[s].status = REJECTED
@@ -489,12 +618,9 @@ def advance(
             counts.rejected += 1
             continue
         counts.live += 1
-        route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, now_s)
-    for j in range(len(rows)):
-        r = rows[j]
-        _run_replica(
-            seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
-        )
+        work_s = work_time(clock, now_s)
+        route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
+    _run(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
 
 
 @compiled
