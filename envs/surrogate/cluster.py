@@ -59,7 +59,9 @@ class SurrogateCluster:
     `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
     exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
     With `columns`, requests come and go as arrays (`submit_columns`, `take_columns`), and the
-    event log holds switches alone. With `trace_items`, the first so many items of steps are kept
+    event log holds switches alone. Of each prompt's full blocks `prefix_hit_rate` count as computed
+    when it is admitted, anew after a preemption; blocks are not shared, so memory is as without.
+    With `trace_items`, the first so many items of steps are kept
     for `trace`.
     """
 
@@ -71,8 +73,11 @@ class SurrogateCluster:
         seed: int = 0,
         spread: float = 0.0,
         columns: bool = False,
+        prefix_hit_rate: float = 0.0,
         trace_items: int = 0,
     ) -> None:
+        if not 0 <= prefix_hit_rate <= 1:
+            raise ValueError(f"prefix_hit_rate is {prefix_hit_rate}; expected 0 to 1.")
         self._profiled = cluster
         self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
@@ -80,7 +85,9 @@ class SurrogateCluster:
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
         self._step_records = step_records(cluster.profile, step_factor)
-        self.state = SurrogateState(cluster.spec, max_queue, cluster.profile.cores, trace_items)
+        self.state = SurrogateState(
+            cluster.spec, max_queue, cluster.profile.cores, prefix_hit_rate, trace_items
+        )
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
         self._waiting = np.zeros(0, layout.SEQUENCE)  # the same, with columns
@@ -252,7 +259,8 @@ class SurrogateCluster:
     def _simulate(self, until_s: float) -> None:
         arriving = self._take_arriving(until_s)
         state = self.state
-        kernel.advance(
+        advance = kernel.advance_sharing if state.clock[0]["cores"] else kernel.advance
+        advance(
             state.seqs,
             state.replicas,
             state.lists,

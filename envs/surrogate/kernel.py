@@ -1,10 +1,13 @@
 """Iteration-level continuous batching of many replicas, compiled. Pure.
 
 The rules are those of `engine.scheduler.BatchScheduler` (order of service, chunked prefill, block
-budget, preemption, micro-batches of a pipeline) without prefix caching, since traces tell no
-tokens, and of `engine.router.pick`; tests hold both equal. At one instant steps end
-first, then requests arrive, then replicas start steps; a step that could start at `until_s` is
-left to the next call, so that cutting a span of time into pieces changes nothing.
+budget, preemption, micro-batches of a pipeline) and of `engine.router.pick`; tests hold both equal.
+Traces tell no tokens, so prefix caching is a fraction of each prompt's blocks found at admission,
+and every sequence holds blocks of its own.
+
+At one instant steps end first, then requests arrive, then replicas start steps; a step that could
+start at `until_s` is left to the next call, so that cutting a span of time into pieces changes
+nothing.
 
 When replicas share the cores of a host, all steps in flight slow down by one factor while more
 cores are wanted than there are. Replicas therefore keep their times on one work clock, which runs
@@ -33,6 +36,7 @@ from envs.surrogate.layout import (
 )
 
 compiled = numba.njit(cache=True, nogil=True)
+inlined = numba.njit(inline="always")  # where a call would cost a fifth of the speed
 
 
 @compiled
@@ -134,6 +138,14 @@ def _make_room(
 
 
 @compiled
+def _cached_tokens(prompt_tokens: int, limits: Any) -> Any:
+    """Tokens of a prompt whose keys and values a sequence finds in the cache when it is admitted:
+    whole blocks, without the last token, which is computed in any case."""
+    whole = (prompt_tokens - 1) // limits.block_size
+    return limits.block_size * int(whole * limits.prefix_hit_rate)
+
+
+@compiled
 def _schedule(
     seqs: Any,
     replica: Any,
@@ -177,18 +189,19 @@ def _schedule(
         and lists[RUNNING].count < limits.max_num_seqs
     ):
         s = lists[WAITING].head
-        tokens = min(seqs[s].prompt_tokens + seqs[s].output_tokens, budget)
-        blocks = _blocks_needed(tokens, limits.block_size)
+        cached = _cached_tokens(seqs[s].prompt_tokens, limits)
+        tokens = min(seqs[s].prompt_tokens + seqs[s].output_tokens - cached, budget)
+        blocks = _blocks_needed(cached + tokens, limits.block_size)
         if blocks > replica.free_blocks:
             break
         replica.free_blocks -= blocks
-        seqs[s].blocks = blocks
+        seqs[s].blocks, seqs[s].computed_tokens = blocks, cached
         remove(seqs, lists[WAITING], s)
         seqs[s].status = IN_RUNNING
         insert(seqs, lists[RUNNING], s)
         last = _append_item(seqs, batch, last, s, tokens)
         num_items, budget = num_items + 1, budget - tokens
-        context, pairs = context + tokens, pairs + _pairs(0, tokens)
+        context, pairs = context + cached + tokens, pairs + _pairs(cached, tokens)
     if num_items == 0:
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
@@ -322,7 +335,7 @@ def _finish_step(
     replica.may_start = 1
 
 
-@compiled
+@inlined
 def _next_event(replica: Any, batches: Any) -> tuple[Any, Any]:
     """(when on the work clock, whether a step ends then; else one may start)."""
     end_s = start_s = np.inf
@@ -333,26 +346,20 @@ def _next_event(replica: Any, batches: Any) -> tuple[Any, Any]:
     return min(end_s, start_s), end_s <= start_s
 
 
-@compiled
-def _pass_event(
+@inlined
+def _try_start(
     seqs: Any,
     replica: Any,
     lists: Any,
     batches: Any,
     limits: Any,
     counts: Any,
-    ended: Any,
     trace: Any,
     row: int,
-    is_end: bool,
     work_s: float,
     now_s: float,
 ) -> None:
-    """Let the next event of a replica happen, at `now_s`, which is `work_s` on the work clock."""
-    if is_end:
-        batch = batches[replica.first_batch]
-        _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, now_s)
-        return
+    """Start a step at `now_s` (`work_s` on the work clock) if any sequence can make one."""
     index = (replica.first_batch + replica.num_batches) % replica.depth
     if _schedule(seqs, replica, lists, limits, work_s, batches[index]):
         replica.wake_s = work_s
@@ -375,12 +382,24 @@ def _run_replica(
 ) -> None:
     """Steps that end by `until_s`; steps that start before it."""
     while True:
-        at_s, is_end = _next_event(replica, batches)
-        if at_s > until_s or at_s == np.inf or (at_s == until_s and not is_end):
-            return
-        _pass_event(
-            seqs, replica, lists, batches, limits, counts, ended, trace, row, is_end, at_s, at_s
-        )
+        end_s = start_s = np.inf
+        if replica.num_batches > 0:
+            end_s = batches[replica.first_batch].end_s
+        if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
+            start_s = max(replica.ready_s, replica.wake_s)
+        if end_s <= start_s:
+            if end_s > until_s or end_s == np.inf:
+                return
+            batch = batches[replica.first_batch]
+            _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, end_s)
+        else:
+            if start_s >= until_s:
+                return
+            index = (replica.first_batch + replica.num_batches) % replica.depth
+            if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
+                replica.wake_s = start_s
+                if len(trace) > 0:
+                    _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
 
 
 @compiled
@@ -427,7 +446,7 @@ def _run_sharing(
     clock: Any,
     until_s: float,
 ) -> None:
-    """As `_run_replica` of every row, event by event, as they share the host's cores."""
+    """The same event by event over all replicas, since they share the host's cores."""
     while True:
         row, work_s, is_end = NONE, np.inf, False
         for j in range(len(rows)):
@@ -439,25 +458,17 @@ def _run_sharing(
         now_s = clock.wall_s + (work_s - clock.work_s) / clock.rate
         if now_s > until_s or (now_s == until_s and not is_end):
             return
-        _pass_event(
-            seqs,
-            replicas[row],
-            lists[row],
-            batches[row],
-            limits,
-            counts,
-            ended,
-            trace,
-            row,
-            is_end,
-            work_s,
-            now_s,
-        )
+        replica, mine = replicas[row], batches[row]
+        if is_end:
+            batch = mine[replica.first_batch]
+            _finish_step(seqs, replica, lists[row], batch, limits, counts, ended, trace, now_s)
+        else:
+            _try_start(seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s)
         _set_rate(replicas, rows, clock, now_s, work_s)
 
 
-@compiled
-def _run(
+@inlined
+def _run_all(
     seqs: Any,
     replicas: Any,
     lists: Any,
@@ -467,15 +478,9 @@ def _run(
     counts: Any,
     ended: Any,
     trace: Any,
-    clock: Any,
     until_s: float,
 ) -> None:
-    """Everything but arrivals up to `until_s`."""
-    if clock.cores > 0:
-        _run_sharing(
-            seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s
-        )
-        return
+    """Everything but arrivals up to `until_s`, replica by replica, since they share nothing."""
     for j in range(len(rows)):
         r = rows[j]
         _run_replica(
@@ -583,6 +588,32 @@ def route(
     insert(seqs, lists[len(lists) - 1, WAITING], s)
 
 
+@inlined
+def _arrive(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    rows: Any,
+    shares: Any,
+    edges: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    s: int,
+    work_s: float,
+) -> None:
+    """Route a request that arrives, or reject it."""
+    counts.arrived += 1
+    if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
+        seqs[s].status = REJECTED
+        ended[counts.ended] = s
+        counts.ended += 1
+        counts.rejected += 1
+        return
+    counts.live += 1
+    route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
+
+
 @compiled
 def advance(
     seqs: Any,
@@ -609,18 +640,40 @@ def advance(
     for i in range(len(arriving)):
         s = arriving[i]
         now_s = seqs[s].arrival_s
-        _run(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, now_s)
-        counts.arrived += 1
-        if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
-            seqs[s].status = REJECTED
-            ended[counts.ended] = s
-            counts.ended += 1
-            counts.rejected += 1
-            continue
-        counts.live += 1
+        _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, now_s)
+        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, now_s)
+    _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, until_s)
+
+
+@compiled
+def advance_sharing(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    shares: Any,
+    edges: Any,
+    limits: Any,
+    counts: Any,
+    arriving: Any,
+    ended: Any,
+    trace: Any,
+    clock: Any,
+    until_s: float,
+) -> None:
+    """The same where `clock.cores` are shared. A function of its own, so that the compiler can
+    make one straight piece of each."""
+    counts.ended = 0
+    for i in range(len(arriving)):
+        s = arriving[i]
+        now_s = seqs[s].arrival_s
+        _run_sharing(
+            seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, now_s
+        )
         work_s = work_time(clock, now_s)
-        route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
-    _run(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
+        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, work_s)
+    _run_sharing(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
 
 
 @compiled

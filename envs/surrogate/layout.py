@@ -87,6 +87,7 @@ LIMITS = np.dtype(
         ("max_num_batched_tokens", "i8"),
         ("max_model_len", "i8"),
         ("max_queue", "i8"),
+        ("prefix_hit_rate", "f8"),
     ]
 )
 COUNTS = np.dtype(

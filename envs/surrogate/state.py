@@ -45,7 +45,12 @@ class SurrogateState:
     """Slots for sequences, rows for replicas. Twice as many rows as devices: two deployments."""
 
     def __init__(
-        self, spec: ClusterSpec, max_queue: int, cores: float = 0.0, trace_items: int = 0
+        self,
+        spec: ClusterSpec,
+        max_queue: int,
+        cores: float = 0.0,
+        prefix_hit_rate: float = 0.0,
+        trace_items: int = 0,
     ) -> None:
         self.spec = spec
         num_rows = 2 * spec.num_devices
@@ -62,6 +67,7 @@ class SurrogateState:
             spec.max_num_batched_tokens,
             spec.model.max_model_len,
             max_queue,
+            prefix_hit_rate,
         )
         self.counts = np.zeros(1, layout.COUNTS)
         self.clock = np.zeros(1, layout.CLOCK)
