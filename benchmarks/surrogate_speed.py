@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from rich.table import Table
 from controller.build import build_pipeline, load_profiled_cluster
 from controller.decision import DecisionConfig
 from controller.workload import fit_typing
-from engine.cluster import dense_deployment, parse_deployment_key
+from engine.cluster import ParallelConfig, dense_deployment, parse_deployment_key
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import measure_capacity
@@ -26,6 +27,7 @@ from envs.workload import Trace, WorkloadConfig, generate
 
 PROFILE = Path(__file__).parents[1] / "configs" / "profiles" / "tiny_llama_cpu4.json"
 LOAD, INTERVAL_S = 0.8, 15.0
+FORKS = ((4, 100), (4, 1000), (16, 100), (16, 1000))  # replicas, live requests
 
 
 def make_traffic(cluster: ProfiledCluster, duration_s: float) -> tuple[Trace, str]:
@@ -54,6 +56,23 @@ def run_round(cluster: ProfiledCluster, trace: Trace, key: str) -> tuple[float, 
     return wall_s, tokens
 
 
+def fork_us(cluster: ProfiledCluster, num_devices: int, num_live: int) -> float:
+    """Median microseconds of a fork with so many replicas of one device and live requests."""
+    spec = replace(cluster.spec, num_devices=num_devices, devices_per_node=num_devices)
+    deployment = dense_deployment([ParallelConfig(1, 1)] * num_devices)
+    surrogate = SurrogateCluster(replace(cluster, spec=spec), deployment, columns=True)
+    ones = np.ones(num_live, np.int64)
+    surrogate.submit_columns(np.zeros(num_live), 20 * ones, spec.model.max_model_len * ones)
+    surrogate.advance(0.01)
+    assert surrogate.snapshot().num_arrived == num_live
+    walls_s = []
+    for _ in range(200):
+        start_s = time.perf_counter()
+        surrogate.fork()
+        walls_s.append(time.perf_counter() - start_s)
+    return round(1e6 * float(np.median(walls_s)), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one simulated hour, three rounds")
@@ -73,6 +92,8 @@ def main() -> None:
         "tick_ms": round(1000 * wall_s * INTERVAL_S / trace.duration_s, 3),
         "spread": round(float(np.ptp(walls_s)) / wall_s, 3),
     }
+    for devices, live in FORKS:
+        figures[f"fork_us_{devices}_{live}"] = fork_us(cluster, devices, live)
     table = Table("figure", "value")
     table.add_row("traffic", f"{len(trace)} requests in {hours} h on {key}, load {LOAD}")
     for name, value in list(figures.items())[1:]:

@@ -25,7 +25,10 @@ Move = tuple[int, int, int]  # slot, new row, KV blocks reserved there (0: recom
 
 
 class SurrogateSwitch:
-    """One switch. `border_s` is when the next thing happens; the cluster calls `cross_border`."""
+    """One switch. `due_s` is when the next thing happens; the cluster calls `cross_border`.
+
+    With `fails_at` it fails after that share of the time until the weights are there.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class SurrogateSwitch:
         current: Deployment,
         profile: ServingProfile,
         factor: float,
+        fails_at: float | None = None,
     ) -> None:
         self.plan, self._profile, self._factor = plan, profile, factor
         kept = set(current.replicas) & set(plan.target.replicas)
@@ -54,16 +58,26 @@ class SurrogateSwitch:
         self._paused_at_s: float | None = None
         self._is_bound = False
         self._phase_began_s = 0.0
+        self._fails_at, self._fails_at_s = fails_at, float("inf")
+
+    @property
+    def due_s(self) -> float:
+        return min(self.border_s, self._fails_at_s)
 
     def start(self, host: SurrogateCluster, now_s: float) -> None:
         self.ticket = replace(self.ticket, started_s=now_s, updated_s=now_s)
         self._phase_began_s = now_s
         self.border_s = now_s + self._profile.switch_overhead_s * self._factor
+        if self._fails_at is not None:
+            self._fails_at_s = now_s + self._fails_at * (self._weights_arrive_s(now_s) - now_s)
         host.publish(self.ticket)
 
     def cross_border(self, host: SurrogateCluster, now_s: float) -> None:
-        """Do what is due at `border_s`, which is `now_s`."""
-        if self.ticket.phase is SwitchPhase.PREPARE:
+        """Do what is due at `due_s`, which is `now_s`."""
+        if now_s >= self._fails_at_s:
+            reason = "failed as drawn, before all weights were there"
+            self._undo(host, now_s, SwitchPhase.ROLLED_BACK, reason)
+        elif self.ticket.phase is SwitchPhase.PREPARE:
             self._enter(host, SwitchPhase.TRANSFER, now_s)
             host.move_with(self._mover_cores, now_s)
             self.border_s = self._weights_arrive_s(now_s)
@@ -79,6 +93,9 @@ class SurrogateSwitch:
             self._commit(host, now_s)
 
     def cancel(self, host: SurrogateCluster, now_s: float) -> None:
+        self._undo(host, now_s, SwitchPhase.CANCELLED, "cancelled on request")
+
+    def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
         """The old deployment serves on; nothing of the new one is left."""
         state = host.state
         host.move_with(0.0, now_s)
@@ -92,7 +109,7 @@ class SurrogateSwitch:
             state.replicas[row]["is_open"], state.replicas[row]["is_paused"] = 1, 0
             state.wake(row, now_s)
         host.route_held(now_s)
-        self._update(host, now_s, phase=SwitchPhase.CANCELLED, reason="cancelled on request")
+        self._update(host, now_s, phase=phase, reason=reason)
 
     def reserved_blocks(self) -> dict[int, int]:
         """Row -> blocks taken there for sequences still on their old replicas."""
