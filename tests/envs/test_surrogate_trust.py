@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from engine.cluster import (
 from engine.migration.plan import plan_switch
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
+from envs.surrogate.latency import linear_profile
 
 KEYS = ("2xtp2pp1", "1xtp1pp4", "1xtp2pp1+2xtp1pp1", "4xtp1pp1", "1xtp1pp3+1xtp1pp1")
 
@@ -56,6 +59,42 @@ def test_work_conservation_and_littles_law(small_cluster: ProfiledCluster) -> No
     times, steps = np.array([t for t, _ in changes]), np.array([s for _, s in changes])
     area = float((np.cumsum(steps)[:-1] * np.diff(times)).sum())
     assert area == pytest.approx(sum(o.finish_s - o.arrival_s for o in ends), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chances"), [((60,), (1.0,)), ((10, 240), (0.8, 0.2))], ids=["equal", "two kinds"]
+)
+def test_large_batches_share_the_processor(
+    small_cluster: ProfiledCluster, lengths: tuple[int, ...], chances: tuple[float, ...]
+) -> None:
+    """A step costs a constant per sequence and nothing else: M/G/1 processor sharing in steps of a
+    token. Mean response is E[S] / (1 - rho) whatever the distribution of S; within four standard
+    errors (from 40 batch means) and two tokens of the mean length, the grain of the steps."""
+    one, rho, number, per_seq_s = ParallelConfig(1, 1), 0.6, 40_000, 1e-3
+    spec = replace(
+        small_cluster.spec,
+        max_num_seqs=512,
+        max_num_batched_tokens=512,
+        device_memory_bytes=2_000_000_000,
+    )
+    profile = linear_profile([one], 0.0, 0.0, per_seq_s)
+    surrogate = SurrogateCluster(
+        ProfiledCluster(spec, profile), dense_deployment([one]), columns=True
+    )
+    rng = np.random.default_rng(8)
+    mean_tokens = float(np.dot(lengths, chances))
+    service_s = mean_tokens * per_seq_s
+    arrival_s = np.cumsum(rng.exponential(service_s / rho, number))
+    tokens = rng.choice(lengths, number, p=chances)
+    surrogate.submit_columns(arrival_s, np.ones(number, np.int64), tokens)
+    surrogate.advance(arrival_s[-1] + 1e3)
+    ended = surrogate.take_columns()
+    assert len(ended.finish_s) == number
+    response_s = (ended.finish_s - ended.ended_arrival_s)[np.argsort(ended.index)]
+    means = response_s.reshape(40, -1).mean(1)
+    tolerance = 4 * means.std(ddof=1) / np.sqrt(40) + 2 * service_s / mean_tokens
+    assert abs(response_s.mean() - service_s / (1 - rho)) < tolerance
+    assert tolerance < 0.25 * service_s / (1 - rho), "the run is long enough to tell"
 
 
 def test_switches_roll_back_with_the_probability(small_cluster: ProfiledCluster) -> None:
