@@ -37,6 +37,7 @@ from envs.vec_env import ServingVecEnv
 from envs.workload import Trace, WorkloadConfig, generate
 
 REPLICAS = (1, 4, 16, 64)
+FORKS = ((4, 100), (4, 1000), (16, 100), (16, 1000))  # replicas, live requests
 LOAD, INTERVAL_S = 0.8, 15.0
 SINGLE = ParallelConfig(1, 1)
 STEP_S = 0.01  # of the run that counts iterations
@@ -165,6 +166,21 @@ def measure_memory(setup: Setup, number: int) -> float:
     return peak / number
 
 
+def measure_fork(setup: Setup, replicas: int, live: int, repeats: int = 200) -> float:
+    """Median microseconds of a fork with so many requests live."""
+    surrogate, ones = setup.surrogate(replicas), np.ones(live, np.int64)
+    longest = setup.cluster.spec.model.max_model_len
+    surrogate.submit_columns(np.zeros(live), 20 * ones, longest * ones)
+    surrogate.advance(0.01)
+    assert surrogate.snapshot().num_finished == 0
+    walls_s = []
+    for _ in range(repeats):
+        begun_s = time.perf_counter()
+        surrogate.fork()
+        walls_s.append(time.perf_counter() - begun_s)
+    return 1e6 * float(np.median(walls_s))
+
+
 # --------------------------------------------------------------------------------------
 # Two cores
 
@@ -261,6 +277,9 @@ def main() -> None:
         return few / many
 
     record("time_per_request_growth_10x", growth, 3)
+    for replicas, live in FORKS:
+        name = f"fork_us_{replicas}_{live}"
+        record(name, partial(measure_fork, setup, replicas, live), 1)
     figures["bytes_per_request"] = round(measure_memory(setup, million), 1)
     record("ticks_per_s", lambda: measure_ticks(setup, number // 500))
     for name, rate_per_s in (("", TICK_RATE_PER_S), ("busy_", BUSY_RATE_PER_S)):

@@ -58,9 +58,12 @@ class SurrogateCluster:
 
     `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
     exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
+    A switch fails with `rollback_probability`, drawn from `seed` and its number.
+    Of each prompt's full blocks `prefix_hit_rate` count as computed when it is admitted, anew after
+    a preemption; blocks are not shared, so memory is as without.
     With `columns`, requests come and go as arrays (`submit_columns`, `take_columns`), and the
-    event log holds switches alone. With `trace_items`, the first so many items of steps are kept
-    for `trace`.
+    event log holds switches alone.
+    With `trace_items`, the first so many items of steps are kept for `trace`.
     """
 
     def __init__(
@@ -71,8 +74,13 @@ class SurrogateCluster:
         seed: int = 0,
         spread: float = 0.0,
         columns: bool = False,
+        prefix_hit_rate: float = 0.0,
+        rollback_probability: float = 0.0,
         trace_items: int = 0,
     ) -> None:
+        if not 0 <= prefix_hit_rate <= 1:
+            raise ValueError(f"prefix_hit_rate is {prefix_hit_rate}; expected 0 to 1.")
+        self._seed, self._rollback_probability = seed, rollback_probability
         self._profiled = cluster
         self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
@@ -80,7 +88,9 @@ class SurrogateCluster:
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
         self._step_records = step_records(cluster.profile, step_factor)
-        self.state = SurrogateState(cluster.spec, max_queue, trace_items)
+        self.state = SurrogateState(
+            cluster.spec, max_queue, cluster.profile.cores, prefix_hit_rate, trace_items
+        )
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
         self._waiting = np.zeros(0, layout.SEQUENCE)  # the same, with columns
@@ -133,10 +143,21 @@ class SurrogateCluster:
         self.check_deployment(plan.target)
         ticket_id = f"switch-{len(self._tickets):04d}"
         self._switch = SurrogateSwitch(
-            plan, ticket_id, self._deployment, self._profiled.profile, self._switch_factor
+            plan,
+            ticket_id,
+            self._deployment,
+            self._profiled.profile,
+            self._switch_factor,
+            self._draw_failure(),
         )
         self._switch.start(self, self._now_s)
         return self._switch.ticket
+
+    def _draw_failure(self) -> float | None:
+        """The share of its way to the weights' arrival at which the next switch fails, if it does.
+        A fork draws the same."""
+        draws = np.random.default_rng((self._seed, len(self._tickets))).random(2).tolist()
+        return draws[1] if draws[0] < self._rollback_probability else None
 
     def check_deployment(self, deployment: Deployment) -> None:
         """Raises InfeasibleError (does not fit) or InvalidRequestError (not profiled)."""
@@ -196,10 +217,10 @@ class SurrogateCluster:
     def advance(self, until_s: float) -> None:
         """Compute up to `until_s`. A switch passes a phase border just after that instant."""
         assert until_s >= self._now_s, (until_s, self._now_s)
-        while self._switch is not None and self._switch.border_s < until_s:
-            border_s = self._switch.border_s
-            self._simulate(border_s)
-            self._switch.cross_border(self, border_s)
+        while self._switch is not None and self._switch.due_s < until_s:
+            due_s = self._switch.due_s
+            self._simulate(due_s)
+            self._switch.cross_border(self, due_s)
         self._simulate(until_s)
 
     def close(self) -> None:
@@ -252,7 +273,8 @@ class SurrogateCluster:
     def _simulate(self, until_s: float) -> None:
         arriving = self._take_arriving(until_s)
         state = self.state
-        kernel.advance(
+        advance = kernel.advance_sharing if state.clock[0]["cores"] else kernel.advance
+        advance(
             state.seqs,
             state.replicas,
             state.lists,
@@ -265,6 +287,7 @@ class SurrogateCluster:
             arriving,
             state.ended,
             state.trace,
+            state.clock[0],
             until_s,
         )
         ended = state.ended[: state.counts[0]["ended"]].copy()
@@ -339,6 +362,7 @@ class SurrogateCluster:
         state, held_row = self.state, len(self.state.replicas)
         held = state.linked(held_row, WAITING)
         state.clear_lists(held_row)
+        work_s = state.work_time(now_s)
         for slot in held:
             kernel.route(
                 state.seqs,
@@ -350,8 +374,13 @@ class SurrogateCluster:
                 state.limits[0],
                 state.counts[0],
                 slot,
-                now_s,
+                work_s,
             )
+
+    def move_with(self, mover_cores: float, now_s: float) -> None:
+        """From `now_s` on a switch keeps so many of the host's cores busy."""
+        state = self.state
+        kernel.move_with(state.replicas, self._row_order, state.clock[0], mover_cores, now_s)
 
     # ---------------------------------------------------------------- what a switch reports
 

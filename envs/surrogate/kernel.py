@@ -1,10 +1,17 @@
 """Iteration-level continuous batching of many replicas, compiled. Pure.
 
 The rules are those of `engine.scheduler.BatchScheduler` (order of service, chunked prefill, block
-budget, preemption, micro-batches of a pipeline) without prefix caching, since traces tell no
-tokens, and of `engine.router.pick`; tests hold both equal. At one instant steps end
-first, then requests arrive, then replicas start steps; a step that could start at `until_s` is
-left to the next call, so that cutting a span of time into pieces changes nothing.
+budget, preemption, micro-batches of a pipeline) and of `engine.router.pick`; tests hold both equal.
+Traces tell no tokens, so prefix caching is a fraction of each prompt's blocks found at admission,
+and every sequence holds blocks of its own.
+
+At one instant steps end first, then requests arrive, then replicas start steps; a step that could
+start at `until_s` is left to the next call, so that cutting a span of time into pieces changes
+nothing.
+
+When replicas share the cores of a host, all steps in flight slow down by one factor while more
+cores are wanted than there are. Replicas therefore keep their times on one work clock, which runs
+at that factor; without sharing it is the clock on the wall.
 
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does.
@@ -29,6 +36,7 @@ from envs.surrogate.layout import (
 )
 
 compiled = numba.njit(cache=True, nogil=True)
+inlined = numba.njit(inline="always")  # where a call would cost a fifth of the speed
 
 
 @compiled
@@ -130,6 +138,14 @@ def _make_room(
 
 
 @compiled
+def _cached_tokens(prompt_tokens: int, limits: Any) -> Any:
+    """Tokens of a prompt whose keys and values a sequence finds in the cache when it is admitted:
+    whole blocks, without the last token, which is computed in any case."""
+    whole = (prompt_tokens - 1) // limits.block_size
+    return limits.block_size * int(whole * limits.prefix_hit_rate)
+
+
+@compiled
 def _schedule(
     seqs: Any,
     replica: Any,
@@ -173,18 +189,19 @@ def _schedule(
         and lists[RUNNING].count < limits.max_num_seqs
     ):
         s = lists[WAITING].head
-        tokens = min(seqs[s].prompt_tokens + seqs[s].output_tokens, budget)
-        blocks = _blocks_needed(tokens, limits.block_size)
+        cached = _cached_tokens(seqs[s].prompt_tokens, limits)
+        tokens = min(seqs[s].prompt_tokens + seqs[s].output_tokens - cached, budget)
+        blocks = _blocks_needed(cached + tokens, limits.block_size)
         if blocks > replica.free_blocks:
             break
         replica.free_blocks -= blocks
-        seqs[s].blocks = blocks
+        seqs[s].blocks, seqs[s].computed_tokens = blocks, cached
         remove(seqs, lists[WAITING], s)
         seqs[s].status = IN_RUNNING
         insert(seqs, lists[RUNNING], s)
         last = _append_item(seqs, batch, last, s, tokens)
         num_items, budget = num_items + 1, budget - tokens
-        context, pairs = context + tokens, pairs + _pairs(0, tokens)
+        context, pairs = context + cached + tokens, pairs + _pairs(cached, tokens)
     if num_items == 0:
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
@@ -277,9 +294,10 @@ def _finish_step(
     counts: Any,
     ended: Any,
     trace: Any,
+    now_s: float,
 ) -> None:
-    """Take the tokens of a step that has ended; sequences that are complete leave."""
-    now_s, s, item = batch.end_s, batch.head, batch.item
+    """Take the tokens of a step that has ended at `now_s`; sequences that are complete leave."""
+    s, item = batch.head, batch.item
     while s != NONE:
         if item < len(trace):
             trace[item].end_s = now_s
@@ -313,8 +331,40 @@ def _finish_step(
         s = following
     replica.first_batch = (replica.first_batch + 1) % replica.depth
     replica.num_batches -= 1
-    replica.wake_s = now_s
+    replica.wake_s = batch.end_s
     replica.may_start = 1
+
+
+@inlined
+def _next_event(replica: Any, batches: Any) -> tuple[Any, Any]:
+    """(when on the work clock, whether a step ends then; else one may start)."""
+    end_s = start_s = np.inf
+    if replica.num_batches > 0:
+        end_s = batches[replica.first_batch].end_s
+    if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
+        start_s = max(replica.ready_s, replica.wake_s)
+    return min(end_s, start_s), end_s <= start_s
+
+
+@inlined
+def _try_start(
+    seqs: Any,
+    replica: Any,
+    lists: Any,
+    batches: Any,
+    limits: Any,
+    counts: Any,
+    trace: Any,
+    row: int,
+    work_s: float,
+    now_s: float,
+) -> None:
+    """Start a step at `now_s` (`work_s` on the work clock) if any sequence can make one."""
+    index = (replica.first_batch + replica.num_batches) % replica.depth
+    if _schedule(seqs, replica, lists, limits, work_s, batches[index]):
+        replica.wake_s = work_s
+        if len(trace) > 0:
+            _trace_step(seqs, replica, batches[index], row, now_s, counts, trace)
 
 
 @compiled
@@ -341,7 +391,7 @@ def _run_replica(
             if end_s > until_s or end_s == np.inf:
                 return
             batch = batches[replica.first_batch]
-            _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace)
+            _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, end_s)
         else:
             if start_s >= until_s:
                 return
@@ -350,6 +400,92 @@ def _run_replica(
                 replica.wake_s = start_s
                 if len(trace) > 0:
                     _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
+
+
+@compiled
+def work_time(clock: Any, now_s: float) -> Any:
+    """What the work clock shows at `now_s`, when something happens."""
+    if clock.cores == 0:
+        return now_s
+    clock.work_s += (now_s - clock.wall_s) * clock.rate
+    clock.wall_s = now_s
+    return clock.work_s
+
+
+@compiled
+def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
+    """The rate at which steps in flight go on from now on: cores over busy cores, at most 1."""
+    busy = clock.mover_cores
+    for j in range(len(rows)):
+        if replicas[rows[j]].num_batches > 0:
+            busy += replicas[rows[j]].step.busy_cores
+    rate = 1.0 if busy <= clock.cores else clock.cores / busy
+    if rate != clock.rate:
+        clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate
+
+
+@compiled
+def move_with(replicas: Any, rows: Any, clock: Any, mover_cores: float, now_s: float) -> None:
+    """From `now_s` on whoever moves weights or KV keeps so many cores busy."""
+    if clock.cores > 0:
+        clock.mover_cores = mover_cores
+        _set_rate(replicas, rows, clock, now_s, work_time(clock, now_s))
+
+
+@compiled
+def _run_sharing(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
+    clock: Any,
+    until_s: float,
+) -> None:
+    """The same event by event over all replicas, since they share the host's cores."""
+    while True:
+        row, work_s, is_end = NONE, np.inf, False
+        for j in range(len(rows)):
+            at_s, ends = _next_event(replicas[rows[j]], batches[rows[j]])
+            if at_s < work_s or (at_s == work_s and ends and not is_end):
+                row, work_s, is_end = rows[j], at_s, ends
+        if work_s == np.inf:
+            return
+        now_s = clock.wall_s + (work_s - clock.work_s) / clock.rate
+        if now_s > until_s or (now_s == until_s and not is_end):
+            return
+        replica, mine = replicas[row], batches[row]
+        if is_end:
+            batch = mine[replica.first_batch]
+            _finish_step(seqs, replica, lists[row], batch, limits, counts, ended, trace, now_s)
+        else:
+            _try_start(seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s)
+        _set_rate(replicas, rows, clock, now_s, work_s)
+
+
+@inlined
+def _run_all(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
+    until_s: float,
+) -> None:
+    """Everything but arrivals up to `until_s`, replica by replica, since they share nothing."""
+    for j in range(len(rows)):
+        r = rows[j]
+        _run_replica(
+            seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
+        )
 
 
 @compiled
@@ -386,7 +522,7 @@ def spread(seqs: Any, replicas: Any, rows: Any, block_size: int, slots: Any, cho
 
 @compiled
 def enqueue(
-    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, now_s: float
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
 ) -> None:
     """Add a sequence that holds no blocks to the waiting list of a row."""
     seqs[s].number = counts.numbered
@@ -396,12 +532,12 @@ def enqueue(
     seqs[s].status = IN_WAITING
     insert(seqs, lists[row, WAITING], s)
     replicas[row].num_outstanding += 1
-    wake(replicas[row], now_s)
+    wake(replicas[row], work_s)
 
 
 @compiled
 def adopt(
-    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, now_s: float
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
 ) -> None:
     """Add a sequence whose blocks were taken from the row before (see `reserve`)."""
     seqs[s].number = counts.numbered
@@ -410,14 +546,15 @@ def adopt(
     seqs[s].status = IN_RUNNING
     insert(seqs, lists[row, RUNNING], s)
     replicas[row].num_outstanding += 1
-    wake(replicas[row], now_s)
+    wake(replicas[row], work_s)
 
 
 @compiled
-def wake(replica: Any, now_s: float) -> None:
-    """Let a replica look at its lists again, not before `now_s`."""
+def wake(replica: Any, work_s: float) -> None:
+    """Let a replica look at its lists again, not before `work_s` on the work
+    clock (see `work_time`)."""
     replica.may_start = 1
-    replica.wake_s = max(replica.wake_s, now_s)
+    replica.wake_s = max(replica.wake_s, work_s)
 
 
 @compiled
@@ -431,7 +568,7 @@ def route(
     limits: Any,
     counts: Any,
     s: int,
-    now_s: float,
+    work_s: float,
 ) -> None:
     """Send a sequence to the replica the router picks, or hold it while none is open.
 
@@ -442,13 +579,39 @@ def route(
     needed = prompt + seqs[s].output_tokens
     row = pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
     if row != NONE:
-        enqueue(seqs, replicas, lists, counts, s, row, now_s)
+        enqueue(seqs, replicas, lists, counts, s, row, work_s)
         return
     seqs[s].number = counts.numbered
     counts.numbered += 1
     seqs[s].row = NONE
     seqs[s].status = HELD
     insert(seqs, lists[len(lists) - 1, WAITING], s)
+
+
+@inlined
+def _arrive(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    rows: Any,
+    shares: Any,
+    edges: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    s: int,
+    work_s: float,
+) -> None:
+    """Route a request that arrives, or reject it."""
+    counts.arrived += 1
+    if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
+        seqs[s].status = REJECTED
+        ended[counts.ended] = s
+        counts.ended += 1
+        counts.rejected += 1
+        return
+    counts.live += 1
+    route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
 
 
 @compiled
@@ -465,6 +628,7 @@ def advance(
     arriving: Any,
     ended: Any,
     trace: Any,
+    clock: Any,
     until_s: float,
 ) -> None:
     """Simulate up to `until_s`. `arriving` are slots by arrival time, none after `until_s`.
@@ -476,25 +640,40 @@ def advance(
     for i in range(len(arriving)):
         s = arriving[i]
         now_s = seqs[s].arrival_s
-        for j in range(len(rows)):
-            r = rows[j]
-            _run_replica(
-                seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
-            )
-        counts.arrived += 1
-        if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
-            seqs[s].status = REJECTED
-            ended[counts.ended] = s
-            counts.ended += 1
-            counts.rejected += 1
-            continue
-        counts.live += 1
-        route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, now_s)
-    for j in range(len(rows)):
-        r = rows[j]
-        _run_replica(
-            seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
+        _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, now_s)
+        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, now_s)
+    _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, until_s)
+
+
+@compiled
+def advance_sharing(
+    seqs: Any,
+    replicas: Any,
+    lists: Any,
+    batches: Any,
+    rows: Any,
+    shares: Any,
+    edges: Any,
+    limits: Any,
+    counts: Any,
+    arriving: Any,
+    ended: Any,
+    trace: Any,
+    clock: Any,
+    until_s: float,
+) -> None:
+    """The same where `clock.cores` are shared. A function of its own, so that the compiler can
+    make one straight piece of each."""
+    counts.ended = 0
+    for i in range(len(arriving)):
+        s = arriving[i]
+        now_s = seqs[s].arrival_s
+        _run_sharing(
+            seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, now_s
         )
+        work_s = work_time(clock, now_s)
+        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, work_s)
+    _run_sharing(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
 
 
 @compiled

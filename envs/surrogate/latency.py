@@ -40,6 +40,7 @@ def _record(model: StepTimeModel, factor: float) -> NDArray[Any]:
     for name in SCALAR:
         record[name] = factor * getattr(model, name)
     record["stage_share"], record["num_knots"] = model.stage_share, knots
+    record["busy_cores"] = model.busy_cores
     record["token_knots"][:knots] = model.token_knots
     record["token_s"][:knots] = factor * np.array(model.token_s)
     return record

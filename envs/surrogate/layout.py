@@ -40,12 +40,13 @@ STEP = np.dtype(  # `engine.profile.StepTimeModel`; see envs/surrogate/latency.p
         ("per_context_token_s", "f8"),
         ("per_pair_s", "f8"),
         ("stage_share", "f8"),
+        ("busy_cores", "f8"),
         ("num_knots", "i8"),
         ("token_knots", "f8", (MAX_KNOTS,)),
         ("token_s", "f8", (MAX_KNOTS,)),
     ]
 )
-REPLICA = np.dtype(
+REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; those of BATCH too
     [
         ("step", STEP),
         ("wake_s", "f8"),  # something to schedule appeared then
@@ -86,6 +87,7 @@ LIMITS = np.dtype(
         ("max_num_batched_tokens", "i8"),
         ("max_model_len", "i8"),
         ("max_queue", "i8"),
+        ("prefix_hit_rate", "f8"),
     ]
 )
 COUNTS = np.dtype(
@@ -97,6 +99,15 @@ COUNTS = np.dtype(
         ("numbered", "i8"),
         ("ended", "i8"),  # entries of `ended` filled by the present call
         ("traced", "i8"),  # items so far that the trace had or would have had room for
+    ]
+)
+CLOCK = np.dtype(
+    [
+        ("cores", "f8"),  # of the host that all replicas share; 0: they share nothing
+        ("mover_cores", "f8"),  # kept busy by what a switch moves
+        ("wall_s", "f8"),  # since then, when the work clock showed `work_s`, that runs at `rate`
+        ("work_s", "f8"),
+        ("rate", "f8"),
     ]
 )
 NONE = -1

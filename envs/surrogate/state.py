@@ -13,6 +13,10 @@ from envs.surrogate.layout import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
 from policies.base import LengthSampler
 
 FIRST_SLOTS = 256
+ARRAYS = (
+    "seqs", "replicas", "lists", "batches", "limits", "counts", "clock", "ended", "trace"
+)  # fmt: skip
+QUIET_STEP_S = 1e-6  # so late may a stop be noticed while cores are shared
 Records = NDArray[Any]
 Slots = NDArray[np.int64]
 
@@ -40,7 +44,14 @@ def request_records(requests: list[Request]) -> Records:
 class SurrogateState:
     """Slots for sequences, rows for replicas. Twice as many rows as devices: two deployments."""
 
-    def __init__(self, spec: ClusterSpec, max_queue: int, trace_items: int = 0) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        max_queue: int,
+        cores: float = 0.0,
+        prefix_hit_rate: float = 0.0,
+        trace_items: int = 0,
+    ) -> None:
         self.spec = spec
         num_rows = 2 * spec.num_devices
         self.seqs = np.zeros(0, layout.SEQUENCE)
@@ -56,8 +67,11 @@ class SurrogateState:
             spec.max_num_batched_tokens,
             spec.model.max_model_len,
             max_queue,
+            prefix_hit_rate,
         )
         self.counts = np.zeros(1, layout.COUNTS)
+        self.clock = np.zeros(1, layout.CLOCK)
+        self.clock[0]["cores"], self.clock[0]["rate"] = cores, 1.0
         self.trace = np.zeros(trace_items, layout.ITEM)
         self.ended = np.zeros(0, np.int64)
         self._num_added = 0
@@ -68,7 +82,7 @@ class SurrogateState:
         """An independent copy; requests are frozen and shared."""
         other = object.__new__(SurrogateState)
         other.spec, other._num_added = self.spec, self._num_added
-        for name in ("seqs", "replicas", "lists", "batches", "limits", "counts", "ended", "trace"):
+        for name in ARRAYS:
             setattr(other, name, getattr(self, name).copy())
         other._requests, other._free_slots = self._requests.copy(), self._free_slots.copy()
         return other
@@ -146,6 +160,24 @@ class SurrogateState:
     def clear_lists(self, row: int) -> None:
         self.lists[row]["head"] = self.lists[row]["tail"] = NONE
         self.lists[row]["count"] = 0
+
+    def work_time(self, now_s: float) -> float:
+        """`now_s` on the clock that the replicas' times are on."""
+        return float(kernel.work_time(self.clock[0], now_s))
+
+    def wake(self, row: int, now_s: float) -> None:
+        """Let a replica look at its lists again."""
+        kernel.wake(self.replicas[row], self.work_time(now_s))
+
+    def quiet_s(self, row: int, now_s: float) -> float:
+        """When its steps in flight have ended, at the earliest; `now_s` when there are none."""
+        replica = self.replicas[row]
+        if not replica["num_batches"]:
+            return now_s
+        last_s = float(replica["last_end_s"])
+        if not self.clock[0]["cores"]:
+            return last_s
+        return max(now_s + (last_s - self.work_time(now_s)), now_s + QUIET_STEP_S)
 
     def stats(self, row: int, replica_id: int, now_s: float) -> ReplicaStats:
         replica, lists = self.replicas[row], self.lists[row]

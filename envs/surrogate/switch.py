@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.cluster import Binding, Deployment, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.cluster import DISK, Binding, Deployment, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.migration.binding import bind_sequence
 from engine.migration.plan import link_seconds
 from engine.profile import ServingProfile
@@ -25,7 +25,10 @@ Move = tuple[int, int, int]  # slot, new row, KV blocks reserved there (0: recom
 
 
 class SurrogateSwitch:
-    """One switch. `border_s` is when the next thing happens; the cluster calls `cross_border`."""
+    """One switch. `due_s` is when the next thing happens; the cluster calls `cross_border`.
+
+    With `fails_at` it fails after that share of the time until the weights are there.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class SurrogateSwitch:
         current: Deployment,
         profile: ServingProfile,
         factor: float,
+        fails_at: float | None = None,
     ) -> None:
         self.plan, self._profile, self._factor = plan, profile, factor
         kept = set(current.replicas) & set(plan.target.replicas)
@@ -54,41 +58,58 @@ class SurrogateSwitch:
         self._paused_at_s: float | None = None
         self._is_bound = False
         self._phase_began_s = 0.0
+        self._fails_at, self._fails_at_s = fails_at, float("inf")
+
+    @property
+    def due_s(self) -> float:
+        return min(self.border_s, self._fails_at_s)
 
     def start(self, host: SurrogateCluster, now_s: float) -> None:
         self.ticket = replace(self.ticket, started_s=now_s, updated_s=now_s)
         self._phase_began_s = now_s
         self.border_s = now_s + self._profile.switch_overhead_s * self._factor
+        if self._fails_at is not None:
+            self._fails_at_s = now_s + self._fails_at * (self._weights_arrive_s(now_s) - now_s)
         host.publish(self.ticket)
 
     def cross_border(self, host: SurrogateCluster, now_s: float) -> None:
-        """Do what is due at `border_s`, which is `now_s`."""
-        if self.ticket.phase is SwitchPhase.PREPARE:
+        """Do what is due at `due_s`, which is `now_s`."""
+        if now_s >= self._fails_at_s:
+            reason = "failed as drawn, before all weights were there"
+            self._undo(host, now_s, SwitchPhase.ROLLED_BACK, reason)
+        elif self.ticket.phase is SwitchPhase.PREPARE:
             self._enter(host, SwitchPhase.TRANSFER, now_s)
+            host.move_with(self._mover_cores, now_s)
             self.border_s = self._weights_arrive_s(now_s)
         elif not self.leaving:
             self._commit(host, now_s)
         elif self._paused_at_s is None:
             self._pause(host, now_s)
+        elif (quiet_s := self._quiet_s(host, now_s)) > now_s:
+            self.border_s = quiet_s
         elif not self._is_bound:
             self._bind(host, now_s)
         else:
             self._commit(host, now_s)
 
     def cancel(self, host: SurrogateCluster, now_s: float) -> None:
+        self._undo(host, now_s, SwitchPhase.CANCELLED, "cancelled on request")
+
+    def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
         """The old deployment serves on; nothing of the new one is left."""
         state = host.state
+        host.move_with(0.0, now_s)
         for _, row, blocks in self._moves:
             state.replicas[row]["free_blocks"] += blocks
-            kernel.wake(state.replicas[row], now_s)  # one that stays may have lacked them
+            state.wake(row, now_s)  # one that stays may have lacked them
         if self._is_bound:
             host.drop_rows(self.coming)
         for replica in self.leaving:
             row = host.row_of(replica)
             state.replicas[row]["is_open"], state.replicas[row]["is_paused"] = 1, 0
-            kernel.wake(state.replicas[row], now_s)
+            state.wake(row, now_s)
         host.route_held(now_s)
-        self._update(host, now_s, phase=SwitchPhase.CANCELLED, reason="cancelled on request")
+        self._update(host, now_s, phase=phase, reason=reason)
 
     def reserved_blocks(self) -> dict[int, int]:
         """Row -> blocks taken there for sequences still on their old replicas."""
@@ -98,6 +119,12 @@ class SurrogateSwitch:
         return reserved
 
     # ---------------------------------------------------------------- phases
+
+    @property
+    def _mover_cores(self) -> float:
+        """One for each device that sends or receives weights."""
+        transfers = self.plan.transfers
+        return float(len({device for t in transfers for device in (t.src, t.dst)} - {DISK}))
 
     def _update(self, host: SurrogateCluster, now_s: float, **changes: Any) -> None:
         self.ticket = replace(self.ticket, updated_s=now_s, **changes)
@@ -117,13 +144,16 @@ class SurrogateSwitch:
 
     def _pause(self, host: SurrogateCluster, now_s: float) -> None:
         """Leaving replicas take nothing new and start no step; those in flight end first."""
-        self._paused_at_s = self.border_s = now_s
+        self._paused_at_s = now_s
         for replica in self.leaving:
             record = host.state.replicas[host.row_of(replica)]
             record["is_open"], record["is_paused"] = 0, 1
-            if record["num_batches"]:
-                self.border_s = max(self.border_s, float(record["last_end_s"]))
+        self.border_s = self._quiet_s(host, now_s)
         self._update(host, now_s, weight_bytes=self.plan.weight_bytes)
+
+    def _quiet_s(self, host: SurrogateCluster, now_s: float) -> float:
+        """When the last step in flight on the replicas that leave has ended."""
+        return max(host.state.quiet_s(host.row_of(r), now_s) for r in self.leaving)
 
     def _bind(self, host: SurrogateCluster, now_s: float) -> None:
         """Choose a new replica for every sequence; migrate or recompute; reserve blocks."""
@@ -181,21 +211,23 @@ class SurrogateSwitch:
     def _commit(self, host: SurrogateCluster, now_s: float) -> None:
         if not self.leaving:
             host.add_rows(self.coming)
+        host.move_with(0.0, now_s)
         self._enter(host, SwitchPhase.COMMIT, now_s)
         host.drop_rows(self.leaving)
         host.commit(self.plan.target)
         self._hand_over(host, now_s)
         host.route_held(now_s)
         for replica in self.plan.target.replicas:
-            kernel.wake(host.state.replicas[host.row_of(replica)], now_s)
+            host.state.wake(host.row_of(replica), now_s)
         pause_s = 0.0 if self._paused_at_s is None else now_s - self._paused_at_s
         self._update(host, now_s, phase=SwitchPhase.DONE, pause_s=pause_s)
 
     def _hand_over(self, host: SurrogateCluster, now_s: float) -> None:
         state = host.state
         moves, self._moves = self._moves, []
+        work_s = state.work_time(now_s)
         for slot, row, blocks in sorted(moves, key=lambda move: move[2] == 0):
             state.seqs[slot]["blocks"] = blocks
             state.seqs[slot]["num_moves"] += 1
             add = kernel.adopt if blocks else kernel.enqueue
-            add(state.seqs, state.replicas, state.lists, state.counts[0], slot, row, now_s)
+            add(state.seqs, state.replicas, state.lists, state.counts[0], slot, row, work_s)
