@@ -60,7 +60,7 @@ class Switchboard:
                 f"the plan was made for epoch {plan.expected_epoch}, the current one is "
                 f"{host.epoch}; plan again from a new snapshot."
             )
-        check_plan(host.spec, host.deployment, plan)
+        check_plan(host.spec, host.deployment, plan, host.dead_devices)
 
     def start(self, plan: SwitchPlan) -> SwitchTicket:
         """Raises what `check` raises."""

@@ -9,6 +9,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from identity import Reference, assert_identical, outputs_of, plan_to, prompt, s
 
 from engine.channel import ChannelConfig
 from engine.cluster import EventKind, RequestStatus, SwitchPhase
-from engine.errors import UnavailableError
+from engine.errors import InfeasibleError, UnavailableError
 from engine.executor import LocalExecutor, WorkerConfig
 from engine.facade import EngineCluster
 from engine.messages import RankFailed
@@ -330,6 +331,18 @@ def test_requests_fail_when_no_worker_comes_back_in_time(
         assert statuses(runtime) == [RequestStatus.FAILED]
         assert cluster.snapshot().dead_devices == (1,)
         assert cluster.snapshot().num_queued_unrouted == 0
+
+
+def test_a_plan_for_a_device_without_a_worker_is_refused(open_engine: Any) -> None:
+    with open_engine(recovery=RecoveryConfig(first_wait_s=600.0)) as cluster:
+        runtime = cluster.runtime
+        plan = cluster.on_loop(lambda: plan_to(runtime, "1xtp1pp1"))
+        (device,) = plan.target.devices
+        strike(runtime, device)
+        cluster.run(until(runtime, lambda: bool(runtime.dead_devices)), WAIT_S)
+        plan = cluster.on_loop(lambda: replace(plan, expected_epoch=runtime.epoch))
+        with pytest.raises(InfeasibleError, match="dead"):
+            cluster.on_loop(lambda: runtime.apply(plan))
 
 
 def test_an_engine_closes_while_a_worker_is_restarted(open_engine: Any) -> None:
