@@ -34,8 +34,8 @@ from engine.shards import num_kv_blocks
 from envs.surrogate import kernel, layout
 from envs.surrogate.latency import step_records
 from envs.surrogate.layout import WAITING
-from envs.surrogate.record import Records, log_events, traffic_columns
-from envs.surrogate.state import Slots, SurrogateState, new_records, request_records
+from envs.surrogate.record import Records, Slots, log_events, traffic_columns
+from envs.surrogate.state import SurrogateState, new_records, request_records
 from envs.surrogate.switch import SurrogateSwitch
 from policies.base import Counts, Future, LengthSampler, Rollout, Seconds, TrafficColumns
 
@@ -183,15 +183,17 @@ class SurrogateCluster:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         assert self._columns is not None, "made without columns"
         records = new_records(arrival_s, prompt_tokens, output_tokens)
-        self._waiting = np.concatenate([self._waiting, records])
+        if len(self._waiting):
+            records = np.concatenate([self._waiting, records])
+        self._waiting = records
         assert (np.diff(self._waiting["arrival_s"]) >= 0).all(), "not in order of arrival"
 
     def take_columns(self) -> TrafficColumns:
         """What happened since the last call."""
         assert self._columns is not None, "made without columns"
-        empty = traffic_columns(self._waiting[:0], self._waiting[:0])
-        parts, self._columns = [empty, *self._columns], []
-        return TrafficColumns.join(parts)
+        none = np.zeros(0, np.int64)
+        parts, self._columns = self._columns or [traffic_columns(self._waiting, none, none)], []
+        return parts[0] if len(parts) == 1 else TrafficColumns.join(parts)
 
     def advance(self, until_s: float) -> None:
         """Compute up to `until_s`. A switch passes a phase border just after that instant."""
@@ -287,11 +289,11 @@ class SurrogateCluster:
             return
         seqs = self.state.seqs
         if self._columns is not None:
-            self._columns.append(traffic_columns(seqs[arriving], seqs[ended]))
+            self._columns.append(traffic_columns(seqs, arriving, ended))
             return
         requests = self.state.requests_of([*ended.tolist(), *arriving.tolist()])
         replica_ids = {row: replica_id for replica_id, row in self._rows.items()}
-        log_events(self._log, seqs[arriving], seqs[ended], requests, replica_ids)
+        log_events(self._log, seqs, arriving, ended, requests, replica_ids)
 
     # ---------------------------------------------------------------- replicas and routing
 

@@ -330,7 +330,7 @@ def _run_replica(
     row: int,
     until_s: float,
 ) -> None:
-    """Steps that end by `until_s`; steps that start before it."""
+    """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is."""
     while True:
         end_s = start_s = np.inf
         if replica.num_batches > 0:
@@ -339,11 +339,13 @@ def _run_replica(
             start_s = max(replica.ready_s, replica.wake_s)
         if end_s <= start_s:
             if end_s > until_s or end_s == np.inf:
+                replica.due_s = end_s
                 return
             batch = batches[replica.first_batch]
             _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace)
         else:
             if start_s >= until_s:
+                replica.due_s = start_s
                 return
             index = (replica.first_batch + replica.num_batches) % replica.depth
             if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
@@ -418,6 +420,7 @@ def wake(replica: Any, now_s: float) -> None:
     """Let a replica look at its lists again, not before `now_s`."""
     replica.may_start = 1
     replica.wake_s = max(replica.wake_s, now_s)
+    replica.due_s = -np.inf
 
 
 @compiled
@@ -473,14 +476,17 @@ def advance(
     Slots that end go to `ended`, their number to `counts.ended`.
     """
     counts.ended = 0
+    for j in range(len(rows)):
+        replicas[rows[j]].due_s = -np.inf  # whatever was changed since the last call
     for i in range(len(arriving)):
         s = arriving[i]
         now_s = seqs[s].arrival_s
         for j in range(len(rows)):
             r = rows[j]
-            _run_replica(
-                seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
-            )
+            if replicas[r].due_s <= now_s:
+                _run_replica(
+                    seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
+                )
         counts.arrived += 1
         if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
             seqs[s].status = REJECTED

@@ -51,6 +51,7 @@ REPLICA = np.dtype(
         ("wake_s", "f8"),  # something to schedule appeared then
         ("ready_s", "f8"),  # the first stage is free from then on
         ("last_end_s", "f8"),  # end of the last step started
+        ("due_s", "f8"),  # within one call: it has nothing to do before then
         ("depth", "i8"),  # steps that may be in flight: pp
         ("num_devices", "i8"),
         ("num_blocks", "i8"),

@@ -14,6 +14,7 @@ from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
 Records = NDArray[Any]  # of a dtype in `envs.surrogate.layout`
+Slots = NDArray[np.int64]
 
 OUTCOME_FIELDS = (
     "first_token_s",
@@ -26,33 +27,34 @@ OUTCOME_FIELDS = (
 )
 
 
-def _ended_s(ended: Records) -> Floats:
-    rejected = ended["status"] == REJECTED
-    return np.asarray(np.where(rejected, ended["arrival_s"], ended["last_token_s"]))
+def _ended_s(seqs: Records, ended: Slots) -> Floats:
+    rejected = seqs["status"][ended] == REJECTED
+    return np.asarray(np.where(rejected, seqs["arrival_s"][ended], seqs["last_token_s"][ended]))
 
 
-def traffic_columns(arrived: Records, ended: Records) -> TrafficColumns:
-    """Of the records of requests that arrived, and ended, in one span."""
-    finish_s = _ended_s(ended)
+def traffic_columns(seqs: Records, arrived: Slots, ended: Slots) -> TrafficColumns:
+    """Of the slots of requests that arrived, and ended, in one span."""
+    finish_s = _ended_s(seqs, ended)
     order = np.argsort(finish_s, kind="stable")
     ended, finish_s = ended[order], finish_s[order]
     return TrafficColumns(
-        arrived["arrival_s"].copy(),
-        arrived["prompt_tokens"].copy(),
-        ended["index"].copy(),
-        ended["status"] != REJECTED,
-        ended["arrival_s"].copy(),
-        ended["first_token_s"].copy(),
+        seqs["arrival_s"][arrived],
+        seqs["prompt_tokens"][arrived],
+        seqs["index"][ended],
+        seqs["status"][ended] != REJECTED,
+        seqs["arrival_s"][ended],
+        seqs["first_token_s"][ended],
         finish_s,
-        ended["prompt_tokens"].copy(),
-        ended["output_tokens"].copy(),
+        seqs["prompt_tokens"][ended],
+        seqs["output_tokens"][ended],
     )
 
 
 def log_events(
     log: EventLog,
-    arrived: Records,
-    ended: Records,
+    seqs: Records,
+    arrived: Slots,
+    ended: Slots,
     requests: list[Request],
     replica_ids: dict[int, int],
 ) -> None:
@@ -60,10 +62,10 @@ def log_events(
 
     `requests` are those of `ended`, then those of `arrived`; `replica_ids` is by row.
     """
-    rejected = ended["status"] == REJECTED
-    at_s = np.concatenate([_ended_s(ended), arrived["arrival_s"]])
+    rejected = seqs["status"][ended] == REJECTED
+    at_s = np.concatenate([_ended_s(seqs, ended), seqs["arrival_s"][arrived]])
     rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arrived), np.int64)])
-    times, values = at_s.tolist(), ended[list(OUTCOME_FIELDS)].tolist()
+    times, values = at_s.tolist(), seqs[list(OUTCOME_FIELDS)][ended].tolist()
     for i in np.lexsort((rank, at_s)).tolist():
         if i < len(ended):
             outcome = _outcome(requests[i], values[i], times[i], replica_ids)
