@@ -7,8 +7,10 @@ in it, which blocks they hold and where requests go follow the engine's own rule
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
+from math import inf
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from engine.cluster import (
     Replica,
     Request,
     Routing,
+    SwitchPhase,
     SwitchPlan,
     SwitchTicket,
 )
@@ -31,7 +34,9 @@ from engine.migration.plan import check_memory
 from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
+from envs.scenarios import DeviceFailure
 from envs.surrogate import kernel, layout
+from envs.surrogate.failure import Failures
 from envs.surrogate.latency import step_records
 from envs.surrogate.layout import WAITING
 from envs.surrogate.record import Records, Slots, log_events, traffic_columns
@@ -57,7 +62,8 @@ class SurrogateCluster:
     """Serves submitted requests on a simulated clock that starts at 0.
 
     `spread` perturbs the profile: step times and switch times are multiplied by one factor each,
-    exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile.
+    exp(spread * normal), drawn from `seed` (domain randomisation). Zero follows the profile. Each
+    switch fails with `rollback_probability` at its end, by `seed` and its number.
     With `columns`, requests come and go as arrays (`submit_columns`, `take_columns`), and the
     event log holds switches alone. With `trace_items`, the first so many items of steps are kept
     for `trace`.
@@ -72,8 +78,10 @@ class SurrogateCluster:
         spread: float = 0.0,
         columns: bool = False,
         trace_items: int = 0,
+        rollback_probability: float = 0.0,
     ) -> None:
         self._profiled = cluster
+        self._seed, self._rollback_probability = seed, rollback_probability
         self._num_blocks = kv_blocks(cluster)
         self.check_deployment(initial)
         step_factor, self._switch_factor = np.exp(
@@ -88,6 +96,7 @@ class SurrogateCluster:
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: SurrogateSwitch | None = None
+        self._failures = Failures(initial, cluster.profile, self._switch_factor)
         self._rows: dict[int, int] = {}  # replica id -> row
         self._epoch, self._deployment = 0, initial
         self.add_rows(initial.replicas)
@@ -111,6 +120,7 @@ class SurrogateCluster:
                 for r in self._deployment.replicas
             ),
             switch=next(reversed(self._tickets.values()), None),
+            dead_devices=tuple(sorted(self._failures.dead_devices)),
             num_arrived=int(counts["arrived"]),
             num_finished=int(counts["finished"]),
             num_rejected=int(counts["rejected"]),
@@ -120,6 +130,10 @@ class SurrogateCluster:
     def apply(self, plan: SwitchPlan) -> SwitchTicket:
         """Start a switch; see `Cluster.apply`. InvalidRequestError for an unprofiled
         configuration."""
+        if self._failures.loading_key:
+            raise SwitchInProgressError(
+                f"{self._failures.loading_key} is being loaded again; plan again when it is."
+            )
         if self._switch is not None:
             raise SwitchInProgressError(
                 f"switch {self._switch.ticket.ticket_id} is in phase "
@@ -131,9 +145,20 @@ class SurrogateCluster:
                 f"{self._epoch}; plan again from a new snapshot."
             )
         self.check_deployment(plan.target)
-        ticket_id = f"switch-{len(self._tickets):04d}"
+        dead = sorted(plan.target.devices & self._failures.dead_devices)
+        if dead:
+            raise InfeasibleError(
+                f"the plan uses devices {dead}, which are dead; plan without them."
+            )
+        number = len(self._tickets)
+        chance = np.random.default_rng((self._seed, number)).random()
         self._switch = SurrogateSwitch(
-            plan, ticket_id, self._deployment, self._profiled.profile, self._switch_factor
+            plan,
+            f"switch-{number:04d}",
+            self._deployment,
+            self._profiled.profile,
+            self._switch_factor,
+            fails=chance < self._rollback_probability,
         )
         self._switch.start(self, self._now_s)
         return self._switch.ticket
@@ -155,7 +180,8 @@ class SurrogateCluster:
         """At once, and the old deployment serves on."""
         self.ticket(ticket_id)
         if self._switch is not None and self._switch.ticket.ticket_id == ticket_id:
-            self._switch.cancel(self, self._now_s)
+            phase, reason = SwitchPhase.CANCELLED, "cancelled on request"
+            self._switch.roll_back(self, self._now_s, phase, reason)
         return self._tickets[ticket_id]
 
     def set_routing(self, routing: Routing) -> None:
@@ -196,13 +222,27 @@ class SurrogateCluster:
         return parts[0] if len(parts) == 1 else TrafficColumns.join(parts)
 
     def advance(self, until_s: float) -> None:
-        """Compute up to `until_s`. A switch passes a phase border just after that instant."""
+        """Compute up to `until_s`. A switch passes a phase border, and a device is lost or joins,
+        just after that instant."""
         assert until_s >= self._now_s, (until_s, self._now_s)
-        while self._switch is not None and self._switch.border_s < until_s:
-            border_s = self._switch.border_s
+        while True:
+            switch_s = inf if self._switch is None else self._switch.border_s
+            border_s = min(switch_s, self._failures.border_s)
+            if border_s >= until_s:
+                break
             self._simulate(border_s)
-            self._switch.cross_border(self, border_s)
+            if self._switch is not None and switch_s < self._failures.border_s:
+                self._switch.cross_border(self, border_s)
+            else:
+                self._failures.cross_border(self, border_s)
         self._simulate(until_s)
+
+    def schedule_failures(self, failures: Sequence[DeviceFailure]) -> None:
+        """See `envs.scenarios.FailureDrivable`."""
+        for failure in failures:
+            assert self._now_s <= failure.at_s < failure.back_at_s, (self._now_s, failure)
+            assert 0 <= failure.device < self.spec.num_devices, failure
+        self._failures.schedule(failures)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -211,15 +251,19 @@ class SurrogateCluster:
 
     def fork(self, lengths: LengthSampler | None = None) -> SurrogateCluster:
         """An independent copy that goes on from the same state, log and clock included; see
-        `policies.base.Simulator`."""
+        `policies.base.Simulator`. With `lengths` it knows of no failure to come either."""
         other = copy(self)
         other.state = self.state.copy()
         other._pending, other._rows = self._pending.copy(), self._rows.copy()
         other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
-        other._switch = copy(self._switch)
+        other._switch, other._failures = copy(self._switch), self._failures.copy()
         if lengths is not None:
             other.state.redraw(lengths)
+            other._failures.forget()
+            other._rollback_probability = 0.0
+            if other._switch is not None:
+                other._switch.fails = False
         return other
 
     def rollout(
@@ -314,9 +358,14 @@ class SurrogateCluster:
             self.state.clear_lists(self._rows.pop(replica.replica_id))
 
     def commit(self, target: Deployment) -> None:
-        """Make `target` current: a new epoch, with routing by load."""
+        """Make `target`, which was chosen, current."""
+        self._failures.wanted = target
+        self._renew(target)
+
+    def _renew(self, deployment: Deployment) -> None:
+        """A new epoch, with routing by load."""
         self._epoch += 1
-        self._serve(target)
+        self._serve(deployment)
 
     def _serve(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -338,22 +387,63 @@ class SurrogateCluster:
 
     def route_held(self, now_s: float) -> None:
         """Send what was held back to the replicas that are open now."""
-        state, held_row = self.state, len(self.state.replicas)
-        held = state.linked(held_row, WAITING)
-        state.clear_lists(held_row)
-        for slot in held:
-            kernel.route(
-                state.seqs,
-                state.replicas,
-                state.lists,
-                self._row_order,
-                self._shares,
-                self._edges,
-                state.limits[0],
-                state.counts[0],
-                slot,
-                now_s,
-            )
+        for slot in self.state.take_held():
+            self._route(slot, now_s)
+
+    def _route(self, slot: int, now_s: float) -> None:
+        state = self.state
+        kernel.route(
+            state.seqs,
+            state.replicas,
+            state.lists,
+            self._row_order,
+            self._shares,
+            self._edges,
+            state.limits[0],
+            state.counts[0],
+            slot,
+            now_s,
+        )
+
+    # ---------------------------------------------------------------- loss and recovery
+
+    @property
+    def deployment(self) -> Deployment:
+        return self._deployment
+
+    @property
+    def is_switching(self) -> bool:
+        return self._switch is not None
+
+    def tell_device(self, kind: EventKind, device: int, now_s: float) -> None:
+        self._log.append(now_s, kind, device=device)
+
+    def lose_switch(self, device: int, now_s: float) -> None:
+        """No switch goes through while a worker is lost."""
+        if self._switch is not None:
+            self._switch.lose(self, device, now_s)
+
+    def lose_replicas(self, broken: list[Replica], now_s: float) -> None:
+        """Take them out; their requests start over elsewhere, or wait while none is left."""
+        slots = [slot for r in broken for slot in self.state.sequences_of(self.row_of(r))]
+        self.drop_rows(broken)
+        self._renew(Deployment(tuple(r for r in self._deployment.replicas if r not in broken)))
+        self.state.start_over(slots)
+        for slot in slots:
+            self._route(slot, now_s)
+
+    def load(self, deployment: Deployment, now_s: float) -> None:
+        """Make replicas current where there are none."""
+        self.add_rows(deployment.replicas)
+        self._renew(deployment)
+        self.route_held(now_s)
+
+    def fail_held(self, now_s: float) -> None:
+        """No replica will take what waits."""
+        slots = np.array(self.state.take_held(), np.int64)
+        self.state.fail(slots, now_s)
+        self._record(slots[:0], slots)
+        self.state.release(slots)
 
     # ---------------------------------------------------------------- what a switch reports
 
@@ -362,6 +452,7 @@ class SurrogateCluster:
         self._log.append(ticket.updated_s, EventKind.SWITCH, ticket=ticket)
         if ticket.phase.is_terminal:
             self._switch = None
+            self._failures.heal(self, ticket.updated_s)
 
     def trace(self) -> Records:
         """Items of the steps started so far, of `layout.ITEM`, in the order in which they were

@@ -473,7 +473,7 @@ def advance(
     """Simulate up to `until_s`. `arriving` are slots by arrival time, none after `until_s`.
 
     `shares[b, i]` is the wanted share of replica rows[i] for prompts of bucket b (`edges`).
-    Slots that end go to `ended`, their number to `counts.ended`.
+    Slots that end go to `ended`, their number to `counts.ended`. Without rows all are rejected.
     """
     counts.ended = 0
     for j in range(len(rows)):
@@ -488,7 +488,11 @@ def advance(
                     seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
                 )
         counts.arrived += 1
-        if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
+        if (
+            seqs[s].prompt_tokens >= limits.max_model_len
+            or counts.live >= limits.max_queue
+            or len(rows) == 0
+        ):
             seqs[s].status = REJECTED
             ended[counts.ended] = s
             counts.ended += 1

@@ -94,6 +94,7 @@ COUNTS = np.dtype(
         ("arrived", "i8"),
         ("finished", "i8"),
         ("rejected", "i8"),
+        ("failed", "i8"),
         ("live", "i8"),
         ("numbered", "i8"),
         ("ended", "i8"),  # entries of `ended` filled by the present call
@@ -102,4 +103,4 @@ COUNTS = np.dtype(
 )
 NONE = -1
 RUNNING, WAITING = 0, 1  # columns of `lists`
-PENDING, HELD, IN_WAITING, IN_RUNNING, MOVING, FINISHED, REJECTED = 0, 1, 2, 3, 4, 5, 6
+PENDING, HELD, IN_WAITING, IN_RUNNING, FINISHED, REJECTED, FAILED = 0, 1, 2, 3, 4, 5, 6

@@ -9,13 +9,18 @@ from numpy.typing import NDArray
 
 from engine.cluster import Arrival, EventKind, Request, RequestOutcome, RequestStatus
 from engine.events import EventLog
-from envs.surrogate.layout import REJECTED
+from envs.surrogate.layout import FAILED, FINISHED, REJECTED
 from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
 Records = NDArray[Any]  # of a dtype in `envs.surrogate.layout`
 Slots = NDArray[np.int64]
 
+STATUS = {
+    FINISHED: RequestStatus.FINISHED,
+    REJECTED: RequestStatus.REJECTED,
+    FAILED: RequestStatus.FAILED,
+}
 OUTCOME_FIELDS = (
     "first_token_s",
     "output_tokens",
@@ -41,7 +46,7 @@ def traffic_columns(seqs: Records, arrived: Slots, ended: Slots) -> TrafficColum
         seqs["arrival_s"][arrived],
         seqs["prompt_tokens"][arrived],
         seqs["index"][ended],
-        seqs["status"][ended] != REJECTED,
+        seqs["status"][ended] == FINISHED,
         seqs["arrival_s"][ended],
         seqs["first_token_s"][ended],
         finish_s,
@@ -89,16 +94,15 @@ def _outcome(
 ) -> RequestOutcome:
     """`values` in the order of OUTCOME_FIELDS."""
     first_token_s, output_tokens, row, longest_gap_s, num_preemptions, num_moves, status = values
-    served = status != REJECTED
     return RequestOutcome(
         request.request_id,
-        RequestStatus.FINISHED if served else RequestStatus.REJECTED,
+        STATUS[status],
         request.arrival_s,
-        first_token_s if served else None,
+        first_token_s if output_tokens else None,
         at_s,
         request.prompt_tokens,
         output_tokens,
-        replica_ids[row] if served else None,
+        replica_ids.get(row),
         longest_gap_s,
         num_preemptions,
         num_moves,

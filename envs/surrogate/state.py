@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
 from envs.surrogate import kernel, layout
-from envs.surrogate.layout import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
+from envs.surrogate.layout import FAILED, IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
 from envs.surrogate.record import Records, Slots
 from policies.base import LengthSampler
 
@@ -136,6 +136,25 @@ class SurrogateState:
         key = self.seqs[["arrival_s", "number"]][slots].tolist()
         return [slot for _, slot in sorted(zip(key, slots, strict=True))]
 
+    def take_held(self) -> list[int]:
+        """Slots of the list of held sequences, which is empty then."""
+        held_row = len(self.replicas)
+        held = self.linked(held_row, WAITING)
+        self.clear_lists(held_row)
+        return held
+
+    def fail(self, slots: Slots, now_s: float) -> None:
+        """They end, and are in no list."""
+        self.seqs["status"][slots], self.seqs["last_token_s"][slots] = FAILED, now_s
+        self.counts["failed"] += len(slots)
+        self.counts["live"] -= len(slots)
+
+    def start_over(self, slots: list[int]) -> None:
+        """Their replica is gone with all they had there but the tokens."""
+        for name in ("blocks", "computed_tokens", "in_flight_tokens"):
+            self.seqs[name][slots] = 0
+        self.seqs["num_moves"][slots] += 1
+
     # ---------------------------------------------------------------- rows
 
     def add_replica(self, row: int, parallel: ParallelConfig, step: Records, blocks: int) -> None:
@@ -198,6 +217,7 @@ class SurrogateState:
         held = self.linked(len(self.replicas), WAITING)
         here = [s for row in rows for s in self.sequences_of(row)] + held
         assert len(set(here)) == len(here) == counts["live"], (len(here), counts["live"])
-        assert counts["arrived"] == counts["finished"] + counts["rejected"] + counts["live"]
+        ended = counts["finished"] + counts["rejected"] + counts["failed"]
+        assert counts["arrived"] == ended + counts["live"], counts
         used = set(range(len(self.seqs))) - set(self._free_slots[: self._num_free].tolist())
         assert set(here) == used, "a slot is used and in no list"

@@ -34,8 +34,10 @@ class SurrogateSwitch:
         current: Deployment,
         profile: ServingProfile,
         factor: float,
+        fails: bool,
     ) -> None:
         self.plan, self._profile, self._factor = plan, profile, factor
+        self.fails = fails  # when all is done but the commit
         kept = set(current.replicas) & set(plan.target.replicas)
         self.leaving = [r for r in current.replicas if r not in kept]
         self.coming = [r for r in plan.target.replicas if r not in kept]
@@ -75,7 +77,19 @@ class SurrogateSwitch:
         else:
             self._commit(host, now_s)
 
-    def cancel(self, host: SurrogateCluster, now_s: float) -> None:
+    def lose(self, host: SurrogateCluster, device: int, now_s: float) -> None:
+        """A worker is gone. The switch fails where that has a part in it, else it is called off."""
+        devices = {d for r in (*self.leaving, *self.coming) for d in r.placement.devices}
+        devices |= {device for t in self.plan.transfers for device in (t.src, t.dst)}
+        if device in devices:
+            reason = f"worker {device} is lost"
+            self.roll_back(host, now_s, SwitchPhase.ROLLED_BACK, reason)
+        else:
+            self.roll_back(host, now_s, SwitchPhase.CANCELLED, "cancelled on request")
+
+    def roll_back(
+        self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str
+    ) -> None:
         """The old deployment serves on; nothing of the new one is left."""
         state = host.state
         for _, row, blocks in self._moves:
@@ -88,7 +102,7 @@ class SurrogateSwitch:
             state.replicas[row]["is_open"], state.replicas[row]["is_paused"] = 1, 0
             kernel.wake(state.replicas[row], now_s)
         host.route_held(now_s)
-        self._update(host, now_s, phase=SwitchPhase.CANCELLED, reason="cancelled on request")
+        self._update(host, now_s, phase=phase, reason=reason, pause_s=self._pause_s(now_s))
 
     def reserved_blocks(self) -> dict[int, int]:
         """Row -> blocks taken there for sequences still on their old replicas."""
@@ -178,7 +192,14 @@ class SurrogateSwitch:
         replica["free_blocks"] -= needed
         return needed
 
+    def _pause_s(self, now_s: float) -> float:
+        return 0.0 if self._paused_at_s is None else now_s - self._paused_at_s
+
     def _commit(self, host: SurrogateCluster, now_s: float) -> None:
+        if self.fails:
+            reason = "drawn to fail (rollback_probability)"
+            self.roll_back(host, now_s, SwitchPhase.ROLLED_BACK, reason)
+            return
         if not self.leaving:
             host.add_rows(self.coming)
         self._enter(host, SwitchPhase.COMMIT, now_s)
@@ -188,8 +209,7 @@ class SurrogateSwitch:
         host.route_held(now_s)
         for replica in self.plan.target.replicas:
             kernel.wake(host.state.replicas[host.row_of(replica)], now_s)
-        pause_s = 0.0 if self._paused_at_s is None else now_s - self._paused_at_s
-        self._update(host, now_s, phase=SwitchPhase.DONE, pause_s=pause_s)
+        self._update(host, now_s, phase=SwitchPhase.DONE, pause_s=self._pause_s(now_s))
 
     def _hand_over(self, host: SurrogateCluster, now_s: float) -> None:
         state = host.state
