@@ -13,7 +13,7 @@ import gzip
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from engine.architectures import Sizes
 from engine.profile import ProfiledCluster
 from engine.shards import num_kv_blocks
+from engine.step_fit import Residual
 from envs.surrogate.gpu import (
     KINDS,
     Curve,
@@ -104,14 +105,10 @@ def fit_operators(models: Iterable[Mapping[str, Measured]]) -> dict[str, Rooflin
     }
 
 
-def spread(predicted: Floats, measured: Floats) -> dict[str, float]:
-    """Percent: median and 90th percentile of |error|, median of the error (bias)."""
-    error = 100.0 * (predicted / measured - 1.0)
-    return {
-        "p50": round(float(np.median(np.abs(error))), 1),
-        "p90": round(float(np.quantile(np.abs(error), 0.9)), 1),
-        "bias": round(float(np.median(error)), 1),
-    }
+def errors(predicted: Floats, measured: Floats) -> dict[str, float]:
+    """The `Residual` as the report has it."""
+    residual = asdict(Residual.of(predicted, measured))
+    return {name: round(value, 4) for name, value in residual.items()}
 
 
 def residuals(model: Mapping[str, Measured], fitted: Mapping[str, Roofline]) -> dict[str, Any]:
@@ -121,12 +118,12 @@ def residuals(model: Mapping[str, Measured], fitted: Mapping[str, Roofline]) -> 
     for kind, m in model.items():
         predicted = fitted[kind].seconds(m.flops, m.nbytes)
         table[kind] = {
-            f"tp{tp}": spread(predicted[m.tp == tp], m.times_s[m.tp == tp]) for tp in DEGREES
+            f"tp{tp}": errors(predicted[m.tp == tp], m.times_s[m.tp == tp]) for tp in DEGREES
         }
         for tp, tokens, *times in zip(m.tp, m.tokens, predicted, m.times_s, strict=True):
             totals[tp, tokens] = totals.get((tp, tokens), np.zeros(2)) + np.array(times)
     table["layer"] = {
-        f"tp{tp}": spread(*np.array([t for key, t in totals.items() if key[0] == tp]).T)
+        f"tp{tp}": errors(*np.array([t for key, t in totals.items() if key[0] == tp]).T)
         for tp in DEGREES
     }
     return table
@@ -149,7 +146,7 @@ def fit_node(folder: Path, name: str) -> tuple[GpuNode, dict[str, Any]]:
         path = folder / f"network_{name}_dgx_{kind}.csv.gz"
         sizes, times = read_collective(path, workers, workers)
         found = fit_curve(sizes.tolist(), times.tolist())
-        report["collectives"][f"{kind} {workers}"] = spread(found.seconds(sizes), times)
+        report["collectives"][f"{kind} {workers}"] = errors(found.seconds(sizes), times)
         return found
 
     all_reduce = {tp: curve("all_reduce", tp) for tp in DEGREES[1:]}
@@ -194,7 +191,11 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _line(name: str, cells: Iterable[Mapping[str, float]]) -> str:
-    return f"| {name} | " + " | ".join(f"{c['p50']} / {c['p90']}" for c in cells) + " |"
+    return (
+        f"| {name} | "
+        + " | ".join(f"{100 * c['p50']:.1f} / {100 * c['p90']:.1f}" for c in cells)
+        + " |"
+    )
 
 
 def main(argv: list[str]) -> int:
