@@ -227,7 +227,7 @@ def _candidate_row(
         _ratio(candidate.kv_capacity_tokens, spec.model.max_model_len),
         candidate.num_devices_changed / devices,
         len(sizes) / devices,
-        max(sizes) / devices,
+        max(sizes, default=0) / devices,
         sum(sizes) / devices,
         *_degree_shares(candidate, devices),
     ]

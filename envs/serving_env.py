@@ -23,7 +23,12 @@ from engine.cluster import (
     SloSpec,
     SwitchTicket,
 )
-from engine.errors import InvalidRequestError, StaleEpochError, SwitchInProgressError
+from engine.errors import (
+    InfeasibleError,
+    InvalidRequestError,
+    StaleEpochError,
+    SwitchInProgressError,
+)
 from envs.columns import ColumnTraffic
 from envs.render import Frame, draw, show_text
 from envs.reward import RewardConfig, meets_slo
@@ -189,7 +194,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             if decision.plan is None:
                 return None
             return cluster.apply(decision.plan)
-        except (StaleEpochError, SwitchInProgressError):
+        except (InfeasibleError, StaleEpochError, SwitchInProgressError):
             return None
 
     def _disturb(self, cluster: Drivable, duration_s: float) -> None:

@@ -7,8 +7,10 @@ in it, which blocks they hold and where requests go follow the engine's own rule
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
+from math import inf
 
 import numpy as np
 
@@ -31,11 +33,13 @@ from engine.migration.plan import check_memory
 from engine.profile import ProfiledCluster
 from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
+from envs.scenarios import DeviceFailure
 from envs.surrogate import kernel, layout
+from envs.surrogate.failure import Failures
 from envs.surrogate.latency import step_records
 from envs.surrogate.layout import WAITING
-from envs.surrogate.record import Records, log_events, traffic_columns
-from envs.surrogate.state import Slots, SurrogateState, new_records, request_records
+from envs.surrogate.record import Records, Slots, log_events, traffic_columns
+from envs.surrogate.state import SurrogateState, new_records, request_records
 from envs.surrogate.switch import SurrogateSwitch
 from policies.base import Counts, Future, LengthSampler, Rollout, Seconds, TrafficColumns
 
@@ -98,6 +102,7 @@ class SurrogateCluster:
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: SurrogateSwitch | None = None
+        self._failures = Failures(initial, cluster.profile, self._switch_factor)
         self._rows: dict[int, int] = {}  # replica id -> row
         self._epoch, self._deployment = 0, initial
         self.add_rows(initial.replicas)
@@ -121,6 +126,7 @@ class SurrogateCluster:
                 for r in self._deployment.replicas
             ),
             switch=next(reversed(self._tickets.values()), None),
+            dead_devices=tuple(sorted(self._failures.dead_devices)),
             num_arrived=int(counts["arrived"]),
             num_finished=int(counts["finished"]),
             num_rejected=int(counts["rejected"]),
@@ -130,6 +136,10 @@ class SurrogateCluster:
     def apply(self, plan: SwitchPlan) -> SwitchTicket:
         """Start a switch; see `Cluster.apply`. InvalidRequestError for an unprofiled
         configuration."""
+        if self._failures.loading_key:
+            raise SwitchInProgressError(
+                f"{self._failures.loading_key} is being loaded again; plan again when it is."
+            )
         if self._switch is not None:
             raise SwitchInProgressError(
                 f"switch {self._switch.ticket.ticket_id} is in phase "
@@ -141,6 +151,11 @@ class SurrogateCluster:
                 f"{self._epoch}; plan again from a new snapshot."
             )
         self.check_deployment(plan.target)
+        dead = sorted(plan.target.devices & self._failures.dead_devices)
+        if dead:
+            raise InfeasibleError(
+                f"the plan uses devices {dead}, which are dead; plan without them."
+            )
         ticket_id = f"switch-{len(self._tickets):04d}"
         self._switch = SurrogateSwitch(
             plan,
@@ -204,24 +219,40 @@ class SurrogateCluster:
         """Many requests by arrival time, none before the present time or an earlier submission."""
         assert self._columns is not None, "made without columns"
         records = new_records(arrival_s, prompt_tokens, output_tokens)
-        self._waiting = np.concatenate([self._waiting, records])
+        if len(self._waiting):
+            records = np.concatenate([self._waiting, records])
+        self._waiting = records
         assert (np.diff(self._waiting["arrival_s"]) >= 0).all(), "not in order of arrival"
 
     def take_columns(self) -> TrafficColumns:
         """What happened since the last call."""
         assert self._columns is not None, "made without columns"
-        empty = traffic_columns(self._waiting[:0], self._waiting[:0])
-        parts, self._columns = [empty, *self._columns], []
-        return TrafficColumns.join(parts)
+        none = np.zeros(0, np.int64)
+        parts, self._columns = self._columns or [traffic_columns(self._waiting, none, none)], []
+        return parts[0] if len(parts) == 1 else TrafficColumns.join(parts)
 
     def advance(self, until_s: float) -> None:
-        """Compute up to `until_s`. A switch passes a phase border just after that instant."""
+        """Compute up to `until_s`. A switch passes a phase border, and a device is lost or joins,
+        just after that instant."""
         assert until_s >= self._now_s, (until_s, self._now_s)
-        while self._switch is not None and self._switch.due_s < until_s:
-            due_s = self._switch.due_s
-            self._simulate(due_s)
-            self._switch.cross_border(self, due_s)
+        while True:
+            switch_s = inf if self._switch is None else self._switch.due_s
+            border_s = min(switch_s, self._failures.border_s)
+            if border_s >= until_s:
+                break
+            self._simulate(border_s)
+            if self._switch is not None and switch_s < self._failures.border_s:
+                self._switch.cross_border(self, border_s)
+            else:
+                self._failures.cross_border(self, border_s)
         self._simulate(until_s)
+
+    def schedule_failures(self, failures: Sequence[DeviceFailure]) -> None:
+        """See `envs.scenarios.FailureDrivable`."""
+        for failure in failures:
+            assert self._now_s <= failure.at_s < failure.back_at_s, (self._now_s, failure)
+            assert 0 <= failure.device < self.spec.num_devices, failure
+        self._failures.schedule(failures)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -230,15 +261,19 @@ class SurrogateCluster:
 
     def fork(self, lengths: LengthSampler | None = None) -> SurrogateCluster:
         """An independent copy that goes on from the same state, log and clock included; see
-        `policies.base.Simulator`."""
+        `policies.base.Simulator`. With `lengths` it knows of no failure to come either."""
         other = copy(self)
         other.state = self.state.copy()
         other._pending, other._rows = self._pending.copy(), self._rows.copy()
         other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
-        other._switch = copy(self._switch)
+        other._switch, other._failures = copy(self._switch), self._failures.copy()
         if lengths is not None:
             other.state.redraw(lengths)
+            other._failures.forget()
+            other._rollback_probability = 0.0
+            if other._switch is not None:
+                other._switch.forget_failure()
         return other
 
     def rollout(
@@ -310,11 +345,11 @@ class SurrogateCluster:
             return
         seqs = self.state.seqs
         if self._columns is not None:
-            self._columns.append(traffic_columns(seqs[arriving], seqs[ended]))
+            self._columns.append(traffic_columns(seqs, arriving, ended))
             return
         requests = self.state.requests_of([*ended.tolist(), *arriving.tolist()])
         replica_ids = {row: replica_id for replica_id, row in self._rows.items()}
-        log_events(self._log, seqs[arriving], seqs[ended], requests, replica_ids)
+        log_events(self._log, seqs, arriving, ended, requests, replica_ids)
 
     # ---------------------------------------------------------------- replicas and routing
 
@@ -335,9 +370,14 @@ class SurrogateCluster:
             self.state.clear_lists(self._rows.pop(replica.replica_id))
 
     def commit(self, target: Deployment) -> None:
-        """Make `target` current: a new epoch, with routing by load."""
+        """Make `target`, which was chosen, current."""
+        self._failures.wanted = target
+        self._renew(target)
+
+    def _renew(self, deployment: Deployment) -> None:
+        """A new epoch, with routing by load."""
         self._epoch += 1
-        self._serve(target)
+        self._serve(deployment)
 
     def _serve(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -359,23 +399,64 @@ class SurrogateCluster:
 
     def route_held(self, now_s: float) -> None:
         """Send what was held back to the replicas that are open now."""
-        state, held_row = self.state, len(self.state.replicas)
-        held = state.linked(held_row, WAITING)
-        state.clear_lists(held_row)
-        work_s = state.work_time(now_s)
-        for slot in held:
-            kernel.route(
-                state.seqs,
-                state.replicas,
-                state.lists,
-                self._row_order,
-                self._shares,
-                self._edges,
-                state.limits[0],
-                state.counts[0],
-                slot,
-                work_s,
-            )
+        for slot in self.state.take_held():
+            self._route(slot, now_s)
+
+    def _route(self, slot: int, now_s: float) -> None:
+        state = self.state
+        kernel.route(
+            state.seqs,
+            state.replicas,
+            state.lists,
+            self._row_order,
+            self._shares,
+            self._edges,
+            state.limits[0],
+            state.counts[0],
+            slot,
+            state.work_time(now_s),
+        )
+
+    # ---------------------------------------------------------------- loss and recovery
+
+    @property
+    def deployment(self) -> Deployment:
+        return self._deployment
+
+    @property
+    def is_switching(self) -> bool:
+        return self._switch is not None
+
+    def tell_device(self, kind: EventKind, device: int, now_s: float) -> None:
+        self._log.append(now_s, kind, device=device)
+
+    def lose_switch(self, device: int, now_s: float) -> None:
+        """No switch goes through while a worker is lost."""
+        if self._switch is not None:
+            self._switch.lose(self, device, now_s)
+
+    def lose_replicas(self, broken: list[Replica], now_s: float) -> None:
+        """Take them out; their requests start over elsewhere, or wait while none is left."""
+        slots = [slot for r in broken for slot in self.state.sequences_of(self.row_of(r))]
+        self.drop_rows(broken)
+        self._renew(Deployment(tuple(r for r in self._deployment.replicas if r not in broken)))
+        self.move_with(float(self.state.clock[0]["mover_cores"]), now_s)  # their steps are gone
+        self.state.start_over(slots)
+        for slot in slots:
+            self._route(slot, now_s)
+
+    def load(self, deployment: Deployment, now_s: float) -> None:
+        """Make replicas current where there are none."""
+        self.add_rows(deployment.replicas)
+        self._renew(deployment)
+        self.route_held(now_s)
+
+    def fail_held(self, now_s: float) -> None:
+        """No replica will take what waits."""
+        slots = np.array(self.state.take_held(), np.int64)
+        self.state.fail(slots, now_s)
+        self._record(slots[:0], slots)
+        self.state.release(slots)
 
     def move_with(self, mover_cores: float, now_s: float) -> None:
         """From `now_s` on a switch keeps so many of the host's cores busy."""
@@ -389,6 +470,7 @@ class SurrogateCluster:
         self._log.append(ticket.updated_s, EventKind.SWITCH, ticket=ticket)
         if ticket.phase.is_terminal:
             self._switch = None
+            self._failures.heal(self, ticket.updated_s)
 
     def trace(self) -> Records:
         """Items of the steps started so far, of `layout.ITEM`, in the order in which they were

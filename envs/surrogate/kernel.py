@@ -380,7 +380,7 @@ def _run_replica(
     row: int,
     until_s: float,
 ) -> None:
-    """Steps that end by `until_s`; steps that start before it."""
+    """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is."""
     while True:
         end_s = start_s = np.inf
         if replica.num_batches > 0:
@@ -389,11 +389,13 @@ def _run_replica(
             start_s = max(replica.ready_s, replica.wake_s)
         if end_s <= start_s:
             if end_s > until_s or end_s == np.inf:
+                replica.due_s = end_s
                 return
             batch = batches[replica.first_batch]
             _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, end_s)
         else:
             if start_s >= until_s:
+                replica.due_s = start_s
                 return
             index = (replica.first_batch + replica.num_batches) % replica.depth
             if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
@@ -483,9 +485,10 @@ def _run_all(
     """Everything but arrivals up to `until_s`, replica by replica, since they share nothing."""
     for j in range(len(rows)):
         r = rows[j]
-        _run_replica(
-            seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
-        )
+        if replicas[r].due_s <= until_s:
+            _run_replica(
+                seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, until_s
+            )
 
 
 @compiled
@@ -555,6 +558,7 @@ def wake(replica: Any, work_s: float) -> None:
     clock (see `work_time`)."""
     replica.may_start = 1
     replica.wake_s = max(replica.wake_s, work_s)
+    replica.due_s = -np.inf
 
 
 @compiled
@@ -604,7 +608,11 @@ def _arrive(
 ) -> None:
     """Route a request that arrives, or reject it."""
     counts.arrived += 1
-    if seqs[s].prompt_tokens >= limits.max_model_len or counts.live >= limits.max_queue:
+    if (
+        seqs[s].prompt_tokens >= limits.max_model_len
+        or counts.live >= limits.max_queue
+        or len(rows) == 0
+    ):
         seqs[s].status = REJECTED
         ended[counts.ended] = s
         counts.ended += 1
@@ -634,9 +642,11 @@ def advance(
     """Simulate up to `until_s`. `arriving` are slots by arrival time, none after `until_s`.
 
     `shares[b, i]` is the wanted share of replica rows[i] for prompts of bucket b (`edges`).
-    Slots that end go to `ended`, their number to `counts.ended`.
+    Slots that end go to `ended`, their number to `counts.ended`. Without rows all are rejected.
     """
     counts.ended = 0
+    for j in range(len(rows)):
+        replicas[rows[j]].due_s = -np.inf  # whatever was changed since the last call
     for i in range(len(arriving)):
         s = arriving[i]
         now_s = seqs[s].arrival_s

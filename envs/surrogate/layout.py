@@ -52,6 +52,7 @@ REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; thos
         ("wake_s", "f8"),  # something to schedule appeared then
         ("ready_s", "f8"),  # the first stage is free from then on
         ("last_end_s", "f8"),  # end of the last step started
+        ("due_s", "f8"),  # within one call: it has nothing to do before then
         ("depth", "i8"),  # steps that may be in flight: pp
         ("num_devices", "i8"),
         ("num_blocks", "i8"),
@@ -95,6 +96,7 @@ COUNTS = np.dtype(
         ("arrived", "i8"),
         ("finished", "i8"),
         ("rejected", "i8"),
+        ("failed", "i8"),
         ("live", "i8"),
         ("numbered", "i8"),
         ("ended", "i8"),  # entries of `ended` filled by the present call
@@ -112,4 +114,4 @@ CLOCK = np.dtype(
 )
 NONE = -1
 RUNNING, WAITING = 0, 1  # columns of `lists`
-PENDING, HELD, IN_WAITING, IN_RUNNING, MOVING, FINISHED, REJECTED = 0, 1, 2, 3, 4, 5, 6
+PENDING, HELD, IN_WAITING, IN_RUNNING, FINISHED, REJECTED, FAILED = 0, 1, 2, 3, 4, 5, 6

@@ -9,12 +9,18 @@ from numpy.typing import NDArray
 
 from engine.cluster import Arrival, EventKind, Request, RequestOutcome, RequestStatus
 from engine.events import EventLog
-from envs.surrogate.layout import REJECTED
+from envs.surrogate.layout import FAILED, FINISHED, REJECTED
 from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
 Records = NDArray[Any]  # of a dtype in `envs.surrogate.layout`
+Slots = NDArray[np.int64]
 
+STATUS = {
+    FINISHED: RequestStatus.FINISHED,
+    REJECTED: RequestStatus.REJECTED,
+    FAILED: RequestStatus.FAILED,
+}
 OUTCOME_FIELDS = (
     "first_token_s",
     "output_tokens",
@@ -26,33 +32,34 @@ OUTCOME_FIELDS = (
 )
 
 
-def _ended_s(ended: Records) -> Floats:
-    rejected = ended["status"] == REJECTED
-    return np.asarray(np.where(rejected, ended["arrival_s"], ended["last_token_s"]))
+def _ended_s(seqs: Records, ended: Slots) -> Floats:
+    rejected = seqs["status"][ended] == REJECTED
+    return np.asarray(np.where(rejected, seqs["arrival_s"][ended], seqs["last_token_s"][ended]))
 
 
-def traffic_columns(arrived: Records, ended: Records) -> TrafficColumns:
-    """Of the records of requests that arrived, and ended, in one span."""
-    finish_s = _ended_s(ended)
+def traffic_columns(seqs: Records, arrived: Slots, ended: Slots) -> TrafficColumns:
+    """Of the slots of requests that arrived, and ended, in one span."""
+    finish_s = _ended_s(seqs, ended)
     order = np.argsort(finish_s, kind="stable")
     ended, finish_s = ended[order], finish_s[order]
     return TrafficColumns(
-        arrived["arrival_s"].copy(),
-        arrived["prompt_tokens"].copy(),
-        ended["index"].copy(),
-        ended["status"] != REJECTED,
-        ended["arrival_s"].copy(),
-        ended["first_token_s"].copy(),
+        seqs["arrival_s"][arrived],
+        seqs["prompt_tokens"][arrived],
+        seqs["index"][ended],
+        seqs["status"][ended] == FINISHED,
+        seqs["arrival_s"][ended],
+        seqs["first_token_s"][ended],
         finish_s,
-        ended["prompt_tokens"].copy(),
-        ended["output_tokens"].copy(),
+        seqs["prompt_tokens"][ended],
+        seqs["output_tokens"][ended],
     )
 
 
 def log_events(
     log: EventLog,
-    arrived: Records,
-    ended: Records,
+    seqs: Records,
+    arrived: Slots,
+    ended: Slots,
     requests: list[Request],
     replica_ids: dict[int, int],
 ) -> None:
@@ -60,10 +67,10 @@ def log_events(
 
     `requests` are those of `ended`, then those of `arrived`; `replica_ids` is by row.
     """
-    rejected = ended["status"] == REJECTED
-    at_s = np.concatenate([_ended_s(ended), arrived["arrival_s"]])
+    rejected = seqs["status"][ended] == REJECTED
+    at_s = np.concatenate([_ended_s(seqs, ended), seqs["arrival_s"][arrived]])
     rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arrived), np.int64)])
-    times, values = at_s.tolist(), ended[list(OUTCOME_FIELDS)].tolist()
+    times, values = at_s.tolist(), seqs[list(OUTCOME_FIELDS)][ended].tolist()
     for i in np.lexsort((rank, at_s)).tolist():
         if i < len(ended):
             outcome = _outcome(requests[i], values[i], times[i], replica_ids)
@@ -87,16 +94,15 @@ def _outcome(
 ) -> RequestOutcome:
     """`values` in the order of OUTCOME_FIELDS."""
     first_token_s, output_tokens, row, longest_gap_s, num_preemptions, num_moves, status = values
-    served = status != REJECTED
     return RequestOutcome(
         request.request_id,
-        RequestStatus.FINISHED if served else RequestStatus.REJECTED,
+        STATUS[status],
         request.arrival_s,
-        first_token_s if served else None,
+        first_token_s if output_tokens else None,
         at_s,
         request.prompt_tokens,
         output_tokens,
-        replica_ids[row] if served else None,
+        replica_ids.get(row),
         longest_gap_s,
         num_preemptions,
         num_moves,

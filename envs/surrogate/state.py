@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
 from envs.surrogate import kernel, layout
-from envs.surrogate.layout import IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
+from envs.surrogate.layout import FAILED, IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
+from envs.surrogate.record import Records, Slots
 from policies.base import LengthSampler
 
 FIRST_SLOTS = 256
@@ -17,8 +16,6 @@ ARRAYS = (
     "seqs", "replicas", "lists", "batches", "limits", "counts", "clock", "ended", "trace"
 )  # fmt: skip
 QUIET_STEP_S = 1e-6  # so late may a stop be noticed while cores are shared
-Records = NDArray[Any]
-Slots = NDArray[np.int64]
 
 
 def new_records(
@@ -75,7 +72,8 @@ class SurrogateState:
         self.trace = np.zeros(trace_items, layout.ITEM)
         self.ended = np.zeros(0, np.int64)
         self._num_added = 0
-        self._free_slots: list[int] = []
+        self._free_slots = np.zeros(0, np.int64)  # of which the first `_num_free` are free
+        self._num_free = 0
         self._grow()
 
     def copy(self) -> SurrogateState:
@@ -84,13 +82,14 @@ class SurrogateState:
         other.spec, other._num_added = self.spec, self._num_added
         for name in ARRAYS:
             setattr(other, name, getattr(self, name).copy())
-        other._requests, other._free_slots = self._requests.copy(), self._free_slots.copy()
+        other._requests = self._requests.copy()
+        other._free_slots, other._num_free = self._free_slots.copy(), self._num_free
         return other
 
     def redraw(self, lengths: LengthSampler) -> None:
         """New output lengths for every live sequence, in the order of their slots."""
         is_live = np.ones(len(self.seqs), np.bool_)
-        is_live[self._free_slots] = False
+        is_live[self._free_slots[: self._num_free]] = False
         live = self.seqs[is_live]
         live["target_tokens"] = lengths(live["prompt_tokens"], live["output_tokens"])
         assert (live["target_tokens"] > live["output_tokens"]).all(), "a length is not to come"
@@ -103,15 +102,18 @@ class SurrogateState:
         new_size = max(FIRST_SLOTS, 2 * size)
         self.seqs = np.concatenate([self.seqs, np.zeros(new_size - size, layout.SEQUENCE)])
         self.ended = np.zeros(new_size, np.int64)
-        self._free_slots += range(new_size - 1, size - 1, -1)
+        fresh = np.arange(new_size - 1, size - 1, -1)
+        rest = np.zeros(size - self._num_free, np.int64)
+        self._free_slots = np.concatenate([self._free_slots[: self._num_free], fresh, rest])
+        self._num_free += len(fresh)
 
     def add_records(self, records: Records) -> Slots:
         """Slots for requests that arrive next; see `new_records`."""
-        while len(self._free_slots) < len(records):
+        while self._num_free < len(records):
             self._grow()
-        first = len(self._free_slots) - len(records)
-        slots = np.array(self._free_slots[first:], np.int64)
-        del self._free_slots[first:]
+        first = self._num_free - len(records)
+        slots = self._free_slots[first : self._num_free].copy()
+        self._num_free = first
         self.seqs[slots] = records
         self.seqs["index"][slots] = self._num_added + np.arange(len(slots))
         self._num_added += len(slots)
@@ -128,9 +130,11 @@ class SurrogateState:
         return [self._requests[slot] for slot in slots]
 
     def release(self, slots: Slots) -> None:
-        for slot in slots.tolist():
-            self._requests.pop(slot, None)
-        self._free_slots += slots.tolist()
+        if self._requests:
+            for slot in slots.tolist():
+                self._requests.pop(slot, None)
+        self._free_slots[self._num_free : self._num_free + len(slots)] = slots
+        self._num_free += len(slots)
 
     def linked(self, row: int, column: int) -> list[int]:
         """Slots of one list, in order."""
@@ -145,6 +149,25 @@ class SurrogateState:
         slots = self.linked(row, RUNNING) + self.linked(row, WAITING)
         key = self.seqs[["arrival_s", "number"]][slots].tolist()
         return [slot for _, slot in sorted(zip(key, slots, strict=True))]
+
+    def take_held(self) -> list[int]:
+        """Slots of the list of held sequences, which is empty then."""
+        held_row = len(self.replicas)
+        held = self.linked(held_row, WAITING)
+        self.clear_lists(held_row)
+        return held
+
+    def fail(self, slots: Slots, now_s: float) -> None:
+        """They end, and are in no list."""
+        self.seqs["status"][slots], self.seqs["last_token_s"][slots] = FAILED, now_s
+        self.counts["failed"] += len(slots)
+        self.counts["live"] -= len(slots)
+
+    def start_over(self, slots: list[int]) -> None:
+        """Their replica is gone with all they had there but the tokens."""
+        for name in ("blocks", "computed_tokens", "in_flight_tokens"):
+            self.seqs[name][slots] = 0
+        self.seqs["num_moves"][slots] += 1
 
     # ---------------------------------------------------------------- rows
 
@@ -226,6 +249,7 @@ class SurrogateState:
         held = self.linked(len(self.replicas), WAITING)
         here = [s for row in rows for s in self.sequences_of(row)] + held
         assert len(set(here)) == len(here) == counts["live"], (len(here), counts["live"])
-        assert counts["arrived"] == counts["finished"] + counts["rejected"] + counts["live"]
-        used = set(range(len(self.seqs))) - set(self._free_slots)
+        ended = counts["finished"] + counts["rejected"] + counts["failed"]
+        assert counts["arrived"] == ended + counts["live"], counts
+        used = set(range(len(self.seqs))) - set(self._free_slots[: self._num_free].tolist())
         assert set(here) == used, "a slot is used and in no list"

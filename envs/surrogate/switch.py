@@ -95,6 +95,19 @@ class SurrogateSwitch:
     def cancel(self, host: SurrogateCluster, now_s: float) -> None:
         self._undo(host, now_s, SwitchPhase.CANCELLED, "cancelled on request")
 
+    def forget_failure(self) -> None:
+        """Nobody knows whether it will fail."""
+        self._fails_at_s = float("inf")
+
+    def lose(self, host: SurrogateCluster, device: int, now_s: float) -> None:
+        """A worker is gone. The switch fails where that has a part in it, else it is called off."""
+        devices = {d for r in (*self.leaving, *self.coming) for d in r.placement.devices}
+        devices |= {d for t in self.plan.transfers for d in (t.src, t.dst)}
+        if device in devices:
+            self._undo(host, now_s, SwitchPhase.ROLLED_BACK, f"worker {device} is lost")
+        else:
+            self.cancel(host, now_s)
+
     def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
         """The old deployment serves on; nothing of the new one is left."""
         state = host.state
@@ -109,7 +122,7 @@ class SurrogateSwitch:
             state.replicas[row]["is_open"], state.replicas[row]["is_paused"] = 1, 0
             state.wake(row, now_s)
         host.route_held(now_s)
-        self._update(host, now_s, phase=phase, reason=reason)
+        self._update(host, now_s, phase=phase, reason=reason, pause_s=self._pause_s(now_s))
 
     def reserved_blocks(self) -> dict[int, int]:
         """Row -> blocks taken there for sequences still on their old replicas."""
@@ -208,6 +221,9 @@ class SurrogateSwitch:
         replica["free_blocks"] -= needed
         return needed
 
+    def _pause_s(self, now_s: float) -> float:
+        return 0.0 if self._paused_at_s is None else now_s - self._paused_at_s
+
     def _commit(self, host: SurrogateCluster, now_s: float) -> None:
         if not self.leaving:
             host.add_rows(self.coming)
@@ -219,8 +235,7 @@ class SurrogateSwitch:
         host.route_held(now_s)
         for replica in self.plan.target.replicas:
             host.state.wake(host.row_of(replica), now_s)
-        pause_s = 0.0 if self._paused_at_s is None else now_s - self._paused_at_s
-        self._update(host, now_s, phase=SwitchPhase.DONE, pause_s=pause_s)
+        self._update(host, now_s, phase=SwitchPhase.DONE, pause_s=self._pause_s(now_s))
 
     def _hand_over(self, host: SurrogateCluster, now_s: float) -> None:
         state = host.state

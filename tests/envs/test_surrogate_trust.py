@@ -20,6 +20,7 @@ from engine.cluster import (
 )
 from engine.migration.plan import plan_switch
 from engine.profile import ProfiledCluster
+from envs.scenarios import DeviceFailure
 from envs.surrogate.cluster import SurrogateCluster
 from envs.surrogate.latency import linear_profile
 
@@ -129,22 +130,30 @@ def test_switches_roll_back_with_the_probability(small_cluster: ProfiledCluster)
         st.tuples(st.floats(0, 3), st.sampled_from(KEYS), st.booleans(), st.booleans()),
         max_size=6,
     ),
+    cores=st.sampled_from([0.0, 1.5]),
+    losses=st.lists(st.tuples(st.floats(0, 3), st.integers(0, 3), st.floats(0.01, 3)), max_size=3),
 )
 def test_nothing_is_lost(
     small_cluster: ProfiledCluster,
     seed: int,
     switches: list[tuple[float, str, bool, bool]],
+    cores: float,
+    losses: list[tuple[float, int, float]],
 ) -> None:
-    """Under switches at any instant, cancelled or rolled back or not: every request ends once,
-    with the tokens that it was to make, counted once each in the steps that made them."""
+    """Under switches at any instant, cancelled or rolled back or not, and devices that are lost
+    and come back: every request ends once, refused only where no replica was there, else with the
+    tokens that it was to make, counted once each in the steps that made them."""
     rng = np.random.default_rng(seed)
+    steps = tuple(replace(s, busy_cores=1.0) for s in small_cluster.profile.steps)
+    profile = replace(small_cluster.profile, cores=cores, steps=steps)
     surrogate = SurrogateCluster(
-        small_cluster,
+        replace(small_cluster, profile=profile),
         dense_deployment(parse_deployment_key("4xtp1pp1")),
         seed=seed,
         rollback_probability=0.3,
         trace_items=200_000,
     )
+    surrogate.schedule_failures([DeviceFailure(at, d, at + gone) for at, d, gone in losses])
     wanted = {}
     for i, at_s in enumerate(np.cumsum(rng.exponential(0.015, 150)).tolist()):
         prompt, output = int(rng.integers(1, 190)), int(rng.integers(1, 60))
@@ -153,7 +162,8 @@ def test_nothing_is_lost(
     for at_s, key, migrates, cancels in sorted(switches):
         surrogate.advance(max(at_s, surrogate.snapshot().now_s))
         surrogate.check_integrity()
-        if not surrogate.snapshot().switch_in_flight:
+        now = surrogate.snapshot()
+        if not now.switch_in_flight and not now.dead_devices and now.deployment.replicas:
             kv = KvCostParams(1e15, 1.0, 0.01) if migrates else KvCostParams(1.0, 1e15, 0.01)
             ticket_id = start_switch(surrogate, key, kv)
             if cancels:
@@ -165,7 +175,10 @@ def test_nothing_is_lost(
     surrogate.check_integrity()
     ends = [e.outcome for e in surrogate.events(0).events if e.outcome is not None]
     assert sorted(o.request_id for o in ends) == sorted(wanted)
-    assert {o.status for o in ends} == {RequestStatus.FINISHED}
+    refused = [o for o in ends if o.status is RequestStatus.REJECTED]
+    assert losses or not refused
+    ends = [o for o in ends if o not in refused]
+    assert {o.status for o in ends} <= {RequestStatus.FINISHED}
     trace = surrogate.trace()
     last = np.zeros(len(wanted), np.int64)
     np.maximum.at(last, trace["index"], trace["start"] + trace["tokens"])
