@@ -1,9 +1,11 @@
 """`python -m engine.profiler`: measures a ServingProfile on the real engine, in a minute or two.
 
 Every configuration is measured with the whole pool busy (as many replicas as fit, each with the
-same load), because ranks that share a host's cores slow one another. Times are taken where tokens
-reach the engine process, so they hold scheduling, messages and sampling too. The engine is
-re-shaped from one configuration to the next by live switches, which are measured on the way.
+same load), because ranks that share a host's cores slow one another; or, `--isolated`, with one
+replica alone and the cores that its steps keep busy, from which the surrogate computes how replicas
+slow one another. Times are taken where tokens reach the engine process, so they hold scheduling,
+messages and sampling too. The engine is re-shaped from one configuration to the next by live
+switches, which are measured on the way.
 """
 
 from __future__ import annotations
@@ -11,42 +13,40 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from engine.cluster import KvCostParams, ParallelConfig, SwitchPhase, SwitchTicket
 from engine.config import EngineConfig, add_arguments, parse_config
-from engine.errors import TidewrightError, UnavailableError
+from engine.errors import InvalidRequestError, TidewrightError, UnavailableError
 from engine.facade import EngineCluster
 from engine.migration.plan import plan_switch
-from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel
+from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel, attention_pairs
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.shards import fits
+from engine.step_fit import MeasuredSteps, fit_step_times
 
 BATCHES = (1, 4, 12)  # sequences of a step
 CONTEXTS = (24, 160)  # prompt tokens before decoding
-PREFILLS = (8, 64, 128, 224)  # tokens of one prefill step
+PREFILLS = (8, 32, 64, 128, 224)  # tokens of one prefill step
+NUM_PREFILLS = 3  # of each length
 NUM_DECODE_STEPS = 10
+DECODE_PARTS = 2  # of those steps: each gives one measurement, as balanced as prefills
+ATTEMPTS = 3  # at a configuration whose step times are no fit
+NUM_BUSY_BURSTS = 3  # over which processor time is counted: its clock ticks every 10 ms
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
-
-
-@dataclass(frozen=True, slots=True)
-class StepSample:
-    """One measured step of a replica."""
-
-    tokens: int
-    sequences: int
-    context_tokens: float
-    step_s: float
+ISOLATED_HELP = "one replica busy at a time, and the host cores that it keeps busy"
+Row = tuple[float, ...]  # of MeasuredSteps
+Floats = NDArray[np.float64]
 
 
 def candidate_configs(runtime: EngineRuntime) -> list[ParallelConfig]:
@@ -64,8 +64,8 @@ def candidate_configs(runtime: EngineRuntime) -> list[ParallelConfig]:
 class Profiler:
     """Drives one engine. Coroutines run on the engine's loop."""
 
-    def __init__(self, runtime: EngineRuntime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: EngineRuntime, isolated: bool) -> None:
+        self.runtime, self.isolated = runtime, isolated
         self.tickets: list[SwitchTicket] = []
         self._num_requests = 0
 
@@ -78,66 +78,93 @@ class Profiler:
         prompt = [(self._num_requests * 31 + i * 7) % vocab for i in range(prompt_tokens)]
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         times: list[float] = [time.perf_counter()]
-        async for _ in self.runtime.generate(name, prompt, params):
-            times.append(time.perf_counter())
+        async for chunk in self.runtime.generate(name, prompt, params):
+            times += [time.perf_counter()] * len(chunk.token_ids)
         return times
 
-    async def _burst(self, per_replica: int, prompt: int, num_tokens: int) -> list[list[float]]:
-        """The same load on every replica at once; the router spreads it evenly."""
+    async def _burst(self, per_replica: int, prompt: int, num_tokens: int) -> Floats:
+        """Seconds of the start and of each token, [sequences, 1 + tokens], under the same load on
+        every replica at once; the router spreads it evenly."""
         count = per_replica * len(self.runtime.deployment.replicas)
-        return list(
+        return np.array(
             await asyncio.gather(*(self._token_times(prompt, num_tokens) for _ in range(count)))
         )
 
-    async def _decode_gap_s(self, per_replica: int, context: int) -> float:
-        """Median seconds between two tokens of a sequence while that many decode."""
-        bursts = await self._burst(per_replica, context, NUM_DECODE_STEPS + 2)
-        return float(np.median(np.concatenate([np.diff(times[2:]) for times in bursts])))
+    async def _decode_gaps_s(self, per_replica: int, context: int) -> Floats:
+        """Median seconds between two tokens of a sequence while that many decode, one for each of
+        `DECODE_PARTS` of the steps."""
+        times = await self._burst(per_replica, context, NUM_DECODE_STEPS + 2)
+        parts = np.array_split(np.diff(times[:, 2:]), DECODE_PARTS, axis=1)
+        return np.array([np.median(part) for part in parts])
 
-    async def _decode_sample(self, batch: int, context: int, pp: int, share: float) -> StepSample:
-        """A step of `batch` sequences, from a load that gives each of pp steps in flight as many:
+    async def _decode_rows(self, batch: int, context: int, pp: int, share: float) -> list[Row]:
+        """Steps of `batch` sequences, from a load that gives each of pp steps in flight as many:
         a sequence then has a token every pp * share * step_s."""
-        step_s = await self._decode_gap_s(pp * batch, context) / (pp * share)
-        middle = context + NUM_DECODE_STEPS / 2
-        return StepSample(batch, batch, batch * middle, step_s)
+        gaps_s = await self._decode_gaps_s(pp * batch, context)
+        middles = context + NUM_DECODE_STEPS * (np.arange(DECODE_PARTS) + 0.5) / DECODE_PARTS
+        return [
+            (batch, batch, batch, batch * middle, batch * middle, gap_s / (pp * share))
+            for middle, gap_s in zip(middles.tolist(), gaps_s.tolist(), strict=True)
+        ]
 
-    async def _prefill_sample(self, tokens: int) -> StepSample:
-        repeats = [await self._burst(1, tokens, 1) for _ in range(3)]
-        step_s = float(np.median([times[1] - times[0] for burst in repeats for times in burst]))
-        return StepSample(tokens, 1, float(tokens), step_s)
+    async def _prefill_row(self, tokens: int) -> Row:
+        times = await self._burst(1, tokens, 1)
+        step_s = float(np.median(times[:, 1] - times[:, 0]))
+        return tokens, 0, 1, tokens, attention_pairs(0, tokens), step_s
 
     async def _stage_share(self, pp: int) -> float:
         """Share of a step in which the slowest stage is busy: how much longer pp sequences wait,
         each in a step of its own, than one that is alone."""
         if pp == 1:
             return 1.0
-        alone_s = await self._decode_gap_s(1, CONTEXTS[0])
-        full_s = await self._decode_gap_s(pp, CONTEXTS[0])
+        alone_s = np.median(await self._decode_gaps_s(1, CONTEXTS[0]))
+        full_s = np.median(await self._decode_gaps_s(pp, CONTEXTS[0]))
         return float(np.clip(full_s / (pp * alone_s), 1.0 / pp, 1.0))
+
+    async def _busy_cores(self, sequences: int) -> float:
+        """Host cores that the workers of a replica keep busy while so many sequences decode."""
+        devices = self.runtime.deployment.replicas[0].placement.devices
+        pids = [self.runtime.workers.pid(device) for device in devices]
+        cpu_s, wall_s = -sum(map(cpu_seconds, pids)), -time.perf_counter()
+        for _ in range(NUM_BUSY_BURSTS):
+            await self._burst(sequences, CONTEXTS[0], 2 * NUM_DECODE_STEPS)
+        return (cpu_s + sum(map(cpu_seconds, pids))) / (wall_s + time.perf_counter())
 
     # ---------------------------------------------------------------- one configuration
 
     async def measure(self, parallel: ParallelConfig) -> StepTimeModel:
-        """Fit the step times of one configuration, the pool re-shaped to it."""
+        """Fit the step times of one configuration, the pool re-shaped to it. Raises
+        InvalidRequestError when they are no fit, several times over."""
         await self._switch_to(parallel)
         await self._burst(2, 32, 4)  # warm up
-        room = self.runtime.spec.model.max_model_len - NUM_DECODE_STEPS - 4
-        limit = self.runtime.spec.max_num_batched_tokens
-        pp, share = parallel.pp, await self._stage_share(parallel.pp)
-        samples = [
-            await self._decode_sample(batch, min(context, room), pp, share)
-            for batch in BATCHES
-            for context in CONTEXTS
-            if pp * batch <= self.runtime.spec.max_num_seqs
-        ]
-        samples += [
-            await self._prefill_sample(tokens) for tokens in PREFILLS if tokens <= min(limit, room)
-        ]
-        return replace(fit_step_times(parallel, samples), stage_share=share)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._measure(parallel)
+            except InvalidRequestError as error:
+                if attempt == ATTEMPTS:
+                    raise
+                print(f"{parallel.key}: measured once more: {error}", flush=True)
+        raise AssertionError(ATTEMPTS)
+
+    async def _measure(self, parallel: ParallelConfig) -> StepTimeModel:
+        spec, pp = self.runtime.spec, parallel.pp
+        room = spec.model.max_model_len - NUM_DECODE_STEPS - 4
+        share = await self._stage_share(pp)
+        rows: list[Row] = []
+        for batch in sorted({min(batch, spec.max_num_seqs // pp) for batch in BATCHES} - {0}):
+            for context in CONTEXTS:
+                rows += await self._decode_rows(batch, min(context, room), pp, share)
+        for tokens in PREFILLS:
+            if tokens <= min(spec.max_num_batched_tokens, room):
+                rows += [await self._prefill_row(tokens) for _ in range(NUM_PREFILLS)]
+        model = fit_step_times(parallel, MeasuredSteps.of(rows))
+        busy_cores = await self._busy_cores(min(4 * pp, spec.max_num_seqs)) if self.isolated else 0
+        return replace(model, stage_share=share, busy_cores=busy_cores)
 
     async def _switch_to(self, parallel: ParallelConfig) -> None:
         runtime = self.runtime
-        target = [parallel] * (runtime.spec.num_devices // parallel.num_devices)
+        replicas = 1 if self.isolated else runtime.spec.num_devices // parallel.num_devices
+        target = [parallel] * replicas
         kv = KvCostParams(runtime.spec.link_bytes_per_s, 1.0, 0.01)
         plan = plan_switch(runtime.spec, runtime.deployment, runtime.epoch, target, kv)
         if plan.target == runtime.deployment:
@@ -151,16 +178,10 @@ class Profiler:
         self.tickets.append(ticket)
 
 
-def fit_step_times(parallel: ParallelConfig, samples: Sequence[StepSample]) -> StepTimeModel:
-    """Non-negative least squares on relative errors."""
-    rows: NDArray[np.float64] = np.array(
-        [[1.0, s.tokens, s.sequences, s.context_tokens] for s in samples]
-    )
-    times = np.array([s.step_s for s in samples])
-    coefficients, _ = nnls(rows / times[:, None], np.ones(len(times)))
-    residual = float(np.median(np.abs(rows @ coefficients / times - 1.0)))
-    base, token, sequence, context = map(float, coefficients)
-    return StepTimeModel(parallel, base, token, sequence, context, residual_p50=residual)
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process of this machine has taken. Linux."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
 
 
 def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float, float, float]:
@@ -180,16 +201,17 @@ def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float
     )
 
 
-async def profile(runtime: EngineRuntime) -> ProfiledCluster:
+async def profile(runtime: EngineRuntime, isolated: bool = False) -> ProfiledCluster:
     """Measure every configuration that fits; prints one line each."""
-    profiler, steps = Profiler(runtime), []
+    profiler, steps = Profiler(runtime, isolated), []
     for parallel in candidate_configs(runtime):
         model = await profiler.measure(parallel)
         steps.append(model)
         print(
             f"{parallel.key}: {1e3 * model.base_s:.2f} ms + {1e6 * model.per_token_s:.0f} us/token "
             f"+ {1e6 * model.per_seq_s:.0f} us/sequence + {1e6 * model.per_context_token_s:.2f} "
-            f"us/context token, stage share {model.stage_share:.2f}, median error "
+            f"us/context token + {1e9 * model.per_pair_s:.0f} ns/pair, stage share "
+            f"{model.stage_share:.2f}, {model.busy_cores:.2f} cores busy, median error "
             f"{100 * model.residual_p50:.0f} %",
             flush=True,
         )
@@ -207,6 +229,7 @@ async def profile(runtime: EngineRuntime) -> ProfiledCluster:
         link_bytes_per_s=bandwidth,
         switch_overhead_s=overhead_s,
         pause_overhead_s=pause_s,
+        cores=float(len(os.sched_getaffinity(0))) if isolated else 0.0,
     )
     return ProfiledCluster(replace(runtime.spec, link_bytes_per_s=bandwidth), measured)
 
@@ -216,15 +239,17 @@ def main(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser("python -m engine.profiler", description="Measure step times.")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--isolated", action="store_true", help=ISOLATED_HELP)
     add_arguments(parser, EngineConfig)
     try:
         config = parse_config(parser, EngineConfig, argv)
+        args = parser.parse_args(argv)
+        out, isolated = args.out, args.isolated
         config = config.model_copy(update={"enable_prefix_caching": False})  # every step in full
         with EngineCluster(lambda: build_runtime(config)) as cluster:
-            measured = cluster.run(profile(cluster.runtime), timeout_s=600.0)
+            measured = cluster.run(profile(cluster.runtime, isolated), timeout_s=600.0)
     except TidewrightError as error:
         parser.exit(2, f"error: {error}\n")
-    out: Path = parser.parse_args(argv).out
     out.write_text(json.dumps(measured.to_json(), indent=1) + "\n")
     print(f"wrote {out}")
     return 0

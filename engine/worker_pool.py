@@ -155,6 +155,10 @@ class WorkerPool:
             d: None if d in self.dead_devices else self._configs[d].incarnation for d in devices
         }
 
+    def pid(self, device: int) -> int:
+        """Process id of a device's worker, on the machine where it runs."""
+        return self._executor.pid(device)
+
     # ---------------------------------------------------------------- loss and return
 
     def _on_silence(self, device: int) -> None:

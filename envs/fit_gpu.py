@@ -13,13 +13,16 @@ import gzip
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.architectures import Sizes
+from engine.profile import ProfiledCluster
+from engine.shards import num_kv_blocks
+from engine.step_fit import Residual
 from envs.surrogate.gpu import (
     KINDS,
     Curve,
@@ -29,14 +32,13 @@ from envs.surrogate.gpu import (
     fit_roofline,
     operator_work,
 )
-from envs.surrogate.gpu_profile import ACCELERATORS, MODELS, GpuNode, gpu_profile
+from envs.surrogate.gpu_profile import ACCELERATORS, DEGREES, MODELS, GpuNode, gpu_profile
 
 MEASURED = {
     "h100": ("Llama-2-7b-hf", "Llama-2-70b-hf"),
     "a100": ("Meta-Llama-3-8B", "Meta-Llama-3-70B"),
 }
 MAX_TOKENS = 4096  # longer steps are not modelled
-DEGREES = (1, 2, 4, 8)
 MS = 1e-3
 
 
@@ -57,7 +59,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_operators(path: Path) -> dict[str, Measured]:
-    """Median times by kind of operator; those below the clock's resolution are left out."""
+    """Median times by kind of operator."""
     rows = [r for r in _rows(path) if float(r["num_tokens"]) <= MAX_TOKENS]
     return {kind: _measured(rows, kind) for kind in KINDS}
 
@@ -65,9 +67,7 @@ def read_operators(path: Path) -> dict[str, Measured]:
 def _measured(rows: Iterable[Mapping[str, str]], kind: str) -> Measured:
     found = []
     for row in rows:
-        time_s = float(row[f"time_stats.{kind}.median"] or 0.0) * MS
-        if time_s <= 0.0:
-            continue
+        time_s = float(row[f"time_stats.{kind}.median"]) * MS
         heads, hidden, vocab = (int(row[k]) for k in ("n_head", "n_embd", "vocab_size"))
         kv, inner = int(row["n_kv_head"]), int(row["n_expanded_embd"])
         sizes = Sizes(1, heads, kv, hidden // heads, hidden, inner, vocab, MAX_TOKENS)
@@ -103,14 +103,10 @@ def fit_operators(models: Iterable[Mapping[str, Measured]]) -> dict[str, Rooflin
     }
 
 
-def spread(predicted: Floats, measured: Floats) -> dict[str, float]:
-    """Percent: median and 90th percentile of |error|, median of the error (bias)."""
-    error = 100.0 * (predicted / measured - 1.0)
-    return {
-        "p50": round(float(np.median(np.abs(error))), 1),
-        "p90": round(float(np.quantile(np.abs(error), 0.9)), 1),
-        "bias": round(float(np.median(error)), 1),
-    }
+def errors(predicted: Floats, measured: Floats) -> dict[str, float]:
+    """The `Residual` as the report has it."""
+    residual = asdict(Residual.of(predicted, measured))
+    return {name: round(value, 4) for name, value in residual.items()}
 
 
 def residuals(model: Mapping[str, Measured], fitted: Mapping[str, Roofline]) -> dict[str, Any]:
@@ -120,12 +116,12 @@ def residuals(model: Mapping[str, Measured], fitted: Mapping[str, Roofline]) -> 
     for kind, m in model.items():
         predicted = fitted[kind].seconds(m.flops, m.nbytes)
         table[kind] = {
-            f"tp{tp}": spread(predicted[m.tp == tp], m.times_s[m.tp == tp]) for tp in DEGREES
+            f"tp{tp}": errors(predicted[m.tp == tp], m.times_s[m.tp == tp]) for tp in DEGREES
         }
         for tp, tokens, *times in zip(m.tp, m.tokens, predicted, m.times_s, strict=True):
             totals[tp, tokens] = totals.get((tp, tokens), np.zeros(2)) + np.array(times)
     table["layer"] = {
-        f"tp{tp}": spread(*np.array([t for key, t in totals.items() if key[0] == tp]).T)
+        f"tp{tp}": errors(*np.array([t for key, t in totals.items() if key[0] == tp]).T)
         for tp in DEGREES
     }
     return table
@@ -148,11 +144,17 @@ def fit_node(folder: Path, name: str) -> tuple[GpuNode, dict[str, Any]]:
         path = folder / f"network_{name}_dgx_{kind}.csv.gz"
         sizes, times = read_collective(path, workers, workers)
         found = fit_curve(sizes.tolist(), times.tolist())
-        report["collectives"][f"{kind} {workers}"] = spread(found.seconds(sizes), times)
+        report["collectives"][f"{kind} {workers}"] = errors(found.seconds(sizes), times)
         return found
 
     all_reduce = {tp: curve("all_reduce", tp) for tp in DEGREES[1:]}
     return GpuNode(ACCELERATORS[name], fitted, all_reduce, curve("send_recv", 2)), report
+
+
+def kv_tokens(cluster: ProfiledCluster) -> dict[str, int]:
+    """By configuration: tokens whose keys and values one replica holds."""
+    spec = cluster.spec
+    return {c.key: num_kv_blocks(spec, c) * spec.block_size for c in cluster.profile.configs}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -173,24 +175,25 @@ def markdown(report: Mapping[str, Any]) -> str:
             lines += [_line(name, row.values()) for name, row in rows]
         lines += ["", f"## {node}: messages", "", "| collective, devices | error |", "|---|---|"]
         lines += [_line(name, [row]) for name, row in parts["collectives"].items()]
+        lines += [
+            "",
+            f"## {node}: KV capacity",
+            "",
+            "| model | tokens a replica holds |",
+            "|---|---|",
+        ]
+        for model, capacity in parts["kv_tokens"].items():
+            cells = ", ".join(f"{key}: {tokens}" for key, tokens in capacity.items())
+            lines.append(f"| {model} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _line(name: str, cells: Iterable[Mapping[str, float]]) -> str:
-    return f"| {name} | " + " | ".join(f"{c['p50']} / {c['p90']}" for c in cells) + " |"
-
-
-def _compact(data: Mapping[str, Any]) -> str:
-    return json.dumps(_rounded(data), separators=(",", ":")) + "\n"
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers to six digits: the last ones differ from one machine to another."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+    return (
+        f"| {name} | "
+        + " | ".join(f"{100 * c['p50']:.1f} / {100 * c['p90']:.1f}" for c in cells)
+        + " |"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -202,14 +205,16 @@ def main(argv: list[str]) -> int:
     try:
         for name in MEASURED:
             node, report[name] = fit_node(args.profiles, name)
+            report[name]["kv_tokens"] = {}
             for model in MODELS:
                 cluster = gpu_profile(node, model)
                 path = args.out / f"{name}-{model}.json"
-                path.write_text(_compact(cluster.to_json()))
+                report[name]["kv_tokens"][model] = kv_tokens(cluster)
+                path.write_text(json.dumps(cluster.to_json(), separators=(",", ":")) + "\n")
                 print(f"{path}: {', '.join(c.key for c in cluster.profile.configs)}")
     except OSError as error:
         parser.exit(2, f"error: cannot read the timings: {error}\n")
-    (args.out / "gpu_residuals.json").write_text(_compact(report))
+    (args.out / "gpu_residuals.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "gpu_residuals.md").write_text(markdown(report))
     print(markdown(report))
     return 0

@@ -26,10 +26,11 @@ from envs.surrogate.gpu import (
 )
 
 NUM_DEVICES = 8
+DEGREES = (1, 2, 4, 8)  # of tensor parallelism, as measured
 MEMORY_UTILISATION = 0.9  # of device memory for weights and KV cache; vLLM's default
 BLOCK_SIZE = 16  # tokens; vLLM's default
-MAX_NUM_SEQS = 256  # our choice
-MAX_NUM_BATCHED_TOKENS = 2048  # our choice
+MAX_NUM_SEQS = 256
+MAX_NUM_BATCHED_TOKENS = 2048
 HOST_STEP_S = 1e-3  # scheduling, launching, sampling; our guess, nothing measured
 SWITCH_OVERHEAD_S = 1.0  # process groups, verification, commit; our guess, nothing measured
 PAUSE_OVERHEAD_S = 0.05  # our guess, nothing measured
@@ -62,8 +63,8 @@ class Accelerator:
 
 
 # Data sheets: NVIDIA H100 SXM5 80 GB, NVIDIA A100 SXM4 80 GB. Prefill: FlashAttention-2 attains 50
-# to 73 % of an A100's peak (arXiv 2307.08691), of which we take the middle, and about 35 % of an
-# H100's (arXiv 2407.08608). Decode: our guess of what a paged kernel attains, nothing measured.
+# to 73 % of an A100's peak (arXiv 2307.08691) and about 35 % of an H100's (arXiv 2407.08608).
+# Decode: our guess of what a paged kernel attains, nothing measured.
 ACCELERATORS = {
     "h100": Accelerator("NVIDIA H100 SXM 80GB", 989e12, 3.35e12, 80 * 10**9, 0.35, 0.7),
     "a100": Accelerator("NVIDIA A100 SXM 80GB", 312e12, 2.0e12, 80 * 10**9, 0.6, 0.7),
@@ -72,7 +73,7 @@ ACCELERATORS = {
 
 def _llama(
     hidden: int, layers: int, heads: int, kv: int, inner: int, vocab: int, length: int
-) -> dict[str, Any]:
+) -> Any:
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
@@ -169,7 +170,7 @@ class _Timed:
         )
 
     def _stage_share(self, parallel: ParallelConfig) -> float:
-        """Of the slowest stage, in a step of `SHARE_TOKENS` tokens, as far as timed here."""
+        """Of the slowest stage, in a step of `SHARE_TOKENS` tokens, attention left out."""
         tokens = np.array([float(SHARE_TOKENS)])
         layer_s, border_s = self.layer_s(parallel.tp, tokens)[0], self.border_s(tokens)[0]
         stages = []
@@ -212,8 +213,7 @@ def gpu_profile(node: GpuNode, name: str) -> ProfiledCluster:
         switch_headroom_bytes=memory - usable,
     )
     timed = _Timed(node, architecture, sizes)
-    degrees = (1, 2, 4, 8)
-    configs = [ParallelConfig(tp, pp) for tp in degrees for pp in degrees if tp * pp <= NUM_DEVICES]
+    configs = (ParallelConfig(tp, pp) for tp in DEGREES for pp in range(1, NUM_DEVICES // tp + 1))
     steps = tuple(timed.step_model(model, c) for c in configs if fits(spec, c))
     device = f"{node.accelerator.name}, fitted"
     profile = ServingProfile(name, device, steps, link, SWITCH_OVERHEAD_S, PAUSE_OVERHEAD_S)

@@ -1,0 +1,165 @@
+"""Fits a StepTimeModel to measured steps: robust, non-negative, refused when it is no fit. Pure.
+
+Errors are relative to what the fit itself predicts, so that a step of 5 ms counts as much as one of
+500 ms and one measured far too short no more than one measured far too long. Each coefficient is a
+cost, hence not negative. Steps whose error exceeds a few times the usual one count less by Huber's
+weights (P. J. Huber, Robust Statistics, 1981), in iteratively reweighted non-negative least
+squares, which start from least absolute errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+
+from engine.cluster import ParallelConfig
+from engine.errors import InvalidRequestError
+from engine.profile import StepTimeModel
+
+Floats = NDArray[np.float64]
+
+MAX_RESIDUAL_P50 = 0.2  # of |predicted / measured - 1|; a fit above it is refused
+HUBER = 1.345  # standard deviations: 95 % efficient on normal errors (Huber)
+MAD_TO_STD = 1.4826  # of normal errors
+LEAST_SCALE = 1e-4  # relative; an exact fit has none
+MAX_ITERATIONS, CONVERGED = 100, 1e-6
+LEAST_SHARE = 1e-2  # of the measured time: a lesser prediction is no unit of error
+RANK_TOLERANCE = 1e-6
+LARGE_TOKENS = 64  # a step of more is a large one
+REGIMES = ("prefill", "decode", "mixed", "small", "large")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MeasuredSteps:
+    """Columns of equal length, an entry per step of replicas of one configuration."""
+
+    tokens: Floats
+    decoding: Floats  # sequences that decode, one token each; the others prefill
+    sequences: Floats
+    context_tokens: Floats  # sum over sequences, after the step
+    pairs: Floats  # sum over sequences of `engine.profile.attention_pairs`
+    step_s: Floats
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[float]]) -> MeasuredSteps:
+        """From rows in the order of the columns."""
+        return cls(*np.array(rows, np.float64).reshape(-1, 6).T)
+
+    def regimes(self) -> dict[str, NDArray[np.bool_]]:
+        """Which steps belong to each of `REGIMES`: one of three kinds, one of two sizes."""
+        prefill, decode = self.decoding == 0, self.decoding == self.sequences
+        large = self.tokens > LARGE_TOKENS
+        kinds = (prefill, decode, ~(prefill | decode), ~large, large)
+        return dict(zip(REGIMES, kinds, strict=True))
+
+    def predicted(self, model: StepTimeModel) -> Floats:
+        """Seconds of each step by the model."""
+        columns = (self.tokens, self.sequences, self.context_tokens, self.pairs)
+        return np.array([model.step_s(*row) for row in zip(*columns, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Errors predicted / measured - 1 of some measurements; nan for none."""
+
+    count: int
+    p50: float  # of the absolute error
+    p90: float
+    bias: float  # median of the error
+
+    @classmethod
+    def of(cls, predicted: ArrayLike, measured: ArrayLike) -> Residual:
+        error = np.asarray(predicted, np.float64) / np.asarray(measured, np.float64) - 1.0
+        if error.size == 0:
+            return cls(0, np.nan, np.nan, np.nan)
+        p50, p90 = np.quantile(np.abs(error), (0.5, 0.9)).tolist()
+        return cls(error.size, p50, p90, float(np.median(error)))
+
+
+def fit_step_times(
+    parallel: ParallelConfig,
+    steps: MeasuredSteps,
+    knots: Sequence[int] = (),
+    max_residual_p50: float = MAX_RESIDUAL_P50,
+) -> StepTimeModel:
+    """Step times of one configuration that has its devices to itself; stage_share is left at 1.
+
+    With `knots` (two or more, ascending) the token term is a rising line through them, which goes
+    on at its last slope; it is nought up to the first. Raises InvalidRequestError for fewer steps
+    than twice the coefficients, steps that do not tell the coefficients apart, times that are not
+    positive, and a median error above `max_residual_p50`.
+    """
+    token_columns = _token_columns(steps.tokens, knots)
+    columns = [np.ones_like(steps.tokens), steps.sequences, steps.context_tokens, steps.pairs]
+    design = np.column_stack([*columns, token_columns])
+    times = steps.step_s
+    scaled = design / np.maximum(np.linalg.norm(design, axis=0), 1e-300)
+    rank, needed = np.linalg.matrix_rank(scaled, RANK_TOLERANCE), design.shape[1]
+    if len(times) < 2 * needed or rank < needed or not np.all(np.isfinite(times) & (times > 0)):
+        raise InvalidRequestError(
+            f"the steps of {parallel.key} do not give its {needed} coefficients: they tell {rank} "
+            f"apart, and of {len(times)} steps {int(np.sum(~(times > 0)))} took no time; measure "
+            f"at least {2 * needed}, prefills and decodes of several sizes and context lengths."
+        )
+    coefficients = _robust_nnls(design, times)
+    residual = Residual.of(design @ coefficients, times)
+    if residual.p50 > max_residual_p50:
+        raise InvalidRequestError(
+            f"the step times of {parallel.key} are no fit: the median error over {len(times)} "
+            f"steps is {100 * residual.p50:.0f} %, at most {100 * max_residual_p50:.0f} % is "
+            "allowed; measure that configuration again with less else running on the machine."
+        )
+    base_s, per_seq_s, per_context_s, per_pair_s, *slopes = coefficients.tolist()
+    rises = np.diff(knots) * slopes if knots else np.zeros(0)
+    return StepTimeModel(
+        parallel,
+        base_s,
+        per_token_s=slopes[-1],
+        per_seq_s=per_seq_s,
+        per_context_token_s=per_context_s,
+        per_pair_s=per_pair_s,
+        token_knots=tuple(knots),
+        token_s=tuple(np.concatenate([[0.0], np.cumsum(rises)]).tolist()) if knots else (),
+        residual_p50=residual.p50,
+    )
+
+
+def _token_columns(tokens: Floats, knots: Sequence[int]) -> Floats:
+    """Tokens of each step within each segment between knots, [steps, segments]; the last segment
+    has no end. Without knots the tokens themselves."""
+    if not knots:
+        return tokens[:, None]
+    if len(knots) == 1:
+        raise InvalidRequestError(f"a token term needs two knots or none, got {tuple(knots)}.")
+    starts = np.array(knots[:-1], np.float64)
+    lengths = np.array([*np.diff(knots[:-1]), np.inf])
+    return np.clip(tokens[:, None] - starts, 0.0, lengths)
+
+
+def _robust_nnls(design: Floats, times: Floats) -> Floats:
+    """Coefficients >= 0 with design @ coefficients near the times, in relative error."""
+    norms = np.linalg.norm(design / times[:, None], axis=0)
+    scaled, found = design / norms, np.zeros(design.shape[1])
+    unit, weights = times, np.ones(len(times))
+    for weigh in (_absolute, _huber):
+        for _ in range(MAX_ITERATIONS):
+            root = np.sqrt(weights) / unit
+            before, (found, _) = found, nnls(scaled * root[:, None], times * root)
+            unit = np.maximum(scaled @ found, LEAST_SHARE * times)
+            weights = weigh(np.abs(times / unit - 1.0))
+            if np.abs(found - before).max() <= CONVERGED * found.max():
+                break
+    return np.asarray(found / norms)
+
+
+def _absolute(error: Floats) -> Floats:
+    return 1.0 / np.maximum(error, LEAST_SCALE)
+
+
+def _huber(error: Floats) -> Floats:
+    limit = HUBER * max(MAD_TO_STD * float(np.median(error)), LEAST_SCALE)
+    return np.minimum(1.0, limit / np.maximum(error, limit))
