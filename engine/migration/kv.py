@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from engine.cluster import ModelSpec, Replica
 from engine.messages import KvMove
@@ -101,9 +102,17 @@ def kv_moves(
             )
 
 
+@lru_cache(maxsize=4096)
+def link_loads(model: ModelSpec, src: Replica, dst: Replica) -> tuple[tuple[int, int, int], ...]:
+    """(sending device, receiving device, bytes of a token's KV) for each link that is crossed when
+    a sequence moves from replica to replica."""
+    moves = list(kv_moves(model, src, dst, [0], [0]))
+    return tuple((m.src, m.dst, kv_move_bytes(model, m, 1)) for m in moves if m.src != m.dst)
+
+
 def link_bytes_per_token(model: ModelSpec, src: Replica, dst: Replica) -> int:
     """Bytes of a token's KV that cross a link when it moves from replica to replica."""
-    return sum(kv_move_bytes(model, move, 1) for move in kv_moves(model, src, dst, [0], [0]))
+    return sum(nbytes for _, _, nbytes in link_loads(model, src, dst))
 
 
 def kv_move_bytes(model: ModelSpec, move: KvMove, block_size: int) -> int:

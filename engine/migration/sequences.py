@@ -21,14 +21,13 @@ from engine.messages import (
     SequenceState,
     TakeSequences,
 )
-from engine.migration.binding import bind_sequence
+from engine.migration.binding import NEVER, bind_sequence, is_settled
 from engine.migration.host import SwitchHost
 from engine.migration.kv import FilledBlocks, kv_move_bytes, kv_moves, link_bytes_per_token
 from engine.rank_calls import await_all
 from engine.router import load_of, pick
 
 MAX_MOVE_BYTES = 8 << 20  # of one copy: bounds the staging memory
-NEVER = 1 << 40  # tokens
 Here = tuple[Replica, SequenceState]  # a sequence and the replica it is on
 
 
@@ -106,7 +105,7 @@ class SequenceMove:
 
     def _bind(self, replica: Replica, state: SequenceState, may_drain: bool) -> None:
         key, spec = state.request_id, self._host.spec
-        if self._is_settled(key, may_drain):
+        if is_settled(self.bindings.get(key), may_drain):
             return
         target = self._plan.target.replica(self.owner[key])
         per_token = link_bytes_per_token(spec.model, replica, target)
@@ -120,15 +119,6 @@ class SequenceMove:
             True,
             remaining if may_drain else NEVER,
         )
-
-    def _is_settled(self, key: str, may_drain: bool) -> bool:
-        """Bound for good: not one that only waited then, nor one that was to have ended by now."""
-        bound = self.bindings.get(key)
-        if bound is None:
-            return False
-        if bound.binding is Binding.DRAIN:
-            return may_drain
-        return bound.binding is Binding.MIGRATE or bound.recompute_s > 0
 
     def _num_own_tokens(self, replica: Replica, state: SequenceState) -> int:
         """Tokens in the cache that no other sequence is charged for."""

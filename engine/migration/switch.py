@@ -18,6 +18,7 @@ from engine.messages import (
     LimitBlocks,
     Resume,
 )
+from engine.migration.binding import drain_timeout_s, is_round_due
 from engine.migration.host import SwitchHost
 from engine.migration.new_ranks import release_ranks
 from engine.migration.order import default_staging_bytes
@@ -34,8 +35,6 @@ from engine.rank_calls import (
 
 logger = logging.getLogger(__name__)
 BATCH_BYTES = 128 << 20  # of weights between two looks at progress and cancellation
-MAX_ROUNDS = 5  # of KV copies while sequences run
-DRAIN_SLACK = 1.5  # a sequence may take so much longer than predicted to end
 
 
 class Switch(PhasedSwitch):
@@ -105,21 +104,16 @@ class Switch(PhasedSwitch):
         self.update(moved_bytes=self._weight_bytes_sent)
 
     async def _copy_sequences(self) -> None:
-        """KV in rounds while sequences run, until a round is as short as a step or they grow as
-        fast as they are copied; and the end of those that are to end where they are."""
-        before_s = float("inf")
-        for number in range(MAX_ROUNDS):
+        """KV in rounds while sequences run, and the end of those that are to end where they are."""
+        rounds_s: list[float] = []
+        while is_round_due(rounds_s, self.plan.kv.decode_step_s):
             self.stop_if_cancelled()
-            self.host.failpoint(f"before_round_{number}")
+            self.host.failpoint(f"before_round_{len(rounds_s)}")
             round_began_s = self.host.now_s()
             await self._copy_round(is_last=False)
-            round_s = self.host.now_s() - round_began_s
-            if round_s < self.plan.kv.decode_step_s or round_s > before_s / 2:
-                break
-            before_s = round_s
+            rounds_s.append(self.host.now_s() - round_began_s)
         if draining := self._sequences.draining:
-            deadline_s = max(draining.values()) * DRAIN_SLACK
-            await self.host.wait_until_ended(draining, deadline_s)
+            await self.host.wait_until_ended(draining, drain_timeout_s(draining.values()))
             await self._copy_round(is_last=False)
 
     async def _copy_round(self, is_last: bool) -> None:
