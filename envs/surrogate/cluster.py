@@ -24,6 +24,7 @@ from engine.cluster import (
     Replica,
     Request,
     Routing,
+    SwitchMode,
     SwitchPlan,
     SwitchTicket,
 )
@@ -36,11 +37,13 @@ from engine.shards import num_kv_blocks
 from envs.scenarios import DeviceFailure
 from envs.surrogate import kernel, layout
 from envs.surrogate.failure import Failures
+from envs.surrogate.in_place import InPlaceSwitch
 from envs.surrogate.latency import step_records
 from envs.surrogate.layout import WAITING
+from envs.surrogate.phases import PhasedSwitch
 from envs.surrogate.record import Records, Slots, log_events, traffic_columns
 from envs.surrogate.state import SurrogateState, new_records, request_records
-from envs.surrogate.switch import SurrogateSwitch
+from envs.surrogate.switch import LiveSwitch
 from policies.base import Counts, Future, LengthSampler, Rollout, Seconds, TrafficColumns
 
 
@@ -101,7 +104,7 @@ class SurrogateCluster:
         self._columns: list[TrafficColumns] | None = [] if columns else None
         self._log = EventLog()
         self._tickets: dict[str, SwitchTicket] = {}
-        self._switch: SurrogateSwitch | None = None
+        self._switch: PhasedSwitch | None = None
         self._failures = Failures(initial, cluster.profile, self._switch_factor)
         self._rows: dict[int, int] = {}  # replica id -> row
         self._epoch, self._deployment = 0, initial
@@ -157,7 +160,8 @@ class SurrogateCluster:
                 f"the plan uses devices {dead}, which are dead; plan without them."
             )
         ticket_id = f"switch-{len(self._tickets):04d}"
-        self._switch = SurrogateSwitch(
+        kind = InPlaceSwitch if plan.mode is SwitchMode.IN_PLACE else LiveSwitch
+        self._switch = kind(
             plan,
             ticket_id,
             self._deployment,
@@ -166,7 +170,7 @@ class SurrogateCluster:
             self._draw_failure(),
         )
         self._switch.start(self, self._now_s)
-        return self._switch.ticket
+        return self._tickets[ticket_id]
 
     def _draw_failure(self) -> float | None:
         """The share of its way to the weights' arrival at which the next switch fails, if it does.
@@ -267,7 +271,8 @@ class SurrogateCluster:
         other._pending, other._rows = self._pending.copy(), self._rows.copy()
         other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
-        other._switch, other._failures = copy(self._switch), self._failures.copy()
+        other._switch = None if self._switch is None else self._switch.copy()
+        other._failures = self._failures.copy()
         if lengths is not None:
             other.state.redraw(lengths)
             other._failures.forget()
@@ -424,6 +429,10 @@ class SurrogateCluster:
         return self._deployment
 
     @property
+    def dead_devices(self) -> frozenset[int]:
+        return self._failures.dead_devices
+
+    @property
     def is_switching(self) -> bool:
         return self._switch is not None
 
@@ -431,7 +440,7 @@ class SurrogateCluster:
         self._log.append(now_s, kind, device=device)
 
     def lose_switch(self, device: int, now_s: float) -> None:
-        """No switch goes through while a worker is lost."""
+        """No switch goes through while a worker is lost, unless it cannot be undone."""
         if self._switch is not None:
             self._switch.lose(self, device, now_s)
 
@@ -444,6 +453,14 @@ class SurrogateCluster:
         self.state.start_over(slots)
         for slot in slots:
             self._route(slot, now_s)
+        if not self._deployment.replicas:
+            self._failures.begin_healing(now_s)
+
+    def stop(self, replicas: Sequence[Replica]) -> None:
+        """They take nothing and start no step any more."""
+        for replica in replicas:
+            record = self.state.replicas[self.row_of(replica)]
+            record["is_open"], record["is_paused"] = 0, 1
 
     def load(self, deployment: Deployment, now_s: float) -> None:
         """Make replicas current where there are none."""

@@ -30,6 +30,7 @@ class Failures:
         self.wanted, self._profile, self._factor = wanted, profile, factor
         self._losses: tuple[DeviceFailure, ...] = ()  # to come, by time
         self._back_s: dict[int, float] = {}  # of dead devices
+        self._stopped: tuple[Replica, ...] = ()  # broken, to be taken out after the switch
         self._deadline_s = inf
         self._is_late = False  # past the deadline, part of `wanted` is good enough
         self._loading: tuple[Replica, ...] = ()
@@ -85,9 +86,16 @@ class Failures:
         self.heal(host, now_s)
 
     def heal(self, host: SurrogateCluster, now_s: float) -> None:
-        """Begin to load `wanted` where no replica is left and its devices are there. When it is
-        late those that can be are loaded, and what waits fails when none can."""
-        if host.deployment.replicas or self._loading or host.is_switching:
+        """Once no switch runs: take out broken replicas; begin to load `wanted` where none is left
+        and its devices are there. When it is late those that can be are loaded, and what waits
+        fails when none can."""
+        if host.is_switching:
+            return
+        broken = [r for r in host.deployment.replicas if r in self._stopped or self._is_broken(r)]
+        self._stopped = ()
+        if broken:
+            host.lose_replicas(broken, now_s)
+        if host.deployment.replicas or self._loading:
             return
         alive = tuple(r for r in self.wanted.replicas if not self._is_broken(r))
         if alive and (self._is_late or alive == self.wanted.replicas):
@@ -95,6 +103,10 @@ class Failures:
             self._loaded_s = now_s + self._load_seconds(host, alive)
         elif self._is_late:
             host.fail_held(now_s)
+
+    def begin_healing(self, now_s: float) -> None:
+        """No replica is left."""
+        self._deadline_s, self._is_late = now_s + HEAL_TIMEOUT_S, False
 
     def _is_broken(self, replica: Replica) -> bool:
         return not self.dead_devices.isdisjoint(replica.placement.devices)
@@ -115,7 +127,7 @@ class Failures:
         host.tell_device(EventKind.DEVICE_JOINED, device, now_s)
 
     def _lose(self, host: SurrogateCluster, loss: DeviceFailure, now_s: float) -> None:
-        """The device, the running switch, and the replicas with a rank there."""
+        """The device and the running switch; `heal` takes out the replicas with a rank there."""
         if loss.device in self._back_s:  # dead already
             self._back_s[loss.device] = max(self._back_s[loss.device], loss.back_at_s)
             return
@@ -124,9 +136,6 @@ class Failures:
         if any(self._is_broken(r) for r in self._loading):
             self._loading, self._loaded_s = (), inf
         host.lose_switch(loss.device, now_s)
-        broken = [r for r in host.deployment.replicas if self._is_broken(r)]
-        if not broken:
-            return
-        host.lose_replicas(broken, now_s)
-        if not host.deployment.replicas:
-            self._deadline_s, self._is_late = now_s + HEAL_TIMEOUT_S, False
+        if host.is_switching:  # it must not see the deployment change
+            self._stopped += tuple(r for r in host.deployment.replicas if self._is_broken(r))
+            host.stop(self._stopped)

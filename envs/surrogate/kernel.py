@@ -98,7 +98,8 @@ def _share(sequences: int, depth: int) -> Any:
 
 
 @compiled
-def _preempt(seqs: Any, replica: Any, lists: Any, s: int) -> None:
+def preempt(seqs: Any, replica: Any, lists: Any, s: int) -> None:
+    """Take a running sequence's blocks; it waits."""
     remove(seqs, lists[RUNNING], s)
     replica.free_blocks += seqs[s].blocks
     replica.preemptions_total += 1
@@ -131,7 +132,7 @@ def _make_room(
             victim = seqs[victim].prev
         if victim == s and replica.num_batches > 0:
             return False, preempted  # steps in flight may give blocks back: wait for them
-        _preempt(seqs, replica, lists, victim)
+        preempt(seqs, replica, lists, victim)
         preempted = True
         if victim == s:
             return False, preempted
@@ -279,7 +280,8 @@ def _trace_step(
             item.row, item.start_s, item.end_s = row, now_s, np.nan
             item.index, item.start = seqs[s].index, seqs[s].computed_tokens
             item.tokens = seqs[s].in_flight_tokens
-            item.free_blocks, item.preemptions = replica.free_blocks, replica.preemptions_total
+            item.free_blocks = max(replica.free_blocks, 0)
+            item.preemptions = replica.preemptions_total
         counts.traced += 1
         s = seqs[s].next_in_batch
 

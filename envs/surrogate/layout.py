@@ -56,7 +56,8 @@ REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; thos
         ("depth", "i8"),  # steps that may be in flight: pp
         ("num_devices", "i8"),
         ("num_blocks", "i8"),
-        ("free_blocks", "i8"),
+        ("free_blocks", "i8"),  # that may be taken; below 0 when more are in use than may be
+        ("withheld_blocks", "i8"),  # not to be used while others need their memory
         ("num_outstanding", "i8"),
         ("first_batch", "i8"),
         ("num_batches", "i8"),

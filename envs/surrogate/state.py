@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -15,7 +17,7 @@ FIRST_SLOTS = 256
 ARRAYS = (
     "seqs", "replicas", "lists", "batches", "limits", "counts", "clock", "ended", "trace"
 )  # fmt: skip
-QUIET_STEP_S = 1e-6  # so late may a stop be noticed while cores are shared
+LOOK_S = 1e-6  # so late may it be noticed that a step has begun, or has ended on shared cores
 
 
 def new_records(
@@ -184,6 +186,24 @@ class SurrogateState:
         self.lists[row]["head"] = self.lists[row]["tail"] = NONE
         self.lists[row]["count"] = 0
 
+    def limit_blocks(self, row: int, max_used: int | None) -> None:
+        """`engine.block_manager.BlockManager.limit`."""
+        replica = self.replicas[row]
+        withheld = 0 if max_used is None else max(0, int(replica["num_blocks"]) - max_used)
+        replica["free_blocks"] += replica["withheld_blocks"] - withheld
+        replica["withheld_blocks"] = withheld
+
+    def preempt_all(self, row: int) -> None:
+        """`engine.scheduler.BatchScheduler.start_over`: what the blocks of a row hold is lost."""
+        for slot in self.linked(row, RUNNING):
+            kernel.preempt(self.seqs, self.replicas[row], self.lists[row], slot)
+
+    def used_blocks(self, row: int) -> int:
+        """Those that sequences hold there or will hold."""
+        replica = self.replicas[row]
+        idle = replica["free_blocks"] + replica["withheld_blocks"]
+        return int(replica["num_blocks"] - idle)
+
     def work_time(self, now_s: float) -> float:
         """`now_s` on the clock that the replicas' times are on."""
         return float(kernel.work_time(self.clock[0], now_s))
@@ -197,10 +217,21 @@ class SurrogateState:
         replica = self.replicas[row]
         if not replica["num_batches"]:
             return now_s
-        last_s = float(replica["last_end_s"])
+        return self._seen_s(float(replica["last_end_s"]), now_s)
+
+    def next_end_s(self, row: int, now_s: float) -> float:
+        """When a step ends there, at the earliest, or one that is about to start can be seen; never
+        while it has nothing to do."""
+        replica = self.replicas[row]
+        if replica["num_batches"]:
+            return self._seen_s(float(self.batches[row, replica["first_batch"]]["end_s"]), now_s)
+        return now_s + LOOK_S if replica["may_start"] else inf
+
+    def _seen_s(self, work_s: float, now_s: float) -> float:
+        """The work clock shows `work_s` then, at the earliest."""
         if not self.clock[0]["cores"]:
-            return last_s
-        return max(now_s + (last_s - self.work_time(now_s)), now_s + QUIET_STEP_S)
+            return work_s
+        return max(now_s + (work_s - self.work_time(now_s)), now_s + LOOK_S)
 
     def stats(self, row: int, replica_id: int, now_s: float) -> ReplicaStats:
         replica, lists = self.replicas[row], self.lists[row]
@@ -213,7 +244,7 @@ class SurrogateState:
             waiting_prompt_tokens=int(waiting_tokens),
             running_context_tokens=int(context_tokens),
             kv_blocks_total=int(replica["num_blocks"]),
-            kv_blocks_used=int(replica["num_blocks"] - replica["free_blocks"]),
+            kv_blocks_used=self.used_blocks(row),
             generated_tokens_total=int(replica["generated_total"]),
             num_preemptions_total=int(replica["preemptions_total"]),
         )
@@ -234,8 +265,8 @@ class SurrogateState:
             keys = seqs[["arrival_s", "number"]][slots].tolist()
             assert keys == sorted(keys), "not in arrival order"
         held = int(seqs["blocks"][running].sum())
-        assert held + reserved_blocks + replica["free_blocks"] == replica["num_blocks"], row
-        assert replica["free_blocks"] >= 0, row
+        assert held + reserved_blocks == self.used_blocks(row), row
+        assert replica["free_blocks"] >= -replica["withheld_blocks"], row
         needed = -(-seqs["computed_tokens"][running] // self.spec.block_size)
         assert (seqs["blocks"][running] >= needed).all(), row
         assert not seqs["blocks"][waiting].any(), row

@@ -1,34 +1,30 @@
 """The model of a live switch: when its phases end, and what becomes of the sequences. Pure.
 
-The old deployment serves through prepare and transfer of the weights. Then the replicas that
-leave finish their steps in flight and stand still while KV moves, and the new ones take over.
+As in `engine.migration.switch`: the old deployment serves on beside the weights that arrive, with
+fewer KV blocks where memory is short; then KV is copied in rounds while sequences run, those that
+are to end where they are do so, and the replicas that go stand still for the last copy. Copies take
+what the busiest port needs for their bytes, and the last one `pause_overhead_s` more.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
-from engine.cluster import DISK, Binding, Deployment, SwitchPhase, SwitchPlan, SwitchTicket
-from engine.migration.binding import bind_sequence
+from engine.cluster import Deployment, SwitchPhase, SwitchPlan
+from engine.migration.binding import drain_timeout_s, is_round_due
+from engine.migration.order import default_staging_bytes
 from engine.migration.plan import link_seconds
+from engine.migration.room import kv_limits
 from engine.profile import ServingProfile
-from envs.surrogate import kernel
+from envs.surrogate.kv_rounds import KvRounds
+from envs.surrogate.phases import PhasedSwitch
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
 
-NEVER_DRAINS = 1 << 30  # tokens: here nothing waits for the end of a sequence
-Move = tuple[int, int, int]  # slot, new row, KV blocks reserved there (0: recompute)
 
-
-class SurrogateSwitch:
-    """One switch. `due_s` is when the next thing happens; the cluster calls `cross_border`.
-
-    With `fails_at` it fails after that share of the time until the weights are there.
-    """
+class LiveSwitch(PhasedSwitch):
+    """Both generations side by side until the commit."""
 
     def __init__(
         self,
@@ -39,210 +35,134 @@ class SurrogateSwitch:
         factor: float,
         fails_at: float | None = None,
     ) -> None:
-        self.plan, self._profile, self._factor = plan, profile, factor
-        kept = set(current.replicas) & set(plan.target.replicas)
-        self.leaving = [r for r in current.replicas if r not in kept]
-        self.coming = [r for r in plan.target.replicas if r not in kept]
-        self.ticket = SwitchTicket(
-            ticket_id=ticket_id,
-            phase=SwitchPhase.PREPARE,
-            from_key=current.key,
-            to_key=plan.target.key,
-            from_epoch=plan.expected_epoch,
-            started_s=0.0,
-            updated_s=0.0,
-            decision_id=plan.decision_id,
+        super().__init__(plan, ticket_id, current, profile, factor, fails_at)
+        self._limits: dict[int, int] = {}  # KV blocks, by replica id
+        self._rounds = KvRounds(plan, self.leaving)
+        self._rounds_s: tuple[float, ...] = ()
+        self._round_began_s = self._drain_until_s = 0.0
+        self._has_rows = False
+
+    def _prepare(self, host: SurrogateCluster) -> None:
+        self._limits = kv_limits(
+            host.spec,
+            self._old,
+            self.plan.target,
+            {r.replica_id: host.state.used_blocks(host.row_of(r)) for r in self.leaving},
+            default_staging_bytes(host.spec),
         )
-        self.border_s = 0.0
-        self._moves: list[Move] = []
-        self._paused_at_s: float | None = None
-        self._is_bound = False
-        self._phase_began_s = 0.0
-        self._fails_at, self._fails_at_s = fails_at, float("inf")
-
-    @property
-    def due_s(self) -> float:
-        return min(self.border_s, self._fails_at_s)
-
-    def start(self, host: SurrogateCluster, now_s: float) -> None:
-        self.ticket = replace(self.ticket, started_s=now_s, updated_s=now_s)
-        self._phase_began_s = now_s
-        self.border_s = now_s + self._profile.switch_overhead_s * self._factor
-        if self._fails_at is not None:
-            self._fails_at_s = now_s + self._fails_at * (self._weights_arrive_s(now_s) - now_s)
-        host.publish(self.ticket)
-
-    def cross_border(self, host: SurrogateCluster, now_s: float) -> None:
-        """Do what is due at `due_s`, which is `now_s`."""
-        if now_s >= self._fails_at_s:
-            reason = "failed as drawn, before all weights were there"
-            self._undo(host, now_s, SwitchPhase.ROLLED_BACK, reason)
-        elif self.ticket.phase is SwitchPhase.PREPARE:
-            self._enter(host, SwitchPhase.TRANSFER, now_s)
-            host.move_with(self._mover_cores, now_s)
-            self.border_s = self._weights_arrive_s(now_s)
-        elif not self.leaving:
-            self._commit(host, now_s)
-        elif self._paused_at_s is None:
-            self._pause(host, now_s)
-        elif (quiet_s := self._quiet_s(host, now_s)) > now_s:
-            self.border_s = quiet_s
-        elif not self._is_bound:
-            self._bind(host, now_s)
-        else:
-            self._commit(host, now_s)
-
-    def cancel(self, host: SurrogateCluster, now_s: float) -> None:
-        self._undo(host, now_s, SwitchPhase.CANCELLED, "cancelled on request")
-
-    def forget_failure(self) -> None:
-        """Nobody knows whether it will fail."""
-        self._fails_at_s = float("inf")
-
-    def lose(self, host: SurrogateCluster, device: int, now_s: float) -> None:
-        """A worker is gone. The switch fails where that has a part in it, else it is called off."""
-        devices = {d for r in (*self.leaving, *self.coming) for d in r.placement.devices}
-        devices |= {d for t in self.plan.transfers for d in (t.src, t.dst)}
-        if device in devices:
-            self._undo(host, now_s, SwitchPhase.ROLLED_BACK, f"worker {device} is lost")
-        else:
-            self.cancel(host, now_s)
-
-    def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
-        """The old deployment serves on; nothing of the new one is left."""
-        state = host.state
-        host.move_with(0.0, now_s)
-        for _, row, blocks in self._moves:
-            state.replicas[row]["free_blocks"] += blocks
-            state.wake(row, now_s)  # one that stays may have lacked them
-        if self._is_bound:
-            host.drop_rows(self.coming)
         for replica in self.leaving:
-            row = host.row_of(replica)
-            state.replicas[row]["is_open"], state.replicas[row]["is_paused"] = 1, 0
-            state.wake(row, now_s)
-        host.route_held(now_s)
-        self._update(host, now_s, phase=phase, reason=reason, pause_s=self._pause_s(now_s))
+            host.state.limit_blocks(host.row_of(replica), self._limits[replica.replica_id])
+
+    def copy(self) -> Self:
+        other = super().copy()
+        other._rounds = self._rounds.copy()
+        return other
 
     def reserved_blocks(self) -> dict[int, int]:
-        """Row -> blocks taken there for sequences still on their old replicas."""
-        reserved: dict[int, int] = {}
-        for _, row, blocks in self._moves:
-            reserved[row] = reserved.get(row, 0) + blocks
-        return reserved
+        return self._rounds.reserved_blocks()
 
-    # ---------------------------------------------------------------- phases
+    def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
+        self._rounds.undo(host, now_s)
+        if self._has_rows:
+            host.drop_rows(self.coming)
+        self._resume(host, now_s)
+        self._end(host, now_s, phase=phase, reason=reason)
 
-    @property
-    def _mover_cores(self) -> float:
-        """One for each device that sends or receives weights."""
-        transfers = self.plan.transfers
-        return float(len({device for t in transfers for device in (t.src, t.dst)} - {DISK}))
+    # ---------------------------------------------------------------- weights
 
-    def _update(self, host: SurrogateCluster, now_s: float, **changes: Any) -> None:
-        self.ticket = replace(self.ticket, updated_s=now_s, **changes)
-        host.publish(self.ticket)
+    def _begin_transfer(self, host: SurrogateCluster, now_s: float) -> None:
+        self._enter(host, SwitchPhase.TRANSFER, now_s)
+        host.move_with(self._weight_movers, now_s)
+        self._then(LiveSwitch._have_weights, now_s + self._moving_s * self._factor)
 
-    def _enter(self, host: SurrogateCluster, phase: SwitchPhase, now_s: float) -> None:
-        ended = (self.ticket.phase.value, now_s - self._phase_began_s)
-        self._phase_began_s = now_s
-        self._update(host, now_s, phase=phase, phase_s=(*self.ticket.phase_s, ended))
-
-    def _weights_arrive_s(self, now_s: float) -> float:
-        """Overhead and links as profiled, or the plan's prediction if that is longer."""
-        started_s = self.ticket.started_s
-        moving_s = link_seconds(self.plan.transfers, self._profile.link_bytes_per_s)
-        whole_s = max(self.plan.predicted_s, self._profile.switch_overhead_s + moving_s)
-        return max(now_s, started_s + whole_s * self._factor)
-
-    def _pause(self, host: SurrogateCluster, now_s: float) -> None:
-        """Leaving replicas take nothing new and start no step; those in flight end first."""
-        self._paused_at_s = now_s
-        for replica in self.leaving:
-            record = host.state.replicas[host.row_of(replica)]
-            record["is_open"], record["is_paused"] = 0, 1
-        self.border_s = self._quiet_s(host, now_s)
-        self._update(host, now_s, weight_bytes=self.plan.weight_bytes)
-
-    def _quiet_s(self, host: SurrogateCluster, now_s: float) -> float:
-        """When the last step in flight on the replicas that leave has ended."""
-        return max(host.state.quiet_s(host.row_of(r), now_s) for r in self.leaving)
-
-    def _bind(self, host: SurrogateCluster, now_s: float) -> None:
-        """Choose a new replica for every sequence; migrate or recompute; reserve blocks."""
-        self._is_bound = True
+    def _have_weights(self, host: SurrogateCluster, now_s: float) -> None:
+        sent_bytes = self.plan.weight_bytes
+        self._update(host, now_s, weight_bytes=sent_bytes, moved_bytes=sent_bytes)
+        self._has_rows = True
         host.add_rows(self.coming)
-        slots = [s for r in self.leaving for s in host.state.sequences_of(host.row_of(r))]
-        model = host.spec.model
-        per_token = model.kv_bytes_per_token(model.num_layers, model.num_kv_heads)
-        chosen = self._choose(host, slots)
-        self._moves = [
-            (slot, row, self._reserve(host, slot, row, per_token))
-            for slot, row in zip(slots, chosen, strict=True)
-        ]
-        migrated = [slot for slot, _, blocks in self._moves if blocks]
-        kv_bytes = int(host.state.seqs["computed_tokens"][migrated].sum()) * per_token
-        moving_s = kv_bytes / self._profile.link_bytes_per_s
-        self.border_s = now_s + (self._profile.pause_overhead_s + moving_s) * self._factor
+        for replica in self.coming:
+            host.state.limit_blocks(host.row_of(replica), self._limits[replica.replica_id])
+        if self.leaving:
+            self._begin_round(host, now_s)
+            self._next = LiveSwitch._end_round
+        else:
+            self._commit(host, now_s)
+
+    # ---------------------------------------------------------------- KV
+
+    def _begin_round(self, host: SurrogateCluster, now_s: float, is_last: bool = False) -> None:
+        copies = self._rounds.begin(host, now_s, is_last)
+        host.move_with(float(len({d for t in copies for d in (t.src, t.dst)})), now_s)
+        overhead_s = self._profile.pause_overhead_s if is_last else 0.0
+        copying_s = link_seconds(copies, self._profile.link_bytes_per_s)
+        self._round_began_s = now_s
+        self.border_s = now_s + (overhead_s + copying_s) * self._factor
+
+    def _count_round(self, host: SurrogateCluster, now_s: float) -> None:
         self._update(
             host,
             now_s,
-            kv_bytes=kv_bytes,
-            num_migrated=len(migrated),
-            num_recomputed=len(slots) - len(migrated),
+            kv_bytes=self._rounds.kv_bytes,
+            moved_bytes=self.plan.weight_bytes + self._rounds.kv_bytes,
+            num_kv_rounds=self.ticket.num_kv_rounds + 1,
         )
 
-    def _choose(self, host: SurrogateCluster, slots: list[int]) -> list[int]:
-        """The router's rule without weights over the new deployment, in one go: rows."""
-        replicas = host.state.replicas.copy()
-        rows = np.array([host.row_of(r) for r in self.plan.target.replicas], np.int64)
-        replicas["is_open"][rows] = 1
-        chosen = np.zeros(len(slots), np.int64)
-        kernel.spread(
-            host.state.seqs,
-            replicas,
-            rows,
-            host.spec.block_size,
-            np.array(slots, np.int64),
-            chosen,
-        )
-        return [int(row) for row in chosen]
+    def _end_round(self, host: SurrogateCluster, now_s: float) -> None:
+        self._count_round(host, now_s)
+        self._rounds_s = (*self._rounds_s, now_s - self._round_began_s)
+        if is_round_due(self._rounds_s, self.plan.kv.decode_step_s):
+            self._begin_round(host, now_s)
+        elif draining := self._rounds.draining:
+            host.move_with(0.0, now_s)
+            self._drain_until_s = now_s + drain_timeout_s(draining.values())
+            self._wait(host, now_s)
+        else:
+            self._stop(host, now_s)
 
-    def _reserve(self, host: SurrogateCluster, slot: int, row: int, per_token: int) -> int:
-        computed = int(host.state.seqs[slot]["computed_tokens"])
-        needed = -(-computed // host.spec.block_size)
-        replica = host.state.replicas[row]
-        fits = needed <= replica["free_blocks"]
-        bound = bind_sequence(
-            self.plan.kv, "", computed, computed * per_token, bool(fits), NEVER_DRAINS
-        )
-        if bound.binding is Binding.RECOMPUTE:
-            return 0
-        replica["free_blocks"] -= needed
-        return needed
+    def _wait(self, host: SurrogateCluster, now_s: float) -> None:
+        """Until no sequence is left that was to end where it is, at the latest to the deadline."""
+        next_s = self._rounds.next_end_s(host, now_s)
+        if next_s is None or now_s >= self._drain_until_s:
+            self._begin_round(host, now_s)
+            self._next = LiveSwitch._end_round_after_drain
+        else:
+            self._then(LiveSwitch._wait, min(next_s, self._drain_until_s))
 
-    def _pause_s(self, now_s: float) -> float:
-        return 0.0 if self._paused_at_s is None else now_s - self._paused_at_s
+    def _end_round_after_drain(self, host: SurrogateCluster, now_s: float) -> None:
+        self._count_round(host, now_s)
+        self._stop(host, now_s)
+
+    # ---------------------------------------------------------------- the stop
+
+    def _stop(self, host: SurrogateCluster, now_s: float) -> None:
+        host.move_with(0.0, now_s)
+        self._then(LiveSwitch._stand_still, self._pause(host, now_s))
+
+    def _stand_still(self, host: SurrogateCluster, now_s: float) -> None:
+        self.border_s = self._quiet_s(host, now_s)
+        if self.border_s <= now_s:
+            self._begin_round(host, now_s, is_last=True)
+            self._next = LiveSwitch._commit
 
     def _commit(self, host: SurrogateCluster, now_s: float) -> None:
-        if not self.leaving:
-            host.add_rows(self.coming)
+        moving = self._rounds
+        if self.leaving:
+            self._count_round(host, now_s)
         host.move_with(0.0, now_s)
         self._enter(host, SwitchPhase.COMMIT, now_s)
         host.drop_rows(self.leaving)
         host.commit(self.plan.target)
-        self._hand_over(host, now_s)
+        moving.hand_over(host, now_s)
         host.route_held(now_s)
         for replica in self.plan.target.replicas:
-            host.state.wake(host.row_of(replica), now_s)
-        self._update(host, now_s, phase=SwitchPhase.DONE, pause_s=self._pause_s(now_s))
-
-    def _hand_over(self, host: SurrogateCluster, now_s: float) -> None:
-        state = host.state
-        moves, self._moves = self._moves, []
-        work_s = state.work_time(now_s)
-        for slot, row, blocks in sorted(moves, key=lambda move: move[2] == 0):
-            state.seqs[slot]["blocks"] = blocks
-            state.seqs[slot]["num_moves"] += 1
-            add = kernel.adopt if blocks else kernel.enqueue
-            add(state.seqs, state.replicas, state.lists, state.counts[0], slot, row, work_s)
+            row = host.row_of(replica)
+            host.state.limit_blocks(row, None)
+            host.state.wake(row, now_s)
+        self._end(
+            host,
+            now_s,
+            phase=SwitchPhase.DONE,
+            num_migrated=moving.num_migrated,
+            num_recomputed=moving.num_recomputed,
+            num_drained=moving.num_drained,
+        )

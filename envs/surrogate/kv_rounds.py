@@ -1,0 +1,216 @@
+"""Sequences of the surrogate on their way between replicas, copied while they run. Pure.
+
+The rules are those of `engine.migration.sequences.SequenceMove` and of the blocks kept for it
+(`engine.migration.arrivals`). Two things are simpler: blocks are not shared, and those of a
+sequence that ends while it is copied are free at once, not at the end of the round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.cluster import Binding, BoundSequence, Replica, SwitchPlan, Transfer
+from engine.migration.binding import NEVER, bind_sequence, is_settled
+from engine.migration.kv import link_bytes_per_token, link_loads
+from envs.surrogate import kernel
+from envs.surrogate.phases import choose_rows
+
+if TYPE_CHECKING:
+    from envs.surrogate.cluster import SurrogateCluster
+
+
+class Here(NamedTuple):
+    """A sequence on a replica that goes, as it stands when a round begins."""
+
+    key: int  # its index: slots are used again
+    slot: int
+    source: Replica
+    tokens: int  # prompt and output
+    computed: int
+    num_preemptions: int
+
+
+class Kept(NamedTuple):
+    """Blocks kept for a sequence in its new row."""
+
+    row: int
+    blocks: int
+    copied: int  # tokens that have been sent there
+    num_preemptions: int
+
+
+class KvRounds:
+    """The sequences of the replicas `leaving`, on their way to `plan.target`.
+
+    A client's `max_tokens` is not part of a request here, so a sequence may generate up to the end
+    of the model's context: that is what decides whether its end is waited for.
+    """
+
+    def __init__(self, plan: SwitchPlan, leaving: list[Replica]) -> None:
+        self._plan, self._leaving = plan, leaving
+        self.kv_bytes = 0  # across links, copied by the rounds so far
+        self._owner: dict[int, int] = {}  # key -> new row
+        self._bound: dict[int, BoundSequence] = {}
+        self._kept: dict[int, Kept] = {}
+        self._slots: dict[int, int] = {}  # of those seen by the last round
+        self._recompute: list[int] = []  # keys
+
+    def copy(self) -> KvRounds:
+        other = copy(self)
+        other._owner, other._bound = self._owner.copy(), self._bound.copy()
+        other._kept = self._kept.copy()
+        return other
+
+    def reserved_blocks(self) -> dict[int, int]:
+        """By row."""
+        reserved: dict[int, int] = {}
+        for kept in self._kept.values():
+            reserved[kept.row] = reserved.get(kept.row, 0) + kept.blocks
+        return reserved
+
+    # ---------------------------------------------------------------- what a switch reports
+
+    @property
+    def num_recomputed(self) -> int:
+        return len(self._recompute)
+
+    @property
+    def num_migrated(self) -> int:
+        return len(self._owner) - len(self._recompute)
+
+    @property
+    def num_drained(self) -> int:
+        return len(self.draining)
+
+    @property
+    def draining(self) -> dict[int, float]:
+        """Seconds until the end, at most, of those that were to end where they are."""
+        return {
+            key: bound.drain_s or 0.0
+            for key, bound in self._bound.items()
+            if bound.binding is Binding.DRAIN
+        }
+
+    # ---------------------------------------------------------------- a round
+
+    def begin(self, host: SurrogateCluster, now_s: float, is_last: bool) -> list[Transfer]:
+        """Choose, bind and reserve. What goes over which link; it counts as copied."""
+        here = list(self._look(host))
+        self._slots = {h.key: h.slot for h in here}
+        fresh = [h for h in here if h.key not in self._owner]
+        chosen = choose_rows(
+            host, self._plan.target.replicas, self._owner.values(), [h.slot for h in fresh]
+        )
+        self._owner |= {h.key: row for h, row in zip(fresh, chosen, strict=True)}
+        targets = {host.row_of(r): r for r in self._plan.target.replicas}
+        for h in here:
+            self._bind(host, h, targets[self._owner[h.key]], may_drain=not is_last)
+        if is_last:
+            self._owner = {h.key: self._owner[h.key] for h in here}
+        return self._reserve(host, here, targets, now_s)
+
+    def _look(self, host: SurrogateCluster) -> Iterator[Here]:
+        """In the order of the replicas, then of arrival."""
+        state = host.state
+        for replica in self._leaving:
+            slots = state.sequences_of(host.row_of(replica))
+            found = state.seqs[slots]
+            tokens = (found["prompt_tokens"] + found["output_tokens"]).tolist()
+            computed, lost = found["computed_tokens"].tolist(), found["num_preemptions"].tolist()
+            for i, key in enumerate(found["index"].tolist()):
+                yield Here(key, slots[i], replica, tokens[i], computed[i], lost[i])
+
+    def _bind(self, host: SurrogateCluster, h: Here, target: Replica, may_drain: bool) -> None:
+        if is_settled(self._bound.get(h.key), may_drain):
+            return
+        model = host.spec.model
+        self._bound[h.key] = bind_sequence(
+            self._plan.kv,
+            "",
+            h.computed,
+            h.computed * link_bytes_per_token(model, h.source, target),
+            True,
+            model.max_model_len - h.tokens if may_drain else NEVER,
+        )
+
+    def _reserve(
+        self, host: SurrogateCluster, here: list[Here], targets: dict[int, Replica], now_s: float
+    ) -> list[Transfer]:
+        """Blocks for those that migrate, and the copies that fill them."""
+        migrate = [h for h in here if self._bound[h.key].binding is Binding.MIGRATE]
+        for key in self._kept.keys() - {h.key for h in migrate}:
+            self._give_back(host, key, now_s)
+        self._recompute = [h.key for h in here if self._bound[h.key].binding is Binding.RECOMPUTE]
+        copies: list[Transfer] = []
+        for h in migrate:
+            row = self._owner[h.key]
+            num_blocks = self._extend(host, h, row, now_s)
+            if num_blocks is None:
+                self._start_over(h.key)
+                continue
+            tokens = num_blocks * host.spec.block_size
+            copies += [
+                Transfer("kv", None, 0, tokens, src, dst, tokens * per_token)
+                for src, dst, per_token in link_loads(host.spec.model, h.source, targets[row])
+                if tokens
+            ]
+        self.kv_bytes += sum(t.nbytes for t in copies)
+        return copies
+
+    def _extend(self, host: SurrogateCluster, h: Here, row: int, now_s: float) -> int | None:
+        """Keep blocks for what has been computed. How many have to be sent, whole ones always,
+        since what came into one after it was sent is not there; None without room."""
+        size, replica = host.spec.block_size, host.state.replicas[row]
+        kept = self._kept.get(h.key)
+        if kept is not None and kept.num_preemptions != h.num_preemptions:
+            self._give_back(host, h.key, now_s)  # all of it comes anew
+            kept = None
+        kept = kept or Kept(row, 0, 0, h.num_preemptions)
+        needed = -(-h.computed // size)
+        missing = needed - kept.blocks
+        if not needed or missing > max(0, replica["free_blocks"]):
+            self._give_back(host, h.key, now_s)
+            return None
+        replica["free_blocks"] -= missing
+        self._kept[h.key] = kept._replace(blocks=needed, copied=h.computed)
+        return needed - kept.copied // size if h.computed > kept.copied else 0
+
+    def _start_over(self, key: int) -> None:
+        """There is no room for its blocks, or nothing in them any more."""
+        self._recompute.append(key)
+        self._bound[key] = replace(self._bound[key], binding=Binding.RECOMPUTE, migrate_s=None)
+
+    def _give_back(self, host: SurrogateCluster, key: int, now_s: float) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            host.state.replicas[kept.row]["free_blocks"] += kept.blocks
+            host.state.wake(kept.row, now_s)  # a replica that stays may have lacked them
+
+    # ---------------------------------------------------------------- the end
+
+    def next_end_s(self, host: SurrogateCluster, now_s: float) -> float | None:
+        """When a sequence may end that is waited for, at the earliest; None when all have."""
+        draining = self.draining
+        replicas = {h.source for h in self._look(host) if h.key in draining}
+        return min([host.state.next_end_s(host.row_of(r), now_s) for r in replicas], default=None)
+
+    def undo(self, host: SurrogateCluster, now_s: float) -> None:
+        """Give back what was kept."""
+        for key in list(self._kept):
+            self._give_back(host, key, now_s)
+
+    def hand_over(self, host: SurrogateCluster, now_s: float) -> None:
+        """After the last round, when the old rows are gone: what was copied runs on in its new row,
+        the others wait there."""
+        state = host.state
+        kept, self._kept = self._kept, {}
+        work_s = state.work_time(now_s)
+        for key in [*kept, *self._recompute]:
+            slot, row = self._slots[key], self._owner[key]
+            state.seqs[slot]["blocks"] = kept[key].blocks if key in kept else 0
+            state.seqs[slot]["num_moves"] += 1
+            add = kernel.adopt if key in kept else kernel.enqueue
+            add(state.seqs, state.replicas, state.lists, state.counts[0], slot, row, work_s)
