@@ -86,8 +86,8 @@ class Arrivals:
         """Be ready for exactly these sequences as they are now; what was reserved for others is
         given back, for those that have grown it grows.
 
-        Returns the block table of each, empty where no room is left, and the blocks of the tables
-        that were taken just now, whose content must be copied here.
+        Returns the block table of each, empty where no room is left or nothing is computed, and the
+        blocks of the tables that were taken just now, whose content must be copied here.
         """
         for gone in self._sequences.keys() - {state.request_id for state in states}:
             self._forget(gone)
@@ -102,7 +102,7 @@ class Arrivals:
             seq.output_token_ids = list(state.output_token_ids)
             seq.pending_logprobs = list(state.pending_logprobs)
             fresh = self._reserve(seq, state.num_computed_tokens)
-            if fresh is None:
+            if fresh is None or not seq.block_table:
                 self._forget(state.request_id)
                 tables.append([])
                 continue

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from imitated_cache import BLOCK, ImitatedCache, make_scheduler, make_sequence, reference, run_all
 
 from engine.messages import SequenceState
-from engine.migration.arrivals import Arrivals, Departures, state_of
+from engine.migration.arrivals import Arrivals, Departures, sequence_of, state_of
 from engine.migration.kv import FilledBlocks
 from engine.request import SamplingParams, Sequence
 from engine.scheduler import BatchScheduler
@@ -101,6 +101,22 @@ def test_a_rollback_gives_references_back() -> None:
     assert new.block_manager.num_used == 0
     old.check_integrity()
     assert [seq.block_table for seq in old.sequences()] == before
+
+
+def test_what_was_preempted_meanwhile_does_not_come() -> None:
+    """Nothing of it is computed any more: it starts over where it goes, like any other."""
+    old, _ = prefilled("ab")
+    new = make_scheduler(32, max_num_seqs=8)
+    arrivals = Arrivals(new)
+    arrivals.reserve(states(old))
+    old.start_over()
+    moving = states(old)
+    assert arrivals.reserve(moving) == ([[], []], [])
+    arrivals.adopt()
+    assert new.sequences() == []
+    for state in moving:
+        new.add(sequence_of(state))
+    new.check_integrity()
 
 
 def test_without_room_a_table_is_empty_and_nothing_is_taken() -> None:
