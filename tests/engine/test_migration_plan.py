@@ -23,7 +23,13 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.errors import InfeasibleError
-from engine.migration.binding import bind_sequence
+from engine.migration.binding import (
+    MAX_ROUNDS,
+    bind_sequence,
+    drain_timeout_s,
+    is_round_due,
+    is_settled,
+)
 from engine.migration.kv import kv_moves
 from engine.migration.plan import (
     held_shards,
@@ -210,3 +216,28 @@ def test_binding_takes_the_cheapest_way() -> None:
     assert bind_sequence(kv, "r", 50, 400, False, 3) == BoundSequence(
         "r", Binding.DRAIN, 3 * 0.1, None, 0.5
     )
+
+
+def test_rounds_of_kv_copies() -> None:
+    """Until one is shorter than a step (0.1 s) or longer than half of the one before."""
+    assert is_round_due([], 0.1)
+    assert is_round_due([1.0], 0.1)
+    assert not is_round_due([0.09], 0.1)
+    assert is_round_due([1.0, 0.5], 0.1)
+    assert not is_round_due([1.0, 0.51], 0.1)
+    assert not is_round_due([1.0, 0.5, 0.25, 0.09], 0.1)
+    halving = [2.0**-i for i in range(MAX_ROUNDS)]
+    assert is_round_due(halving[:-1], 0.01)
+    assert not is_round_due(halving, 0.01)
+
+
+def test_who_is_bound_for_good() -> None:
+    bound = BoundSequence("r", Binding.DRAIN, 2.0, None, 9.0)
+    assert not is_settled(None, may_drain=True)
+    assert is_settled(bound, may_drain=True)
+    assert not is_settled(bound, may_drain=False)
+    assert is_settled(replace(bound, binding=Binding.MIGRATE), may_drain=False)
+    assert is_settled(replace(bound, binding=Binding.RECOMPUTE), may_drain=False)
+    waited = replace(bound, binding=Binding.RECOMPUTE, recompute_s=0.0)
+    assert not is_settled(waited, may_drain=True)  # it may have begun by the next round
+    assert drain_timeout_s([0.5, 2.0]) == 3.0

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.batch import ScheduledBatch
 from engine.block_manager import BlockManager
 from engine.cluster import Deployment, Request, Routing
 from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
-from engine.request import SamplingParams, Sequence
+from engine.request import SamplingParams
+from engine.request import Sequence as LiveSequence
 from engine.router import ReplicaLoad, pick
 from engine.scheduler import BatchScheduler
 from engine.shards import num_kv_blocks
@@ -40,10 +42,16 @@ class PlainReplica:
         self.token_times: dict[str, list[float]] = {}
         self.preemptions: dict[str, int] = {}
 
+    def limit(self, max_used: int | None, now_s: float) -> None:
+        """From `now_s` on, see `BlockManager.limit`."""
+        self.run(now_s)
+        self.scheduler.block_manager.limit(max_used)
+        self.wake_s, self.may_start = max(self.wake_s, now_s), True
+
     def add(self, request: Request, now_s: float) -> None:
         params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
         prompt = [1] * request.prompt_tokens
-        self.scheduler.add(Sequence(request.request_id, prompt, params, request.arrival_s))
+        self.scheduler.add(LiveSequence(request.request_id, prompt, params, request.arrival_s))
         self.token_times[request.request_id] = []
         self.outstanding += 1
         self.wake_s, self.may_start = max(self.wake_s, now_s), True
@@ -63,9 +71,11 @@ class PlainReplica:
                 self._start(start_s)
 
     def _start(self, now_s: float) -> None:
+        preempted_before = self.scheduler.num_preemptions_total
         batch = self.scheduler.schedule()
         if batch is None:
-            self.may_start = bool(not self.in_flight and self.scheduler.has_work)
+            has_preempted = self.scheduler.num_preemptions_total > preempted_before
+            self.may_start = has_preempted and not self.in_flight
             return
         context = sum(item.start + item.num_tokens for item in batch.items)
         pairs = sum(attention_pairs(item.start, item.num_tokens) for item in batch.items)
@@ -111,10 +121,17 @@ class PlainCluster:
             for r in deployment.replicas
         }
 
-    def run(self, requests: list[Request]) -> dict[str, tuple[int, list[float], int]]:
-        """request id -> (replica id, token times, preemptions)."""
+    def run(
+        self, requests: list[Request], limits: Sequence[tuple[float, int | None]] = ()
+    ) -> dict[str, tuple[int, list[float], int]]:
+        """request id -> (replica id, token times, preemptions). `limits` (since when, blocks) hold
+        for the first replica."""
         chosen: dict[str, int] = {}
+        first, todo = next(iter(self.replicas.values())), deque(limits)
         for request in requests:
+            while todo and todo[0][0] < request.arrival_s:
+                at_s, max_used = todo.popleft()
+                first.limit(max_used, at_s)
             for replica in self.replicas.values():
                 replica.run(request.arrival_s)
             loads = [
@@ -130,6 +147,8 @@ class PlainCluster:
             assert picked is not None
             chosen[request.request_id] = picked
             self.replicas[picked].add(request, request.arrival_s)
+        for at_s, max_used in todo:
+            first.limit(max_used, at_s)
         for replica in self.replicas.values():
             replica.run(math.inf)
         return {

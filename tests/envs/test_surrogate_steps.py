@@ -66,6 +66,7 @@ def kernel_steps(surrogate: SurrogateCluster, names: list[str]) -> list[list[Ste
     number=st.integers(1, 60),
     seed=st.integers(0, 2**32 - 1),
     cuts=st.lists(st.floats(0, 2), max_size=4),
+    limits=st.lists(st.tuples(st.floats(0.001, 2), st.integers(0, 28)), max_size=4),
 )
 def test_every_step_equals_the_batch_scheduler(
     small_cluster: ProfiledCluster,
@@ -77,8 +78,10 @@ def test_every_step_equals_the_batch_scheduler(
     number: int,
     seed: int,
     cuts: list[float],
+    limits: list[tuple[float, int]],
 ) -> None:
-    """Items, positions, token counts, times, free blocks and preemptions of all steps."""
+    """Items, positions, token counts, times, free blocks and preemptions of all steps, with other
+    limits to the blocks of the first replica now and then."""
     deployment = dense_deployment(parse_deployment_key(key))
     cluster = with_budgets(small_cluster, deployment, 16 + spare_blocks, seqs, tokens)
     rng = np.random.default_rng(seed)
@@ -91,12 +94,20 @@ def test_every_step_equals_the_batch_scheduler(
     ]
     routing = Routing(tuple(r.replica_id for r in deployment.replicas))
     plain = PlainCluster(cluster, deployment, routing)
-    plain.run(requests)
+    limited = [*sorted(limits), (3.0, None)]
+    plain.run(requests, limited)
     surrogate = SurrogateCluster(cluster, deployment, trace_items=500_000)
     for request in requests:
         surrogate.submit(request)
-    for until_s in [*sorted(cuts), 1e6]:
+    row, steps_s = surrogate.row_of(deployment.replicas[0]), [(c, False, None) for c in cuts]
+    for until_s, is_limit, blocks in sorted(
+        [*steps_s, *((at_s, True, blocks) for at_s, blocks in limited), (1e6, False, None)],
+        key=lambda step: step[:2],
+    ):
         surrogate.advance(until_s)
+        if is_limit:
+            surrogate.state.limit_blocks(row, blocks)
+            surrogate.state.wake(row, until_s)
         surrogate.check_integrity()
     found = kernel_steps(surrogate, [r.request_id for r in requests])
     for replica, steps in zip(plain.replicas.values(), found, strict=True):

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cluster import (
+    Binding,
     KvCostParams,
     ParallelConfig,
     Request,
     RequestStatus,
+    SwitchMode,
     SwitchPhase,
     dense_deployment,
     parse_deployment_key,
@@ -27,10 +29,19 @@ from envs.surrogate.latency import linear_profile
 KEYS = ("2xtp2pp1", "1xtp1pp4", "1xtp2pp1+2xtp1pp1", "4xtp1pp1", "1xtp1pp3+1xtp1pp1")
 
 
-def start_switch(surrogate: SurrogateCluster, key: str, kv: KvCostParams) -> str:
+COSTS = {  # what becomes of a sequence whose replica goes, unless nothing of it is computed
+    Binding.MIGRATE: KvCostParams(1e15, 1.0, 0.01),
+    Binding.RECOMPUTE: KvCostParams(1.0, 1e15, 0.01),
+    Binding.DRAIN: KvCostParams(1.0, 1.0, 0.004),
+}
+
+
+def start_switch(
+    surrogate: SurrogateCluster, key: str, kv: KvCostParams, mode: SwitchMode = SwitchMode.LIVE
+) -> str:
     state, target = surrogate.snapshot(), parse_deployment_key(key)
     plan = plan_switch(surrogate.spec, state.deployment, state.epoch, target, kv, 0.2)
-    return surrogate.apply(plan).ticket_id
+    return surrogate.apply(replace(plan, mode=mode)).ticket_id
 
 
 def test_work_conservation_and_littles_law(small_cluster: ProfiledCluster) -> None:
@@ -123,32 +134,47 @@ def test_switches_roll_back_with_the_probability(small_cluster: ProfiledCluster)
     assert abs(failed - 0.3 * number) < 3 * np.sqrt(number * 0.3 * 0.7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
+    first=st.sampled_from(KEYS),
     switches=st.lists(
-        st.tuples(st.floats(0, 3), st.sampled_from(KEYS), st.booleans(), st.booleans()),
+        st.tuples(
+            st.floats(0, 3),
+            st.sampled_from(KEYS),
+            st.sampled_from(Binding),
+            st.sampled_from(SwitchMode),
+            st.booleans(),
+        ),
         max_size=6,
     ),
+    headroom_bytes=st.sampled_from([None, 0, 1_000_000]),
+    link_bytes_per_s=st.sampled_from([2e8, 1e7]),
     cores=st.sampled_from([0.0, 1.5]),
     losses=st.lists(st.tuples(st.floats(0, 3), st.integers(0, 3), st.floats(0.01, 3)), max_size=3),
 )
 def test_nothing_is_lost(
     small_cluster: ProfiledCluster,
     seed: int,
-    switches: list[tuple[float, str, bool, bool]],
+    first: str,
+    switches: list[tuple[float, str, Binding, SwitchMode, bool]],
+    headroom_bytes: int | None,
+    link_bytes_per_s: float,
     cores: float,
     losses: list[tuple[float, int, float]],
 ) -> None:
-    """Under switches at any instant, cancelled or rolled back or not, and devices that are lost
-    and come back: every request ends once, refused only where no replica was there, else with the
-    tokens that it was to make, counted once each in the steps that made them."""
+    """Under switches at any instant, live or in place, with memory for both generations or not,
+    cancelled or rolled back or not, and devices that are lost and come back: every request ends
+    once, refused only where no replica was there, else with the tokens that it was to make, counted
+    once each in the steps that made them."""
     rng = np.random.default_rng(seed)
     steps = tuple(replace(s, busy_cores=1.0) for s in small_cluster.profile.steps)
-    profile = replace(small_cluster.profile, cores=cores, steps=steps)
+    profile = replace(
+        small_cluster.profile, cores=cores, steps=steps, link_bytes_per_s=link_bytes_per_s
+    )
     surrogate = SurrogateCluster(
-        replace(small_cluster, profile=profile),
-        dense_deployment(parse_deployment_key("4xtp1pp1")),
+        ProfiledCluster(replace(small_cluster.spec, switch_headroom_bytes=headroom_bytes), profile),
+        dense_deployment(parse_deployment_key(first)),
         seed=seed,
         rollback_probability=0.3,
         trace_items=200_000,
@@ -159,16 +185,16 @@ def test_nothing_is_lost(
         prompt, output = int(rng.integers(1, 190)), int(rng.integers(1, 60))
         surrogate.submit(Request(f"r{i}", at_s, prompt, output))
         wanted[f"r{i}"] = (prompt, output)
-    for at_s, key, migrates, cancels in sorted(switches):
+    for at_s, key, binding, mode, cancels in sorted(switches):
         surrogate.advance(max(at_s, surrogate.snapshot().now_s))
         surrogate.check_integrity()
         now = surrogate.snapshot()
         if not now.switch_in_flight and not now.dead_devices and now.deployment.replicas:
-            kv = KvCostParams(1e15, 1.0, 0.01) if migrates else KvCostParams(1.0, 1e15, 0.01)
-            ticket_id = start_switch(surrogate, key, kv)
-            if cancels:
-                surrogate.advance(surrogate.snapshot().now_s + float(rng.uniform(0, 0.4)))
+            ticket_id = start_switch(surrogate, key, COSTS[binding], mode)
+            for _ in range(4):
+                surrogate.advance(surrogate.snapshot().now_s + float(rng.uniform(0, 0.15)))
                 surrogate.check_integrity()
+            if cancels:
                 surrogate.cancel(ticket_id)
                 surrogate.check_integrity()
     surrogate.advance(1e4)
