@@ -139,7 +139,7 @@ class Profiler:
             for beside in NUM_BESIDE:
                 await self._prefills(lengths, min(beside, spec.max_num_seqs - 1))
         rows = [row for steps in self._take_reports() for row in step_rows(steps, pp, share)]
-        return MeasuredSteps.of(rows), share
+        return MeasuredSteps.of(rows).averaged(), share
 
     @property
     def _room(self) -> int:
