@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.profile import attention_pairs
 from engine.request import (
     Penalties,
     PromptTargets,
@@ -37,6 +38,17 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.items)
+
+    def size(self) -> tuple[int, int, int, int, float]:
+        """(tokens, sequences that decode, sequences, context tokens, attention pairs), as in
+        `engine.messages.StepReport`."""
+        tokens = decoding = context = 0
+        pairs = 0.0
+        for seq, start, num_tokens, _ in self.items:
+            tokens, context = tokens + num_tokens, context + start + num_tokens
+            pairs += attention_pairs(start, num_tokens)
+            decoding += num_tokens == 1 and start >= len(seq.prompt_token_ids)
+        return tokens, decoding, len(self.items), context, pairs
 
     def to_step_input(self) -> StepInput:
         """What the ranks need of this step. Its block tables are the sequences' own: read or

@@ -414,6 +414,7 @@ class SwitchMode(StrEnum):
     IN_PLACE = "in_place"
 
 
+HEAL_TIMEOUT_S = 60.0  # that requests wait at most, by default, while no replica is left
 DISK = -1  # in place of a source device: the checkpoint, for what no device holds any more
 
 

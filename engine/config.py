@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engine.cluster import HEAL_TIMEOUT_S
 from engine.errors import InvalidRequestError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -94,7 +95,7 @@ class EngineConfig(BaseModel):
         10.0, gt=0, description="seconds of silence after which a worker is killed"
     )
     heal_timeout_s: float = Field(
-        60.0,
+        HEAL_TIMEOUT_S,
         ge=0,
         description="seconds that requests wait at most for lost workers when no replica is left",
     )

@@ -290,12 +290,31 @@ class LeaderStats(msgspec.Struct, array_like=True, frozen=True):
     prefix_cache_hits: int = 0
 
 
+class StepReport(Message, frozen=True):
+    """One step of a replica, as its leader saw it; seconds on its machine's monotonic clock.
+
+    `started_s` is when it could be scheduled: when the step before it ended, if there was more to
+    do then. So the time of a step holds all that a replica does between two steps, too.
+    """
+
+    started_s: float
+    ended_s: float
+    tokens: int
+    decoding: int  # sequences that decode, one token each; the others prefill
+    sequences: int
+    context_tokens: int  # sum over sequences, after the step
+    pairs: float  # sum over sequences of `engine.profile.attention_pairs`
+    others_at_start: int  # steps in flight beside it
+    others_at_end: int
+
+
 class Tokens(Message, frozen=True):
-    """Tokens of one step of a replica (none in a heartbeat)."""
+    """Tokens of one step of a replica (none in a heartbeat, nor a step)."""
 
     replica_id: int
     updates: list[TokenUpdate]
     stats: LeaderStats
+    step: StepReport | None = None
 
 
 class RankFailed(Message, frozen=True):

@@ -45,7 +45,7 @@ class StepTimeModel:
     per_pair_s: float = 0.0
     token_knots: tuple[int, ...] = ()
     token_s: tuple[float, ...] = ()
-    busy_cores: float = 0.0  # host cores that a step keeps busy on average; 0 on accelerators
+    busy_cores: float = 0.0  # host cores that one step in flight keeps busy; 0 on accelerators
     stage_share: float = 1.0
     residual_p50: float = 0.0  # median |predicted / measured - 1| over the fitted points
 

@@ -21,6 +21,7 @@ from engine.messages import (
     LeaderStats,
     RankSpec,
     SequenceState,
+    StepReport,
     TokenUpdate,
     decode_output,
     decode_step,
@@ -69,6 +70,19 @@ class RankState:
         return result, None
 
 
+@dataclass(slots=True)
+class StepInFlight:
+    """A step that was dispatched; `result` is its output, or with pp > 1 what is being sent."""
+
+    batch: ScheduledBatch
+    result: Any
+    started_s: float
+    others: int  # in flight when it was dispatched
+
+    def report(self, ended_s: float, others: int) -> StepReport:
+        return StepReport(self.started_s, ended_s, *self.batch.size(), self.others, others)
+
+
 class Follower:
     """A rank that runs what its leader sends. Owns perhaps an output socket. `peers` are the
     input endpoints of all ranks, in rank order."""
@@ -111,7 +125,9 @@ class Replica:
         parallel: ParallelConfig = state.spec.parallel
         self._depth = parallel.pp
         self._followers: list[Any] = []
-        self._in_flight: deque[tuple[ScheduledBatch, Any]] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
+        self._ready_s: float | None = None  # the last step ended then, and there was more to do
+        self.last_step: StepReport | None = None
         self._arrivals, self._departures = Arrivals(scheduler), Departures(scheduler)
         self._submitted_s: dict[str, float] = {}  # of those that have made no step yet
 
@@ -136,6 +152,7 @@ class Replica:
         return self._collect(wait_ms) if self._in_flight else None
 
     def _dispatch(self) -> bool:
+        started_s, self._ready_s = self._ready_s or time.monotonic(), None
         batch = self.scheduler.schedule()
         if batch is None:
             return False
@@ -146,7 +163,9 @@ class Replica:
             for socket in self._followers:
                 socket.send(data)
         result, pending = self.state.run_stage(step)
-        self._in_flight.append((batch, pending if pending is not None else result))
+        self._in_flight.append(
+            StepInFlight(batch, pending or result, started_s, len(self._in_flight))
+        )
         return True
 
     def _measure_queueing(self, batch: ScheduledBatch) -> None:
@@ -159,17 +178,21 @@ class Replica:
                 item.seq.queue_s = now_s - submitted_s
 
     def _collect(self, wait_ms: int) -> list[TokenUpdate] | None:
-        batch, result = self._in_flight[0]
+        step = self._in_flight[0]
         if self._depth > 1:
             if not self.inputs.poll(wait_ms):
                 return None
             output = decode_output(self.inputs.recv())
-            assert output.step_id == batch.step_id, (output.step_id, batch.step_id)
-            result[0].wait()  # the hidden states have left
+            assert output.step_id == step.batch.step_id, (output.step_id, step.batch.step_id)
+            step.result[0].wait()  # the hidden states have left
         else:
-            output = result
+            output = step.result
         self._in_flight.popleft()
-        return self.scheduler.update(batch, output.tokens, output.logprobs)
+        updates = self.scheduler.update(step.batch, output.tokens, output.logprobs)
+        now_s = time.monotonic()
+        self.last_step = step.report(now_s, len(self._in_flight))
+        self._ready_s = now_s if self.scheduler.has_work else None
+        return updates
 
     # ---------------------------------------------------------------- requests and switches
 
@@ -195,6 +218,7 @@ class Replica:
                 raise RuntimeError(f"a step did not end within {DRAIN_TIMEOUT_MS} ms")
             updates += collected
         self._submitted_s.clear()  # they wait elsewhere from now on
+        self._ready_s = None
         return self._departures.take(), updates
 
     def resume(self) -> None:

@@ -44,6 +44,7 @@ from engine.messages import (
     RankFailed,
     ReleaseRank,
     Reply,
+    StepReport,
     Tokens,
 )
 from engine.migration.plan import plan_switch
@@ -78,6 +79,7 @@ class EngineRuntime:
         self.deployment, self.epoch = initial, 0
         self.routing = Routing(tuple(r.replica_id for r in initial.replicas))
         self.failpoint: Callable[[str], None] = lambda name: None
+        self.on_step: Callable[[int, StepReport], None] = lambda replica_id, step: None
         self._executor, self._run_dir = executor, run_dir
         recovery = recovery or RecoveryConfig()
         self.workers = WorkerPool(
@@ -205,6 +207,8 @@ class EngineRuntime:
         now_s = self.now_s()
         if message.updates:
             self.requests.take_tokens(message, now_s)
+        if message.step is not None:
+            self.on_step(message.replica_id, message.step)
         self._take_stats(message.replica_id, message.stats, now_s)
 
     def _take_stats(self, replica_id: int, stats: LeaderStats, now_s: float) -> None:

@@ -30,6 +30,7 @@ MAX_ITERATIONS, CONVERGED = 100, 1e-6
 LEAST_SHARE = 1e-2  # of the measured time: a lesser prediction is no unit of error
 RANK_TOLERANCE = 1e-6
 LARGE_TOKENS = 64  # a step of more is a large one
+ALIKE_CONTEXT = 64  # tokens
 REGIMES = ("prefill", "decode", "mixed", "small", "large")
 
 
@@ -48,6 +49,17 @@ class MeasuredSteps:
     def of(cls, rows: Sequence[Sequence[float]]) -> MeasuredSteps:
         """From rows in the order of the columns."""
         return cls(*np.array(rows, np.float64).reshape(-1, 6).T)
+
+    def averaged(self) -> MeasuredSteps:
+        """One step for all that are alike (in context to `ALIKE_CONTEXT` tokens), with their means:
+        where a host's scheduler makes single steps now short, now long, means are what adds up."""
+        alike = np.column_stack(
+            [self.tokens, self.decoding, self.sequences, self.context_tokens // ALIKE_CONTEXT]
+        )
+        _, group = np.unique(alike, axis=0, return_inverse=True)
+        count = np.bincount(group)
+        columns = (getattr(self, name) for name in self.__slots__)
+        return MeasuredSteps(*(np.bincount(group, column) / count for column in columns))
 
     def regimes(self) -> dict[str, NDArray[np.bool_]]:
         """Which steps belong to each of `REGIMES`: one of three kinds, one of two sizes."""

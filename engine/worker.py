@@ -148,7 +148,7 @@ class Worker:
 
     def _send_tokens(self, replica_id: int, replica: Replica, updates: list[TokenUpdate]) -> None:
         self._last_stats_s = time.monotonic()
-        self._send(Tokens(replica_id, updates, replica.stats()))
+        self._send(Tokens(replica_id, updates, replica.stats(), replica.last_step))
 
     def _send_stats(self) -> None:
         if time.monotonic() - self._last_stats_s < STATS_S:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.channel import ChannelConfig, WorkerChannel
+from engine.cluster import HEAL_TIMEOUT_S
 from engine.errors import UnavailableError
 from engine.executor import Executor, WorkerConfig
 from engine.messages import Reply
@@ -34,7 +35,7 @@ class RecoveryConfig:
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
     steady_s: float = 60.0
-    heal_timeout_s: float = 60.0
+    heal_timeout_s: float = HEAL_TIMEOUT_S
 
 
 class Backoff:

@@ -11,15 +11,13 @@ from copy import copy
 from math import inf
 from typing import TYPE_CHECKING
 
-from engine.cluster import Deployment, EventKind, Replica
+from engine.cluster import HEAL_TIMEOUT_S, Deployment, EventKind, Replica
 from engine.profile import ServingProfile
 from engine.shards import rank_weight_bytes
 from envs.scenarios import DeviceFailure
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
-
-HEAL_TIMEOUT_S = 60.0  # `heal_timeout_s` of `engine.worker_pool.RecoveryConfig`
 
 
 class Failures:

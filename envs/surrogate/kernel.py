@@ -418,11 +418,14 @@ def work_time(clock: Any, now_s: float) -> Any:
 
 @compiled
 def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
-    """The rate at which steps in flight go on from now on: cores over busy cores, at most 1."""
+    """The rate at which steps in flight go on from now on: cores over busy cores, at most 1. Of
+    the steps of a pipeline only so many are at work as its slowest stage lets through."""
     busy = clock.mover_cores
     for j in range(len(rows)):
-        if replicas[rows[j]].num_batches > 0:
-            busy += replicas[rows[j]].step.busy_cores
+        replica = replicas[rows[j]]
+        if replica.num_batches > 0:
+            at_work = min(float(replica.num_batches), 1.0 / replica.step.stage_share)
+            busy += at_work * replica.step.busy_cores
     rate = 1.0 if busy <= clock.cores else clock.cores / busy
     if rate != clock.rate:
         clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate

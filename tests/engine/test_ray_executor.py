@@ -52,6 +52,8 @@ def nodes() -> Iterator[Any]:
 
     before = set(descendants())
     folder = tempfile.mkdtemp(prefix="tw-ray-")  # short: it holds sockets
+    os.environ["RAY_TMPDIR"] = folder  # the address file goes to `ray` in it
+    os.mkdir(f"{folder}/ray")
     options = {"num_cpus": 2, "object_store_memory": 80_000_000, "temp_dir": folder}
     cluster = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
     try:
@@ -61,6 +63,7 @@ def nodes() -> Iterator[Any]:
         yield cluster
     finally:
         cluster.shutdown()
+        del os.environ["RAY_TMPDIR"]
         shutil.rmtree(folder, ignore_errors=True)
     assert_gone(started)
 

@@ -107,3 +107,15 @@ def test_regimes_and_residuals_by_hand() -> None:
     assert (error.count, error.p50, error.bias) == pytest.approx((5, 0.1, 0.0))
     assert error.p90 == pytest.approx(0.3 * 0.6 + 0.2 * 0.4)
     assert Residual.of([], []).count == 0
+
+
+def test_steps_that_are_alike_are_averaged() -> None:
+    rows = [
+        (2.0, 2.0, 2.0, 10.0, 10.0, 1.0),
+        (9.0, 0.0, 1.0, 9.0, 45.0, 7.0),
+        (2.0, 2.0, 2.0, 12.0, 12.0, 4.0),
+        (2.0, 2.0, 2.0, 70.0, 70.0, 2.0),  # far more context
+    ]
+    averaged = MeasuredSteps.of(rows).averaged()
+    found = zip(*(getattr(averaged, name) for name in MeasuredSteps.__slots__), strict=True)
+    assert sorted(found) == [(2.0, 2.0, 2.0, 11.0, 11.0, 2.5), rows[3], rows[1]]

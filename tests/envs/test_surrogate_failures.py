@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.cluster import (
+    HEAL_TIMEOUT_S,
     EventKind,
     KvCostParams,
     Request,
@@ -27,7 +28,6 @@ from envs.experiment import build_env, build_experiment
 from envs.experiment_config import read_config
 from envs.scenarios import DeviceFailure, FailureDrivable
 from envs.surrogate.cluster import SurrogateCluster
-from envs.surrogate.failure import HEAL_TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 KV = KvCostParams(1e15, 1.0, 0.01)

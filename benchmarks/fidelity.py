@@ -1,0 +1,222 @@
+"""The real engine beside the surrogate: the same arrivals on both.
+
+A random-weight Llama of 63M parameters in bfloat16 on four workers that share this machine's cores.
+The surrogate knows the engine by a profile that is measured first, one replica busy at a time, with
+bursts and single prompts that resemble none of the workloads; how replicas slow one another it
+computes from the cores that each keeps busy (`ServingProfile.cores`). Then every deployment serves
+every workload at every load, `repeats` times, and some switch to another in the middle.
+
+Errors are those of the surrogate against the mean of the engine's runs; `noise_` are those of the
+engine's second run against its first, which no simulator can undercut. A contrast is the difference
+of the mean latencies of two deployments on the same arrivals. All this is on processor cores: it
+validates the mechanics, not the figures of accelerators.
+
+--json FILE keeps all that was measured; --from FILE measures nothing and simulates again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from simulating.cells import Cell, draw_cells
+from simulating.errors import (
+    STATISTICS,
+    Compared,
+    compare,
+    contrasts,
+    median_error_pct,
+    repeat_errors,
+    switch_rows,
+)
+from simulating.runs import Run, drive, simulate, warm_up
+from simulating.settings import MODEL as SHAPE
+from simulating.settings import QUICK, Settings, engine_config
+from switching.model import make_model
+
+from engine.build import build_runtime
+from engine.cluster import parse_deployment_key
+from engine.facade import EngineCluster
+from engine.profile import ProfiledCluster
+from engine.profiler import profile
+from envs.workload import Trace
+
+PROFILE_TIMEOUT_S = 900.0
+WARM_UP_S = 1.5
+
+# ------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure_profile(folder: Path, settings: Settings) -> ProfiledCluster:
+    keys = {*settings.deployments, *(key for pair in settings.switches for key in pair)}
+    configs = sorted({c for key in keys for c in parse_deployment_key(key)})
+    config = engine_config(folder, "1xtp1pp1")
+    with EngineCluster(lambda: build_runtime(config)) as cluster:
+        work = profile(cluster.runtime, isolated=True, configs=configs)
+        return cluster.run(work, PROFILE_TIMEOUT_S)
+
+
+def measure_cells(folder: Path, cells: list[Cell], settings: Settings, profiled: Any) -> None:
+    """Fills in their runs: an engine per deployment, or per run with a switch."""
+    by_key: dict[str, list[Cell]] = {}
+    for number, cell in enumerate(cells):
+        by_key.setdefault(f"{number}" if cell.target else cell.deployment, []).append(cell)
+    for group in by_key.values():
+        runs = 1 if group[0].target else settings.repeats
+        for _ in range(settings.repeats // runs):
+            _measure_group(folder, group, runs, profiled)
+
+
+def _measure_group(folder: Path, group: list[Cell], repeats: int, profiled: Any) -> None:
+    config = engine_config(folder, group[0].deployment)
+    with EngineCluster(lambda: build_runtime(config)) as cluster:
+        warm_up(cluster, group[0].trace.window(0.0, WARM_UP_S), profiled)
+        for cell in group * repeats:
+            target = parse_deployment_key(cell.target) if cell.target else None
+            run = drive(cluster, cell.trace, profiled, target)
+            cell.runs.append(run)
+            latency_s = float((run.finish_s - cell.trace.arrival_s).mean())
+            print(
+                f"{cell.deployment} {cell.traffic}: {len(cell.trace)} requests, mean latency "
+                f"{latency_s:.3f} s, {run.switch.get('phase', '')}",
+                flush=True,
+            )
+            time.sleep(0.2)
+
+
+# ------------------------------------------------------------------------------------
+# Raw data
+
+
+def to_json(profiled: ProfiledCluster, cells: list[Cell]) -> dict[str, Any]:
+    traces = {c.traffic: c.trace for c in cells}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "profile": profiled.to_json(),
+        "traces": {
+            name: {
+                "arrival_s": np.round(t.arrival_s, 6).tolist(),
+                "prompt_tokens": t.prompt_tokens.tolist(),
+                "output_tokens": t.output_tokens.tolist(),
+                "duration_s": t.duration_s,
+            }
+            for name, t in traces.items()
+        },
+        "cells": [c.to_json() for c in cells],
+    }
+
+
+def from_json(data: dict[str, Any]) -> tuple[ProfiledCluster, list[Cell]]:
+    traces = {
+        name: Trace(
+            np.array(t["arrival_s"]),
+            np.array(t["prompt_tokens"], np.int64),
+            np.array(t["output_tokens"], np.int64),
+            t["duration_s"],
+        )
+        for name, t in data["traces"].items()
+    }
+    cells = [
+        Cell(
+            c["deployment"],
+            c["traffic"],
+            traces[c["traffic"]],
+            c["target"],
+            [Run.from_json(r) for r in c["runs"]],
+        )
+        for c in data["cells"]
+    ]
+    return ProfiledCluster.from_json(data["profile"]), cells
+
+
+# ------------------------------------------------------------------------------------
+# Report
+
+
+def summarise(profiled: ProfiledCluster, cells: list[Cell]) -> dict[str, Any]:
+    def predict(cell: Cell) -> Run:
+        return simulate(profiled, cell.deployment, cell.trace, cell.target)
+
+    steady = [c for c in cells if not c.target]
+    switching = [c for c in cells if c.target]
+    compared, repeated = compare(steady, predict), repeat_errors(steady)
+    pairs, switches = contrasts(compared), switch_rows(switching, predict)
+    print_cells(compared)
+    print_switches(switches)
+    result: dict[str, Any] = {"benchmark": "fidelity"}
+    result |= {f"err_{s}_pct_median": median_error_pct(compared, s) for s in STATISTICS}
+    if repeated:
+        result |= {f"noise_{s}_pct_median": median_error_pct(repeated, s) for s in STATISTICS}
+    result |= {
+        "deployment_rank_spearman": pairs.spearman,
+        "contrast_sign_agreement": pairs.sign_agreement,
+        "contrast_sign_agreement_clear": pairs.clear_sign_agreement,
+        "contrast_err_pct_median": pairs.error_pct,
+        "contrast_pairs": pairs.pairs,
+        "contrast_pairs_clear": pairs.clear_pairs,
+        "switch_gap_err_pct": float(np.median([abs(s["error_pct"]) for s in switches])),
+        "cells": len(steady),
+        "switches": len(switches),
+    }
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
+
+
+def print_cells(compared: list[Compared]) -> None:
+    columns = [(metric, s) for metric in ("ttft", "tpot", "latency") for s in ("mean", "p99")]
+    table = Table("deployment", "traffic", "tokens/s", *(f"{m} {s}" for m, s in columns))
+    for c in compared:
+        cells = [f"{c.error_pct(metric, s):+.1f} %" for metric, s in columns]
+        table.add_row(
+            c.cell.deployment,
+            c.cell.traffic,
+            f"{c.error_pct('throughput', 'mean'):+.1f} %",
+            *cells,
+        )
+    Console(width=150).print(table)
+
+
+def print_switches(rows: list[dict[str, Any]]) -> None:
+    table = Table("from", "to", "moved", "gap s", "predicted", "error")
+    for row in rows:
+        table.add_row(
+            row["from"],
+            row["to"],
+            str(row["moved"]),
+            f"{row['gap_s']:.3f}",
+            f"{row['predicted_gap_s']:.3f}",
+            f"{row['error_pct']:+.0f} %",
+        )
+    Console(width=150).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="three deployments, one workload")
+    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--from", dest="source", type=Path, help="such a file: measure nothing")
+    args = parser.parse_args()
+    if args.source is not None:
+        profiled, cells = from_json(json.loads(args.source.read_text()))
+    else:
+        settings, folder = QUICK if args.quick else Settings(), make_model(SHAPE)
+        profiled = measure_profile(folder, settings)
+        steady, switching = draw_cells(settings, profiled)
+        cells = steady + switching
+        measure_cells(folder, cells, settings, profiled)
+        if args.json is not None:
+            args.json.write_text(json.dumps(to_json(profiled, cells)) + "\n")
+    print(json.dumps(summarise(profiled, cells)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
