@@ -98,12 +98,19 @@ def _share(sequences: int, depth: int) -> Any:
 
 
 @compiled
+def _let_go(replica: Any, seq: Any) -> None:
+    """Free a sequence's blocks, but for those that are being copied: these stay in use."""
+    replica.free_blocks += seq.blocks - seq.copied_blocks
+    replica.copied_blocks += seq.copied_blocks
+    seq.blocks = seq.copied_blocks = 0
+
+
+@compiled
 def preempt(seqs: Any, replica: Any, lists: Any, s: int) -> None:
     """Take a running sequence's blocks; it waits."""
     remove(seqs, lists[RUNNING], s)
-    replica.free_blocks += seqs[s].blocks
+    _let_go(replica, seqs[s])
     replica.preemptions_total += 1
-    seqs[s].blocks = 0
     seqs[s].computed_tokens = 0
     seqs[s].num_preemptions += 1
     seqs[s].status = IN_WAITING
@@ -322,9 +329,8 @@ def _finish_step(
                 or num_tokens + 1 >= limits.max_model_len
             ):
                 remove(seqs, lists[RUNNING], s)
-                replica.free_blocks += seqs[s].blocks
+                _let_go(replica, seqs[s])
                 replica.num_outstanding -= 1
-                seqs[s].blocks = 0
                 seqs[s].status = FINISHED
                 ended[counts.ended] = s
                 counts.ended += 1

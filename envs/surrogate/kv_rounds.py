@@ -1,8 +1,8 @@
 """Sequences of the surrogate on their way between replicas, copied while they run. Pure.
 
-The rules are those of `engine.migration.sequences.SequenceMove` and of the blocks kept for it
-(`engine.migration.arrivals`). Two things are simpler: blocks are not shared, and those of a
-sequence that ends while it is copied are free at once, not at the end of the round.
+The rules are those of `engine.migration.sequences.SequenceMove` and of the blocks kept for it at
+either end (`engine.migration.arrivals`), but that no two sequences share a block. A test holds both
+equal.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ class KvRounds:
         """Choose, bind and reserve. What goes over which link; it counts as copied."""
         here = list(self._look(host))
         self._slots = {h.key: h.slot for h in here}
+        for replica in self._leaving:
+            slots = [h.slot for h in here if h.source == replica]
+            host.state.hold_copied(host.row_of(replica), slots, now_s)
         fresh = [h for h in here if h.key not in self._owner]
         chosen = choose_rows(
             host, self._plan.target.replicas, self._owner.values(), [h.slot for h in fresh]
@@ -198,9 +201,13 @@ class KvRounds:
         return min([host.state.next_end_s(host.row_of(r), now_s) for r in replicas], default=None)
 
     def undo(self, host: SurrogateCluster, now_s: float) -> None:
-        """Give back what was kept."""
+        """Give back what was kept at either end."""
         for key in list(self._kept):
             self._give_back(host, key, now_s)
+        for replica in self._leaving:
+            row = host.row_of(replica)
+            host.state.hold_copied(row, [], now_s)
+            host.state.seqs["copied_blocks"][host.state.sequences_of(row)] = 0
 
     def hand_over(self, host: SurrogateCluster, now_s: float) -> None:
         """After the last round, when the old rows are gone: what was copied runs on in its new row,
@@ -211,6 +218,7 @@ class KvRounds:
         for key in [*kept, *self._recompute]:
             slot, row = self._slots[key], self._owner[key]
             state.seqs[slot]["blocks"] = kept[key].blocks if key in kept else 0
+            state.seqs[slot]["copied_blocks"] = 0
             state.seqs[slot]["num_moves"] += 1
             add = kernel.adopt if key in kept else kernel.enqueue
             add(state.seqs, state.replicas, state.lists, state.counts[0], slot, row, work_s)

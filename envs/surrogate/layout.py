@@ -21,6 +21,7 @@ SEQUENCE = np.dtype(
         ("output_tokens", "i8"),  # generated so far
         ("computed_tokens", "i8"),  # whose keys and values are in the cache
         ("blocks", "i8"),  # KV blocks held
+        ("copied_blocks", "i8"),  # of these, that are being copied elsewhere
         ("in_flight_tokens", "i8"),  # of its step in flight, else 0
         ("num_preemptions", "i8"),
         ("num_moves", "i8"),
@@ -57,6 +58,7 @@ REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; thos
         ("num_devices", "i8"),
         ("num_blocks", "i8"),
         ("free_blocks", "i8"),  # that may be taken; below 0 when more are in use than may be
+        ("copied_blocks", "i8"),  # still being copied, of sequences that have let go of them
         ("withheld_blocks", "i8"),  # not to be used while others need their memory
         ("num_outstanding", "i8"),
         ("first_batch", "i8"),

@@ -167,7 +167,7 @@ class SurrogateState:
 
     def start_over(self, slots: list[int]) -> None:
         """Their replica is gone with all they had there but the tokens."""
-        for name in ("blocks", "computed_tokens", "in_flight_tokens"):
+        for name in ("blocks", "copied_blocks", "computed_tokens", "in_flight_tokens"):
             self.seqs[name][slots] = 0
         self.seqs["num_moves"][slots] += 1
 
@@ -192,6 +192,15 @@ class SurrogateState:
         withheld = 0 if max_used is None else max(0, int(replica["num_blocks"]) - max_used)
         replica["free_blocks"] += replica["withheld_blocks"] - withheld
         replica["withheld_blocks"] = withheld
+
+    def hold_copied(self, row: int, slots: list[int], now_s: float) -> None:
+        """`engine.migration.arrivals.Departures`: the blocks of the tokens computed so far stay in
+        use until the next call, whatever becomes of these sequences."""
+        replica, computed = self.replicas[row], self.seqs["computed_tokens"][slots]
+        self.seqs["copied_blocks"][slots] = -(-computed // self.spec.block_size)
+        replica["free_blocks"] += replica["copied_blocks"]
+        replica["copied_blocks"] = 0
+        self.wake(row, now_s)
 
     def preempt_all(self, row: int) -> None:
         """`engine.scheduler.BatchScheduler.start_over`: what the blocks of a row hold is lost."""
@@ -265,7 +274,9 @@ class SurrogateState:
             keys = seqs[["arrival_s", "number"]][slots].tolist()
             assert keys == sorted(keys), "not in arrival order"
         held = int(seqs["blocks"][running].sum())
-        assert held + reserved_blocks == self.used_blocks(row), row
+        copied = int(replica["copied_blocks"])
+        assert held + copied + reserved_blocks == self.used_blocks(row), row
+        assert (seqs["copied_blocks"] <= seqs["blocks"])[running].all(), row
         assert replica["free_blocks"] >= -replica["withheld_blocks"], row
         needed = -(-seqs["computed_tokens"][running] // self.spec.block_size)
         assert (seqs["blocks"][running] >= needed).all(), row

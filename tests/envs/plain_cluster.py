@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from engine.batch import ScheduledBatch
 from engine.block_manager import BlockManager
-from engine.cluster import Deployment, Request, Routing
+from engine.cluster import Deployment, ParallelConfig, Request, Routing
 from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
 from engine.request import SamplingParams
 from engine.request import Sequence as LiveSequence
-from engine.router import ReplicaLoad, pick
+from engine.router import load_of, pick
 from engine.scheduler import BatchScheduler
 from engine.shards import num_kv_blocks
+from envs.surrogate.cluster import SurrogateCluster
 
 
 class Step(NamedTuple):
@@ -36,17 +39,21 @@ class PlainReplica:
         self.scheduler, self.steps = scheduler, steps
         self.in_flight: deque[tuple[float, ScheduledBatch]] = deque()
         self.wake_s = self.ready_s = self.last_end_s = 0.0
-        self.may_start = False
+        self.may_start = self.is_paused = False
+        self.tables_on_the_way: Callable[[], Iterable[list[int]]] = list  # that hold blocks too
         self.outstanding = 0
         self.steps_made: list[Step] = []
         self.token_times: dict[str, list[float]] = {}
         self.preemptions: dict[str, int] = {}
 
+    def wake(self, now_s: float) -> None:
+        self.wake_s, self.may_start = max(self.wake_s, now_s), True
+
     def limit(self, max_used: int | None, now_s: float) -> None:
         """From `now_s` on, see `BlockManager.limit`."""
         self.run(now_s)
         self.scheduler.block_manager.limit(max_used)
-        self.wake_s, self.may_start = max(self.wake_s, now_s), True
+        self.wake(now_s)
 
     def add(self, request: Request, now_s: float) -> None:
         params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
@@ -54,13 +61,14 @@ class PlainReplica:
         self.scheduler.add(LiveSequence(request.request_id, prompt, params, request.arrival_s))
         self.token_times[request.request_id] = []
         self.outstanding += 1
-        self.wake_s, self.may_start = max(self.wake_s, now_s), True
+        self.wake(now_s)
 
     def run(self, until_s: float) -> None:
         while True:
             end_s = self.in_flight[0][0] if self.in_flight else math.inf
             has_room = len(self.in_flight) < self.steps.parallel.pp
-            start_s = max(self.ready_s, self.wake_s) if self.may_start and has_room else math.inf
+            may_start = self.may_start and has_room and not self.is_paused
+            start_s = max(self.ready_s, self.wake_s) if may_start else math.inf
             if end_s <= start_s:
                 if end_s > until_s or end_s == math.inf:
                     return
@@ -97,29 +105,44 @@ class PlainReplica:
         for item in batch.items:
             self.preemptions[item.seq.request_id] = item.seq.num_preemptions
         self.wake_s, self.may_start = now_s, True
-        self.scheduler.check_integrity()
+        self.scheduler.check_integrity(self.tables_on_the_way())
+
+
+def plain_replica(cluster: ProfiledCluster, parallel: ParallelConfig) -> PlainReplica:
+    """Idle, and without prefix caching."""
+    spec = cluster.spec
+    scheduler = BatchScheduler(
+        BlockManager(num_kv_blocks(spec, parallel), spec.block_size, False),
+        spec.max_num_seqs,
+        spec.max_num_batched_tokens,
+        spec.model.max_model_len,
+        None,
+        num_stages=parallel.pp,
+    )
+    return PlainReplica(scheduler, cluster.profile.step_model(parallel))
 
 
 class PlainCluster:
     """Replicas behind `engine.router.pick`."""
 
     def __init__(self, cluster: ProfiledCluster, deployment: Deployment, routing: Routing) -> None:
-        spec = cluster.spec
-        self.spec, self.deployment, self.routing = spec, deployment, routing
+        self.spec, self.deployment, self.routing = cluster.spec, deployment, routing
         self.replicas = {
-            r.replica_id: PlainReplica(
-                BatchScheduler(
-                    BlockManager(num_kv_blocks(spec, r.parallel), spec.block_size, False),
-                    spec.max_num_seqs,
-                    spec.max_num_batched_tokens,
-                    spec.model.max_model_len,
-                    None,
-                    num_stages=r.parallel.pp,
-                ),
-                cluster.profile.step_model(r.parallel),
-            )
-            for r in deployment.replicas
+            r.replica_id: plain_replica(cluster, r.parallel) for r in deployment.replicas
         }
+
+    def arrive(self, request: Request) -> int:
+        """Run up to its arrival; the replica that gets it."""
+        for replica in self.replicas.values():
+            replica.run(request.arrival_s)
+        loads = [
+            load_of(self.spec, r, self.replicas[r.replica_id].outstanding)
+            for r in self.deployment.replicas
+        ]
+        picked = pick(self.routing, loads, request.prompt_tokens, request.prompt_tokens)
+        assert picked is not None
+        self.replicas[picked].add(request, request.arrival_s)
+        return picked
 
     def run(
         self, requests: list[Request], limits: Sequence[tuple[float, int | None]] = ()
@@ -132,21 +155,7 @@ class PlainCluster:
             while todo and todo[0][0] < request.arrival_s:
                 at_s, max_used = todo.popleft()
                 first.limit(max_used, at_s)
-            for replica in self.replicas.values():
-                replica.run(request.arrival_s)
-            loads = [
-                ReplicaLoad(
-                    r.replica_id,
-                    r.parallel.num_devices,
-                    self.replicas[r.replica_id].outstanding,
-                    num_kv_blocks(self.spec, r.parallel) * self.spec.block_size,
-                )
-                for r in self.deployment.replicas
-            ]
-            picked = pick(self.routing, loads, request.prompt_tokens, request.prompt_tokens)
-            assert picked is not None
-            chosen[request.request_id] = picked
-            self.replicas[picked].add(request, request.arrival_s)
+            chosen[request.request_id] = self.arrive(request)
         for at_s, max_used in todo:
             first.limit(max_used, at_s)
         for replica in self.replicas.values():
@@ -155,3 +164,42 @@ class PlainCluster:
             name: (r, self.replicas[r].token_times[name], self.replicas[r].preemptions[name])
             for name, r in chosen.items()
         }
+
+
+# ---------------------------------------------------------------- the surrogate beside it
+
+
+def with_budgets(
+    cluster: ProfiledCluster, configs: Sequence[ParallelConfig], blocks: int, seqs: int, tokens: int
+) -> ProfiledCluster:
+    """The same cluster with `blocks` KV blocks in its smallest replica, and these budgets."""
+
+    def smallest(memory: int) -> int:
+        spec = replace(cluster.spec, device_memory_bytes=memory)
+        return min(num_kv_blocks(spec, config) for config in configs)
+
+    low, high = 0, cluster.spec.device_memory_bytes
+    while smallest(high) < blocks:
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if smallest(middle) < blocks else (low, middle)
+    spec = replace(
+        cluster.spec, device_memory_bytes=high, max_num_seqs=seqs, max_num_batched_tokens=tokens
+    )
+    return replace(cluster, spec=spec)
+
+
+def steps_of(surrogate: SurrogateCluster, row: int, names: list[str]) -> list[Step]:
+    """The trace of one row; `names` are the requests by arrival."""
+    trace, steps = surrogate.trace(), []
+    for start_s, items in groupby(trace[trace["row"] == row], lambda i: float(i["start_s"])):
+        parts = list(items)
+        ends, blocks, preemptions = (
+            {part[name].item() for part in parts}
+            for name in ("end_s", "free_blocks", "preemptions")
+        )
+        (end_s,), (free,), (preempted,) = ends, blocks, preemptions
+        told = tuple((names[i["index"]], int(i["start"]), int(i["tokens"])) for i in parts)
+        steps.append(Step(start_s, end_s, told, free, preempted))
+    return steps

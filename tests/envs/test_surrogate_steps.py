@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import groupby
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cluster import Deployment, Request, Routing, dense_deployment, parse_deployment_key
+from engine.cluster import Request, Routing, dense_deployment, parse_deployment_key
 from engine.profile import ProfiledCluster
-from engine.shards import num_kv_blocks
 from envs.surrogate.cluster import SurrogateCluster
-from tests.envs.plain_cluster import PlainCluster, Step
+from tests.envs.plain_cluster import PlainCluster, steps_of, with_budgets
 
 KEYS = ("1xtp1pp1", "1xtp1pp2", "1xtp1pp3+1xtp1pp1", "1xtp1pp4", "1xtp2pp1+2xtp1pp1", "2xtp1pp2")
-
-
-def with_budgets(
-    cluster: ProfiledCluster, deployment: Deployment, blocks: int, seqs: int, tokens: int
-) -> ProfiledCluster:
-    """The same cluster with `blocks` KV blocks in its smallest replica, and these budgets."""
-
-    def smallest(memory: int) -> int:
-        spec = replace(cluster.spec, device_memory_bytes=memory)
-        return min(num_kv_blocks(spec, config) for config in deployment.configs)
-
-    low, high = 0, cluster.spec.device_memory_bytes
-    while smallest(high) < blocks:
-        high *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if smallest(middle) < blocks else (low, middle)
-    spec = replace(
-        cluster.spec, device_memory_bytes=high, max_num_seqs=seqs, max_num_batched_tokens=tokens
-    )
-    return replace(cluster, spec=spec)
-
-
-def kernel_steps(surrogate: SurrogateCluster, names: list[str]) -> list[list[Step]]:
-    """The trace by replica."""
-    trace = surrogate.trace()
-    steps: list[list[Step]] = [[] for _ in surrogate.snapshot().replicas]
-    for (row, start_s), items in groupby(trace, lambda i: (int(i["row"]), float(i["start_s"]))):
-        parts = list(items)
-        ends, blocks, preemptions = (
-            {part[name].item() for part in parts}
-            for name in ("end_s", "free_blocks", "preemptions")
-        )
-        (end_s,), (free,), (preempted,) = ends, blocks, preemptions
-        told = tuple((names[i["index"]], int(i["start"]), int(i["tokens"])) for i in parts)
-        steps[row].append(Step(start_s, end_s, told, free, preempted))
-    return steps
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,7 +42,7 @@ def test_every_step_equals_the_batch_scheduler(
     """Items, positions, token counts, times, free blocks and preemptions of all steps, with other
     limits to the blocks of the first replica now and then."""
     deployment = dense_deployment(parse_deployment_key(key))
-    cluster = with_budgets(small_cluster, deployment, 16 + spare_blocks, seqs, tokens)
+    cluster = with_budgets(small_cluster, deployment.configs, 16 + spare_blocks, seqs, tokens)
     rng = np.random.default_rng(seed)
     arrival_s = np.cumsum(rng.exponential(0.01, number))
     if grid_s:
@@ -109,9 +68,10 @@ def test_every_step_equals_the_batch_scheduler(
             surrogate.state.limit_blocks(row, blocks)
             surrogate.state.wake(row, until_s)
         surrogate.check_integrity()
-    found = kernel_steps(surrogate, [r.request_id for r in requests])
-    for replica, steps in zip(plain.replicas.values(), found, strict=True):
-        assert steps == replica.steps_made
+    names = [r.request_id for r in requests]
+    for replica in deployment.replicas:
+        found = steps_of(surrogate, surrogate.row_of(replica), names)
+        assert found == plain.replicas[replica.replica_id].steps_made
 
 
 def test_trace_says_when_it_is_too_short(small_cluster: ProfiledCluster) -> None:
