@@ -51,7 +51,6 @@ class SequenceMove:
         size = host.spec.block_size
         self._filled = {r.replica_id: FilledBlocks(size) for r in plan.target.replicas}
         self._reserved: set[int] = set()  # new replicas that hold blocks for some of them
-        self._payer: dict[tuple[int, int], str] = {}  # sequence that a block is charged to
 
     def num_bound(self, binding: Binding) -> int:
         return sum(bound.binding is binding for bound in self.bindings.values())
@@ -82,8 +81,7 @@ class SequenceMove:
             for state in reply.sequences
         ]
         self._choose(state for _, state in here)
-        for replica, state in here:
-            self._bind(replica, state, may_drain=not is_last)
+        self._bind(here, may_drain=not is_last)
         if is_last:
             present = {state.request_id for _, state in here}
             self.owner = {key: to for key, to in self.owner.items() if key in present}
@@ -103,32 +101,51 @@ class SequenceMove:
         replicas = self._plan.target.replicas
         self.owner |= choose_replicas(self._host, replicas, self._coming, self.owner, states)
 
-    def _bind(self, replica: Replica, state: SequenceState, may_drain: bool) -> None:
-        key, spec = state.request_id, self._host.spec
-        if is_settled(self.bindings.get(key), may_drain):
-            return
-        target = self._plan.target.replica(self.owner[key])
-        per_token = link_bytes_per_token(spec.model, replica, target)
-        room = spec.model.max_model_len - len(state.prompt_token_ids)
-        remaining = min(state.params.max_tokens, room) - len(state.output_token_ids)
-        self.bindings[key] = bind_sequence(
-            self._plan.kv,
-            key,
-            state.num_computed_tokens,
-            self._num_own_tokens(replica, state) * per_token,
-            True,
-            remaining if may_drain else NEVER,
-        )
+    def _bind(self, here: Sequence[Here], may_drain: bool) -> None:
+        """Those that are not settled. A block that several of them share is charged to the first,
+        and to none where one that is to be moved holds it."""
+        bound = self.bindings
+        fresh = [h for h in here if not is_settled(bound.get(h[1].request_id), may_drain)]
+        charged: set[tuple[int, int]] = set()
+        if any(state.num_computed_tokens for _, state in fresh):
+            keys = {state.request_id for _, state in fresh}
+            charged = {
+                (replica.replica_id, block)
+                for replica, state in here
+                if state.request_id not in keys
+                and bound[state.request_id].binding is Binding.MIGRATE
+                for block in state.block_table
+            }
+        for replica, state in fresh:
+            num_tokens = self._num_own_tokens(replica, state, charged)
+            bound[state.request_id] = self._cheapest(replica, state, num_tokens, may_drain)
 
-    def _num_own_tokens(self, replica: Replica, state: SequenceState) -> int:
-        """Tokens in the cache that no other sequence is charged for."""
+    def _num_own_tokens(
+        self, replica: Replica, state: SequenceState, charged: set[tuple[int, int]]
+    ) -> int:
+        """Tokens in the cache whose blocks are not `charged` yet; now they are."""
         size, computed = self._host.spec.block_size, state.num_computed_tokens
         total = 0
         for index, block in enumerate(state.block_table):
-            payer = self._payer.setdefault((replica.replica_id, block), state.request_id)
-            if payer == state.request_id:
+            if (replica.replica_id, block) not in charged:
+                charged.add((replica.replica_id, block))
                 total += max(0, min(size, computed - index * size))
         return total
+
+    def _cheapest(
+        self, replica: Replica, state: SequenceState, num_tokens: int, may_drain: bool
+    ) -> BoundSequence:
+        spec, target = self._host.spec, self._plan.target.replica(self.owner[state.request_id])
+        room = spec.model.max_model_len - len(state.prompt_token_ids)
+        remaining = min(state.params.max_tokens, room) - len(state.output_token_ids)
+        return bind_sequence(
+            self._plan.kv,
+            state.request_id,
+            state.num_computed_tokens,
+            num_tokens * link_bytes_per_token(spec.model, replica, target),
+            True,
+            remaining if may_drain else NEVER,
+        )
 
     # ---------------------------------------------------------------- blocks and bytes
 
