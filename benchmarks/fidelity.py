@@ -1,10 +1,12 @@
 """The real engine beside the surrogate: the same arrivals on both.
 
-A random-weight Llama of 63M parameters in bfloat16 on four workers that share this machine's cores.
-The surrogate knows the engine by a profile that is measured first, one replica busy at a time, with
-bursts and single prompts that resemble none of the workloads; how replicas slow one another it
-computes from the cores that each keeps busy (`ServingProfile.cores`). Then every deployment serves
-every workload at every load, `repeats` times, and some switch to another in the middle.
+A random-weight Llama of 63M parameters in bfloat16 on four workers that share this machine's
+cores.
+The surrogate knows the engine by a profile, measured in several passes before, between and after
+the runs, one replica busy at a time and the same together, under a load that resembles none of the
+workloads; how replicas slow one another it computes from the cores that each keeps busy
+(`ServingProfile.cores`). Every deployment serves every workload at every load, `repeats` times, and
+some switch to another in the middle.
 
 Errors are those of the surrogate against the mean of the engine's runs; `noise_` are those of the
 engine's second run against its first, which no simulator can undercut. A contrast is the difference
@@ -17,10 +19,11 @@ validates the mechanics, not the figures of accelerators.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +46,89 @@ from simulating.settings import QUICK, Settings, engine_config
 from switching.model import make_model
 
 from engine.build import build_runtime
-from engine.cluster import parse_deployment_key
+from engine.cluster import SwitchTicket, parse_deployment_key
 from engine.facade import EngineCluster
 from engine.profile import ProfiledCluster
-from engine.profiler import profile
+from engine.profiler import Observed, build_profile, observe_all
+from engine.step_fit import MeasuredSteps
 from envs.workload import Trace
 
-PROFILE_TIMEOUT_S = 900.0
+PASS_TIMEOUT_S = 900.0
 WARM_UP_S = 1.5
 
 # ------------------------------------------------------------------------------------
 # Measuring
 
 
-def measure_profile(folder: Path, settings: Settings) -> ProfiledCluster:
-    keys = {*settings.deployments, *(key for pair in settings.switches for key in pair)}
-    configs = sorted({c for key in keys for c in parse_deployment_key(key)})
-    config = engine_config(folder, "1xtp1pp1")
-    with EngineCluster(lambda: build_runtime(config)) as cluster:
-        work = profile(cluster.runtime, isolated=True, configs=configs)
-        return cluster.run(work, PROFILE_TIMEOUT_S)
+class Calibration:
+    """Observations of every configuration, made in several passes over the time that all takes,
+    since a host is faster at one time than at another."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        keys = {*settings.deployments, *(key for pair in settings.switches for key in pair)}
+        self._configs = sorted({c for key in keys for c in parse_deployment_key(key)})
+        self._engine = engine_config(folder, "1xtp1pp1")
+        self._passes: list[list[Observed]] = []
+        self._tickets: list[SwitchTicket] = []
+
+    def observe(self) -> None:
+        with EngineCluster(lambda: build_runtime(self._engine)) as cluster:
+            self._spec = cluster.spec
+            work = observe_all(cluster.runtime, True, self._configs)
+            observed, tickets = cluster.run(work, PASS_TIMEOUT_S)
+        self._passes.append(observed)
+        self._tickets += tickets
+
+    def profile(self) -> ProfiledCluster:
+        """Fitted to all passes so far."""
+        observed = [Observed.of(several) for several in zip(*self._passes, strict=True)]
+        return build_profile(self._spec, True, self._configs, observed, self._tickets)
+
+    def mean_factors(self) -> list[float]:
+        """Per pass, measured over fitted seconds of all its steps on one device."""
+        fitted = self.profile().profile.step_model(self._configs[0])
+        steps = [MeasuredSteps(*np.array(p[0].rows).T[:-1]) for p in self._passes]
+        return [float(s.step_s.sum() / s.predicted(fitted).sum()) for s in steps]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "configs": [asdict(c) for c in self._configs],
+            "spec": asdict(self._spec),
+            "passes": [[asdict(o) for o in observed] for observed in self._passes],
+            "switches": [
+                {
+                    "weight_bytes": t.weight_bytes,
+                    "kv_bytes": t.kv_bytes,
+                    "pause_s": t.pause_s,
+                    "duration_s": t.duration_s,
+                    "phase_s": dict(t.phase_s),
+                }
+                for t in self._tickets
+            ],
+        }
 
 
-def measure_cells(folder: Path, cells: list[Cell], settings: Settings, profiled: Any) -> None:
-    """Fills in their runs: an engine per deployment, or per run with a switch."""
-    by_key: dict[str, list[Cell]] = {}
-    for number, cell in enumerate(cells):
-        by_key.setdefault(f"{number}" if cell.target else cell.deployment, []).append(cell)
-    for group in by_key.values():
-        runs = 1 if group[0].target else settings.repeats
-        for _ in range(settings.repeats // runs):
-            _measure_group(folder, group, runs, profiled)
+def measure(settings: Settings) -> tuple[Calibration, list[Cell]]:
+    """Everything, cells with their runs."""
+    folder = make_model(SHAPE)
+    calibration = Calibration(folder, settings)
+    calibration.observe()
+    first = calibration.profile()  # for rates of traffic and costs of sequences in switches
+    steady, switching = draw_cells(settings, first)
+    groups = [[c for c in steady if c.deployment == key] for key in settings.deployments]
+    for number, group in enumerate(groups, 1):
+        run_group(folder, group, settings.repeats, first)
+        if number % settings.groups_per_pass == 0:
+            calibration.observe()
+    for cell in switching:
+        for _ in range(settings.repeats):
+            run_group(folder, [cell], 1, first)
+    calibration.observe()
+    return calibration, steady + switching
 
 
-def _measure_group(folder: Path, group: list[Cell], repeats: int, profiled: Any) -> None:
+def run_group(folder: Path, group: list[Cell], repeats: int, profiled: ProfiledCluster) -> None:
+    """Fills in runs of cells of one deployment, on one engine."""
     config = engine_config(folder, group[0].deployment)
     with EngineCluster(lambda: build_runtime(config)) as cluster:
         warm_up(cluster, group[0].trace.window(0.0, WARM_UP_S), profiled)
@@ -87,10 +139,9 @@ def _measure_group(folder: Path, group: list[Cell], repeats: int, profiled: Any)
             latency_s = float((run.finish_s - cell.trace.arrival_s).mean())
             print(
                 f"{cell.deployment} {cell.traffic}: {len(cell.trace)} requests, mean latency "
-                f"{latency_s:.3f} s, {run.switch.get('phase', '')}",
+                f"{latency_s:.3f} s {run.switch.get('phase', '')}",
                 flush=True,
             )
-            time.sleep(0.2)
 
 
 # ------------------------------------------------------------------------------------
@@ -201,19 +252,19 @@ def print_switches(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="three deployments, one workload")
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--json", type=Path, help="file.json.gz for all that was measured")
     parser.add_argument("--from", dest="source", type=Path, help="such a file: measure nothing")
     args = parser.parse_args()
     if args.source is not None:
-        profiled, cells = from_json(json.loads(args.source.read_text()))
+        with gzip.open(args.source, "rt") as file:
+            profiled, cells = from_json(json.load(file))
     else:
-        settings, folder = QUICK if args.quick else Settings(), make_model(SHAPE)
-        profiled = measure_profile(folder, settings)
-        steady, switching = draw_cells(settings, profiled)
-        cells = steady + switching
-        measure_cells(folder, cells, settings, profiled)
+        calibration, cells = measure(QUICK if args.quick else Settings())
+        profiled, factors = calibration.profile(), calibration.mean_factors()
+        print("passes of the calibration, measured over fitted:", np.round(factors, 3).tolist())
         if args.json is not None:
-            args.json.write_text(json.dumps(to_json(profiled, cells)) + "\n")
+            with gzip.open(args.json, "wt") as file:
+                json.dump(to_json(profiled, cells) | {"calibration": calibration.to_json()}, file)
     print(json.dumps(summarise(profiled, cells)))
     return 0
 

@@ -12,6 +12,7 @@ from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
 from engine.errors import InvalidRequestError
 
 PROFILE_SCHEMA = 2
+TIME_FIELDS = ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "per_pair_s")
 
 
 def attention_pairs(start: float, tokens: float) -> float:
@@ -73,6 +74,11 @@ class StepTimeModel:
             return self.per_token_s * tokens
         beyond = max(tokens - self.token_knots[-1], 0.0)
         return float(np.interp(tokens, self.token_knots, self.token_s)) + self.per_token_s * beyond
+
+    def scaled(self, factor: float) -> StepTimeModel:
+        """Every time in it multiplied by `factor`."""
+        times = {name: factor * getattr(self, name) for name in TIME_FIELDS}
+        return replace(self, token_s=tuple(factor * t for t in self.token_s), **times)
 
     def linear(self, max_tokens: int) -> StepTimeModel:
         """The same without knots: a straight token term, fitted in relative error to steps of 1 to

@@ -13,21 +13,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
+import random
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from engine.cluster import KvCostParams, ParallelConfig, SwitchPhase, SwitchTicket
+from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig, SwitchPhase, SwitchTicket
 from engine.config import EngineConfig, add_arguments, parse_config
-from engine.errors import InvalidRequestError, TidewrightError, UnavailableError
+from engine.errors import TidewrightError, UnavailableError
 from engine.facade import EngineCluster
 from engine.messages import StepReport
 from engine.migration.plan import plan_switch
@@ -35,19 +36,17 @@ from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.shards import fits
-from engine.step_fit import MeasuredSteps, fit_step_times
+from engine.step_fit import MeasuredSteps, fit_pipeline
 
-BATCHES = (1, 2, 4, 8, 16)  # sequences of a step
-CONTEXTS = (24, 160)  # prompt tokens before decoding
-PREFILLS = (8, 16, 32, 64, 128, 224)  # tokens of one prompt
-NUM_PREFILLS = 3  # of each length, alone and beside others that decode
-NUM_DECODE_STEPS = 12
-NUM_BESIDE = (3, 9)  # sequences that decode beside prefills
-ATTEMPTS = 3  # at a configuration whose step times are no fit
+CLIENTS = (1, 2, 4, 8, 16)  # per replica and stage, each with one request at a time
+BUSY_CLIENTS = 4  # the same, while replicas are compared alone and together
+NUM_REQUESTS = 3  # of each client
+PROMPTS, OUTPUTS = (8, 384), (4, 64)  # tokens, drawn log-uniformly between the two
 NUM_BUSY_STEPS = 60  # over which processor time is counted: its clock ticks every 10 ms
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
 ISOLATED_HELP = "one replica busy at a time, and the host cores that it keeps busy"
-Row = tuple[float, ...]  # of MeasuredSteps
+DRAWN = (PROMPTS, OUTPUTS)
+Row = tuple[float, ...]  # of MeasuredSteps, and seconds since the step before ended
 
 
 def candidate_configs(runtime: EngineRuntime) -> list[ParallelConfig]:
@@ -60,6 +59,24 @@ def candidate_configs(runtime: EngineRuntime) -> list[ParallelConfig]:
         if (parallel := ParallelConfig(tp, pp)).num_devices <= spec.num_devices
         and fits(spec, parallel)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One configuration under load, by as many replicas as fit or, isolated, one."""
+
+    rows: list[Row]
+    busy_cores: float = 0.0  # processors that one step in flight keeps busy
+    slowdowns: tuple[float, ...] = (1.0,)  # of one replica, two together, and so on
+
+    @classmethod
+    def of(cls, several: Sequence[Observed]) -> Observed:
+        """All steps of several observations, and means of the rest."""
+        return cls(
+            [row for o in several for row in o.rows],
+            float(np.mean([o.busy_cores for o in several])),
+            tuple(np.mean([o.slowdowns for o in several], axis=0).tolist()),
+        )
 
 
 class Profiler:
@@ -82,19 +99,19 @@ class Profiler:
         async for _ in self.runtime.generate(name, prompt, params):
             pass
 
-    async def _burst(self, per_replica: int, prompt_tokens: int, num_tokens: int) -> None:
-        """The same load on every replica at once; the router spreads it evenly."""
+    async def _serve(self, per_replica: int) -> float:
+        """Seconds for so many clients per replica, whose requests follow from their number; the
+        router spreads them evenly."""
+        began_s = time.perf_counter()
         count = per_replica * len(self.runtime.deployment.replicas)
-        await asyncio.gather(*(self._request(prompt_tokens, num_tokens) for _ in range(count)))
+        await asyncio.gather(*(self._client(i % per_replica) for i in range(count)))
+        return time.perf_counter() - began_s
 
-    async def _prefills(self, lengths: Sequence[int], beside: int = 0) -> None:
-        """One prompt after another on every replica, beside sequences that decode meanwhile."""
-        num_steps = 3 * NUM_PREFILLS * len(lengths)
-        decoding = asyncio.gather(*(self._burst(1, CONTEXTS[0], num_steps) for _ in range(beside)))
-        for length in lengths:
-            for _ in range(NUM_PREFILLS):
-                await self._burst(1, length, 2)
-        await decoding
+    async def _client(self, number: int) -> None:
+        draw, longest = random.Random(number), self.runtime.spec.model.max_model_len - OUTPUTS[1]
+        for _ in range(NUM_REQUESTS):
+            prompt, output = (round(math.exp(draw.uniform(*map(math.log, r)))) for r in DRAWN)
+            await self._request(min(prompt, longest), output)
 
     def _take_reports(self) -> list[list[StepReport]]:
         """Those since the last call, a list per replica that made steps."""
@@ -104,86 +121,32 @@ class Profiler:
 
     # ---------------------------------------------------------------- one configuration
 
-    async def measure(self, parallel: ParallelConfig) -> StepTimeModel:
-        """Fit the step times of one configuration, the pool re-shaped to it. Raises
-        InvalidRequestError when they are no fit, several times over."""
+    async def observe(self, parallel: ParallelConfig) -> Observed:
+        """The pool re-shaped to one configuration and put under load."""
         await self._switch_to(parallel)
-        await self._burst(2, 32, 4)  # warm up
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await self._measure(parallel)
-            except InvalidRequestError as error:
-                if attempt == ATTEMPTS:
-                    raise
-                print(f"{parallel.key}: measured once more: {error}", flush=True)
-        raise AssertionError(ATTEMPTS)
-
-    async def _measure(self, parallel: ParallelConfig) -> StepTimeModel:
-        steps, share = await self.measure_steps(parallel)
-        busy_cores = await self._busy_cores() if self.isolated else 0.0
-        model = fit_step_times(parallel, steps)
-        return replace(model, stage_share=share, busy_cores=busy_cores)
-
-    async def measure_steps(self, parallel: ParallelConfig) -> tuple[MeasuredSteps, float]:
-        """Steps of the present configuration, and its stage share."""
-        spec, pp = self.runtime.spec, parallel.pp
-        room = self._room
+        await self._serve(2)  # warm up
         self._take_reports()
-        share = await self._stage_share(pp)
-        for batch in sorted({min(batch, spec.max_num_seqs // pp) for batch in BATCHES} - {0}):
-            for context in CONTEXTS:
-                await self._burst(pp * batch, min(context, room), NUM_DECODE_STEPS)
-        lengths = self._prefill_lengths()
-        await self._prefills(lengths)
-        if pp == 1:
-            for beside in NUM_BESIDE:
-                await self._prefills(lengths, min(beside, spec.max_num_seqs - 1))
-        rows = [row for steps in self._take_reports() for row in step_rows(steps, pp, share)]
-        return MeasuredSteps.of(rows).averaged(), share
-
-    @property
-    def _room(self) -> int:
-        """Most tokens of a prompt that has tokens to come."""
-        return self.runtime.spec.model.max_model_len - NUM_DECODE_STEPS - 4
-
-    def _prefill_lengths(self) -> list[int]:
-        most = min(self.runtime.spec.max_num_batched_tokens, self._room)
-        return [n for n in PREFILLS if n <= most]
-
-    async def _stage_share(self, pp: int) -> float:
-        """Share of a step in which the slowest stage is busy: how often one ends with the pipeline
-        full of steps of one sequence, over how long one takes that is alone."""
-        if pp == 1:
-            return 1.0
-        await self._burst(1, CONTEXTS[0], 3 * NUM_DECODE_STEPS)
-        alone_s = [s.ended_s - s.started_s for steps in self._take_reports() for s in steps[1:]]
-        await self._burst(pp, CONTEXTS[0], 3 * NUM_DECODE_STEPS)
-        full_s = [gap_s for steps in self._take_reports() for _, gap_s in full_steps(steps, pp)]
-        return float(np.clip(np.median(full_s) / np.median(alone_s), 1.0 / pp, 1.0))
+        most = self.runtime.spec.max_num_seqs
+        for clients in sorted({min(parallel.pp * number, most) for number in CLIENTS}):
+            await self._serve(clients)
+        rows = [row for steps in self._take_reports() for row in step_rows(steps)]
+        if not self.isolated:
+            return Observed(rows)
+        busy_cores, alone_s = await self._busy_cores(), await self._serve(BUSY_CLIENTS)
+        slowdowns = [1.0]
+        for together in range(2, self.runtime.spec.num_devices // parallel.num_devices + 1):
+            await self._switch_to(parallel, together)
+            await self._serve(1)
+            slowdowns.append(await self._serve(BUSY_CLIENTS) / alone_s)
+        return Observed(rows, busy_cores, tuple(slowdowns))
 
     async def _busy_cores(self) -> float:
-        """Host cores that engine and workers keep busy while one step of a replica is in flight."""
+        """Processors that engine and workers keep busy while one step of a replica is in flight."""
         devices = self.runtime.deployment.replicas[0].placement.devices
         pids = [os.getpid(), *(self.runtime.workers.pid(device) for device in devices)]
         cpu_s, wall_s = -sum(map(cpu_seconds, pids)), -time.perf_counter()
-        await self._burst(1, CONTEXTS[0], NUM_BUSY_STEPS)
+        await self._request(8, NUM_BUSY_STEPS)
         return (cpu_s + sum(map(cpu_seconds, pids))) / (wall_s + time.perf_counter())
-
-    async def shared_cores(self, model: StepTimeModel) -> float:
-        """Host cores that all replicas share, as steps show: with every device busy, replicas of
-        that configuration take longer than one that is alone by busy cores over cores. Processors
-        count for less than their number where they share caches and arithmetic units."""
-        replicas = self.runtime.spec.num_devices // model.parallel.num_devices
-        await self._switch_to(model.parallel, replicas)
-        await self._burst(2, CONTEXTS[0], 4)  # warm up
-        self._take_reports()
-        await self._prefills(self._prefill_lengths(), NUM_BESIDE[0])
-        pp, share = model.parallel.pp, model.stage_share
-        rows = [row for steps in self._take_reports() for row in step_rows(steps, pp, share)]
-        steps = MeasuredSteps.of(rows)
-        slowdown = float(steps.step_s.sum() / steps.predicted(model).sum())
-        busy = replicas * model.busy_cores
-        return busy / slowdown if slowdown > 1 else max(busy, float(num_processors()))
 
     async def _switch_to(self, parallel: ParallelConfig, replicas: int | None = None) -> None:
         """As many replicas as fit, or, isolated, one."""
@@ -195,7 +158,7 @@ class Profiler:
         plan = plan_switch(runtime.spec, runtime.deployment, runtime.epoch, target, kv)
         if plan.target == runtime.deployment:
             return
-        load = asyncio.create_task(self._burst(1, 64, 32))  # so that KV moves too
+        load = asyncio.create_task(self._serve(1))  # so that KV moves too
         await asyncio.sleep(0)
         ticket = await runtime.ended(runtime.apply(plan).ticket_id)
         await load
@@ -204,33 +167,58 @@ class Profiler:
         self.tickets.append(ticket)
 
 
-def step_rows(steps: Sequence[StepReport], pp: int, share: float) -> list[Row]:
-    """Rows of `MeasuredSteps` from steps of one replica: of a pipeline those that were alone, and
-    those of sequences that only decode while it is full, one of which ends every share * step_s."""
-    timed = [(s, s.ended_s - s.started_s) for s in steps if not s.others_at_start + s.others_at_end]
-    if pp > 1:
-        timed += [
-            (s, gap_s / share) for s, gap_s in full_steps(steps, pp) if s.decoding == s.sequences
-        ]
+def step_rows(steps: Sequence[StepReport]) -> list[Row]:
+    """Steps of one replica, in the order of their ends."""
+    before_s = [-math.inf, *(s.ended_s for s in steps)]
     return [
-        (s.tokens, s.decoding, s.sequences, s.context_tokens, s.pairs, step_s)
-        for s, step_s in timed
+        (
+            s.tokens,
+            s.decoding,
+            s.sequences,
+            s.context_tokens,
+            s.pairs,
+            s.ended_s - s.started_s,
+            s.ended_s - before if s.others_at_start else math.inf,
+        )
+        for s, before in zip(steps, before_s, strict=False)
     ]
 
 
-def full_steps(steps: Sequence[StepReport], pp: int) -> list[tuple[StepReport, float]]:
-    """Steps that ended in a pipeline full of steps of one size for a round of it, with the seconds
-    since the one before ended."""
-    ends = list(pairwise(steps))
-    full = [
-        s.others_at_start == s.others_at_end == pp - 1 and s.tokens == before.tokens
-        for before, s in ends
-    ]
-    return [
-        (s, s.ended_s - before.ended_s)
-        for i, (before, s) in enumerate(ends)
-        if i >= pp - 1 and all(full[i - pp + 1 : i + 1])
-    ]
+def fit(parallel: ParallelConfig, observed: Observed) -> StepTimeModel:
+    """Step times of one configuration; `busy_cores` as processor time tells. Raises
+    InvalidRequestError when they are no fit."""
+    *columns, gap_s = np.array(observed.rows, np.float64).T
+    model = fit_pipeline(parallel, MeasuredSteps(*columns), gap_s)
+    return replace(model, busy_cores=observed.busy_cores)
+
+
+def share_cores(
+    models: Sequence[StepTimeModel], observed: Sequence[Observed]
+) -> tuple[list[StepTimeModel], float]:
+    """What replicas take from one another, as their steps show it: (models, processors shared).
+
+    Processors count for less than their number where they share caches and arithmetic units: so
+    many are shared as the busy ones of the smallest replicas, together, over their slowdown. Other
+    configurations wait more, for messages, and keep so many busy as explains their slowdown.
+    """
+    found: list[StepTimeModel] = []
+    cores = float(num_processors())
+    for model, seen in sorted(
+        zip(models, observed, strict=True), key=lambda both: _size(both[0].parallel)
+    ):
+        together, slowdown = len(seen.slowdowns), seen.slowdowns[-1]
+        if not found and slowdown > 1:
+            cores = min(cores, together * model.busy_cores / slowdown)
+        at_work = together * min(float(model.parallel.pp), 1.0 / model.stage_share)
+        busy_cores = cores * max(slowdown, 1.0) / at_work
+        if not found or slowdown <= 1:
+            busy_cores = min(busy_cores, model.busy_cores)
+        found.append(replace(model, busy_cores=busy_cores))
+    return found, cores
+
+
+def _size(parallel: ParallelConfig) -> tuple[int, int]:
+    return parallel.num_devices, parallel.pp
 
 
 def cpu_seconds(pid: int) -> float:
@@ -261,46 +249,57 @@ def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float
     )
 
 
-async def profile(
-    runtime: EngineRuntime,
-    isolated: bool = False,
-    configs: Sequence[ParallelConfig] | None = None,
+async def observe_all(
+    runtime: EngineRuntime, isolated: bool, configs: Sequence[ParallelConfig]
+) -> tuple[list[Observed], list[SwitchTicket]]:
+    """Each configuration, and the switches between them."""
+    profiler = Profiler(runtime, isolated)
+    return [await profiler.observe(parallel) for parallel in configs], profiler.tickets
+
+
+def build_profile(
+    spec: ClusterSpec,
+    isolated: bool,
+    configs: Sequence[ParallelConfig],
+    observed: Sequence[Observed],
+    tickets: Sequence[SwitchTicket],
 ) -> ProfiledCluster:
-    """Measure `configs`, by default all that fit; prints one line each."""
-    profiler, steps = Profiler(runtime, isolated), []
-    for parallel in configs or candidate_configs(runtime):
-        model = await profiler.measure(parallel)
-        steps.append(model)
+    """Fit what was observed; prints a line for each configuration. Raises InvalidRequestError."""
+    models, cores = [fit(c, o) for c, o in zip(configs, observed, strict=True)], 0.0
+    if isolated:
+        models, cores = share_cores(models, observed)
+        print(f"replicas share {cores:.2f} of {num_processors()} processors")
+    for m in models:
         print(
-            f"{parallel.key}: {1e3 * model.base_s:.2f} ms + {1e6 * model.per_token_s:.0f} us/token "
-            f"+ {1e6 * model.per_seq_s:.0f} us/sequence + {1e6 * model.per_context_token_s:.2f} "
-            f"us/context token + {1e9 * model.per_pair_s:.0f} ns/pair, stage share "
-            f"{model.stage_share:.2f}, {model.busy_cores:.2f} cores busy, median error "
-            f"{100 * model.residual_p50:.0f} %",
+            f"{m.parallel.key}: {1e3 * m.base_s:.2f} ms + {1e6 * m.per_token_s:.0f} us/token "
+            f"+ {1e6 * m.per_seq_s:.0f} us/sequence + {1e6 * m.per_context_token_s:.2f} "
+            f"us/context token + {1e9 * m.per_pair_s:.0f} ns/pair, stage share "
+            f"{m.stage_share:.2f}, {m.busy_cores:.2f} processors busy, median error "
+            f"{100 * m.residual_p50:.0f} %",
             flush=True,
         )
-    cores = 0.0
-    if isolated:
-        smallest = min(steps, key=lambda m: (m.parallel.pp, m.parallel.tp))
-        cores = await profiler.shared_cores(smallest)
-        print(f"replicas share {cores:.2f} of {num_processors()} cores", flush=True)
-    bandwidth, overhead_s, pause_s = _switch_figures(
-        profiler.tickets, runtime.spec.link_bytes_per_s
-    )
+    bandwidth, overhead_s, pause_s = _switch_figures(tickets, spec.link_bytes_per_s)
     print(
         f"switch: {1e-6 * bandwidth:.0f} MB/s, {overhead_s:.2f} s and a pause of "
-        f"{1e3 * pause_s:.0f} ms without bytes ({len(profiler.tickets)} switches)"
+        f"{1e3 * pause_s:.0f} ms without bytes ({len(tickets)} switches)"
     )
     measured = ServingProfile(
-        model=runtime.spec.model.name,
+        model=spec.model.name,
         device=f"cpu {platform.machine()}",
-        steps=tuple(steps),
+        steps=tuple(models),
         link_bytes_per_s=bandwidth,
         switch_overhead_s=overhead_s,
         pause_overhead_s=pause_s,
         cores=cores,
     )
-    return ProfiledCluster(replace(runtime.spec, link_bytes_per_s=bandwidth), measured)
+    return ProfiledCluster(replace(spec, link_bytes_per_s=bandwidth), measured)
+
+
+async def profile(runtime: EngineRuntime, isolated: bool = False) -> ProfiledCluster:
+    """Measure every configuration that fits."""
+    configs = candidate_configs(runtime)
+    observed, tickets = await observe_all(runtime, isolated, configs)
+    return build_profile(runtime.spec, isolated, configs, observed, tickets)
 
 
 def main(argv: list[str]) -> int:

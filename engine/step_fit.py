@@ -10,7 +10,7 @@ squares, which start from least absolute errors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,8 @@ from engine.profile import StepTimeModel
 
 Floats = NDArray[np.float64]
 
-MAX_RESIDUAL_P50 = 0.2  # of |predicted / measured - 1|; a fit above it is refused
+SHARES, ROUNDS = 16, 4  # tried, of a pipeline's stage; fits of each
+MAX_RESIDUAL_P50 = 0.3  # of |predicted / measured - 1|; a fit above it is refused
 HUBER = 1.345  # standard deviations: 95 % efficient on normal errors (Huber)
 MAD_TO_STD = 1.4826  # of normal errors
 LEAST_SCALE = 1e-4  # relative; an exact fit has none
@@ -120,11 +121,7 @@ def fit_step_times(
     coefficients = _robust_nnls(design, times)
     residual = Residual.of(design @ coefficients, times)
     if residual.p50 > max_residual_p50:
-        raise InvalidRequestError(
-            f"the step times of {parallel.key} are no fit: the median error over {len(times)} "
-            f"steps is {100 * residual.p50:.0f} %, at most {100 * max_residual_p50:.0f} % is "
-            "allowed; measure that configuration again with less else running on the machine."
-        )
+        raise _no_fit(parallel, residual.p50, len(times), max_residual_p50)
     base_s, per_seq_s, per_context_s, per_pair_s, *slopes = coefficients.tolist()
     rises = np.diff(knots) * slopes if knots else np.zeros(0)
     return StepTimeModel(
@@ -138,6 +135,62 @@ def fit_step_times(
         token_s=tuple(np.concatenate([[0.0], np.cumsum(rises)]).tolist()) if knots else (),
         residual_p50=residual.p50,
     )
+
+
+def _no_fit(parallel: ParallelConfig, error: float, count: int, most: float) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the step times of {parallel.key} are no fit: the median error over {count} steps is "
+        f"{100 * error:.0f} %, at most {100 * most:.0f} % is allowed; measure that configuration "
+        "again with less else running on the machine."
+    )
+
+
+def fit_pipeline(
+    parallel: ParallelConfig, steps: MeasuredSteps, gap_s: Floats, knots: Sequence[int] = ()
+) -> StepTimeModel:
+    """Step times and stage share of steps that were partly in flight together.
+
+    `step_s` is from when a step could start to its end, `gap_s` from the end of the one before it,
+    inf where none was in flight when it started. A step ends after its own time, or its stage share
+    of that after the one before, whichever is later; which of the two it was follows from the fit,
+    which is therefore repeated, for each of several shares. The one with the least error of all
+    ends is taken, and its times are scaled to add up to those measured.
+    """
+    tried = [
+        _fit_with_share(parallel, steps, gap_s, share, knots)
+        for share in np.linspace(1.0 / parallel.pp, 1.0, 1 if parallel.pp == 1 else SHARES)
+    ]
+    _, model = min(tried, key=lambda both: both[0])
+    predicted_s = _times_in_flight(model, steps, gap_s)
+    residual = Residual.of(predicted_s, steps.step_s)
+    if residual.p50 > MAX_RESIDUAL_P50:
+        raise _no_fit(parallel, residual.p50, residual.count, MAX_RESIDUAL_P50)
+    model = model.scaled(float(steps.step_s.sum() / predicted_s.sum()))
+    return replace(model, residual_p50=residual.p50)
+
+
+def _fit_with_share(
+    parallel: ParallelConfig,
+    steps: MeasuredSteps,
+    gap_s: Floats,
+    share: float,
+    knots: Sequence[int],
+) -> tuple[float, StepTimeModel]:
+    """(seconds of error over all ends, model)."""
+    own_s = steps.step_s
+    for _ in range(ROUNDS):
+        alike = replace(steps, step_s=own_s).averaged()
+        model = replace(fit_step_times(parallel, alike, knots, np.inf), stage_share=share)
+        predicted_s = steps.predicted(model)
+        is_behind = steps.step_s - gap_s + share * predicted_s > predicted_s
+        own_s = np.where(is_behind, np.minimum(gap_s, steps.step_s) / share, steps.step_s)
+    error_s = np.abs(_times_in_flight(model, steps, gap_s) - steps.step_s)
+    return float(error_s.sum()), model
+
+
+def _times_in_flight(model: StepTimeModel, steps: MeasuredSteps, gap_s: Floats) -> Floats:
+    own_s = steps.predicted(model)
+    return np.maximum(own_s, steps.step_s - gap_s + model.stage_share * own_s)
 
 
 def _token_columns(tokens: Floats, knots: Sequence[int]) -> Floats:

@@ -78,15 +78,16 @@ class Settings:
     workloads: tuple[Workload, ...] = WORKLOADS
     loads: tuple[float, ...] = LOADS
     switches: tuple[tuple[str, str], ...] = SWITCHES
-    arrivals_s: float = 16.0
+    arrivals_s: float = 12.0
     repeats: int = 2
+    groups_per_pass: int = 2  # deployments between two passes of the calibration
 
 
 QUICK = Settings(
     deployments=("1xtp1pp1", "2xtp1pp1", "1xtp2pp1"),
     workloads=WORKLOADS[:1],
     switches=SWITCHES[:1],
-    arrivals_s=5.0,
+    arrivals_s=3.0,
     repeats=2,
 )
 

@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from engine.cluster import ParallelConfig
 from engine.errors import InvalidRequestError
-from engine.profile import ServingProfile, StepTimeModel
+from engine.profile import TIME_FIELDS, ServingProfile, StepTimeModel
 from envs.surrogate import layout
-
-SCALAR = ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "per_pair_s")
 
 
 def step_records(
@@ -26,10 +24,10 @@ def step_records(
 
     Raises InvalidRequestError for more knots than the kernel has room for.
     """
-    return {model.parallel: _record(model, factor) for model in profile.steps}
+    return {model.parallel: _record(model.scaled(factor)) for model in profile.steps}
 
 
-def _record(model: StepTimeModel, factor: float) -> NDArray[Any]:
+def _record(model: StepTimeModel) -> NDArray[Any]:
     knots = len(model.token_knots)
     if knots > layout.MAX_KNOTS:
         raise InvalidRequestError(
@@ -37,12 +35,12 @@ def _record(model: StepTimeModel, factor: float) -> NDArray[Any]:
             f"{layout.MAX_KNOTS}; fit them with fewer."
         )
     record = np.zeros((), layout.STEP)
-    for name in SCALAR:
-        record[name] = factor * getattr(model, name)
+    for name in TIME_FIELDS:
+        record[name] = getattr(model, name)
     record["stage_share"], record["num_knots"] = model.stage_share, knots
     record["busy_cores"] = model.busy_cores
     record["token_knots"][:knots] = model.token_knots
-    record["token_s"][:knots] = factor * np.array(model.token_s)
+    record["token_s"][:knots] = model.token_s
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from engine import profiler
 from engine.build import build_runtime
 from engine.cluster import ParallelConfig
 from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.messages import StepReport
-from engine.profiler import Profiler, cpu_seconds, full_steps, step_rows
+from engine.profile import StepTimeModel
+from engine.profiler import Observed, Profiler, cpu_seconds, fit, share_cores, step_rows
 
 
 @pytest.fixture(scope="module")
@@ -42,48 +45,78 @@ def test_cpu_seconds_are_those_of_the_process() -> None:
     assert cpu_seconds(os.getpid()) - before == pytest.approx(0.3, abs=0.1)
 
 
-def test_rows_are_of_steps_alone_and_of_full_pipelines() -> None:
-    steps = [
-        report(0.0, 4.0),  # alone
-        report(4.0, 9.0, others=1),  # the first that shares the pipeline
-        report(5.0, 11.0, others=1),
-        report(9.0, 13.0, others=1),
-        report(11.0, 15.0, tokens=2, others=1),  # another size
+def test_rows_tell_how_long_after_the_step_before() -> None:
+    steps = [report(0.0, 4.0), report(4.0, 9.0), report(5.0, 11.0, others=1), report(20.0, 21.0)]
+    assert [row[-2:] for row in step_rows(steps)] == [
+        (4.0, math.inf),
+        (5.0, math.inf),  # none was in flight when it started
+        (6.0, 2.0),
+        (1.0, math.inf),
     ]
-    found = [(s.started_s, gap_s) for s, gap_s in full_steps(steps, pp=2)]
-    assert found == [(5.0, 2.0), (9.0, 2.0)]
-    rows = step_rows(steps, 2, share=0.4)
-    assert [(r[0], r[-1]) for r in rows] == [(1, 4.0), (1, 5.0), (1, 5.0)]
-    assert [(r[0], r[-1]) for r in step_rows(steps[:1], 1, share=1.0)] == [(1, 4.0)]
 
 
-def test_one_replica_alone(cluster: EngineCluster) -> None:
-    """Two workers, one replica of one device: the other idles. What was measured is a step."""
-    profiler = Profiler(cluster.runtime, isolated=True)
-    model = cluster.run(profiler.measure(ParallelConfig(1, 1)), timeout_s=60.0)
-    assert cluster.snapshot().deployment.key == "1xtp1pp1"
-    cluster.on_loop(profiler._take_reports)
+def model(key: tuple[int, int], busy_cores: float, stage_share: float = 1.0) -> StepTimeModel:
+    parallel = ParallelConfig(*key)
+    return StepTimeModel(
+        parallel, 1.0, 0.0, 0.0, 0.0, busy_cores=busy_cores, stage_share=stage_share
+    )
+
+
+def test_cores_are_shared_as_steps_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four replicas of one device with one core busy each that take 2.5 times as long share 1.6.
+    Two pipelines with 2 steps at work take 1.5 times as long, so 1.6 * 1.5 / 4 cores a step; a tp
+    pair that is not slowed keeps no more busy than there are."""
+    monkeypatch.setattr(profiler, "num_processors", lambda: 2)
+    models = [model((1, 2), 1.1, 0.5), model((2, 1), 1.3), model((1, 1), 1.0), model((4, 1), 1.5)]
+    observed = [
+        Observed([], together=2, slowdown=1.5),
+        Observed([], together=2, slowdown=0.9),
+        Observed([], together=4, slowdown=2.5),
+        Observed([]),
+    ]
+    found, cores = share_cores(models, observed)
+    assert cores == pytest.approx(1.6)
+    busy = {m.parallel.key: m.busy_cores for m in found}
+    assert busy == pytest.approx({"tp1pp1": 1.0, "tp1pp2": 0.6, "tp2pp1": 0.8, "tp4pp1": 1.5})
+
+
+def test_leaders_report_their_steps(cluster: EngineCluster) -> None:
+    seen = Profiler(cluster.runtime, isolated=True)
+    cluster.run(seen._switch_to(ParallelConfig(1, 1)), timeout_s=60.0)
+    cluster.on_loop(seen._take_reports)
     started_s = time.perf_counter()
-    cluster.run(profiler._burst(1, 128, 9), timeout_s=30.0)
+    cluster.run(seen._request(128, 9), timeout_s=30.0)
     measured_s = time.perf_counter() - started_s
-    (steps,) = cluster.on_loop(profiler._take_reports)
+    (steps,) = cluster.on_loop(seen._take_reports)
     assert [s.tokens for s in steps] == [128] + 8 * [1]
     assert [s.decoding for s in steps] == [0] + 8 * [1]
     assert [s.context_tokens for s in steps] == list(range(128, 137))
     assert steps[0].pairs == 128 * 129 / 2
     assert all(b.started_s == a.ended_s for a, b in pairwise(steps)), "nothing between two steps"
-    spent_s = steps[-1].ended_s - steps[0].started_s
-    assert 0.3 * measured_s < spent_s < measured_s
-    assert 0.1 < model.busy_cores < 1.6
-    predicted_s = model.step_s(128, 1, 128, 128 * 129 / 2)
-    predicted_s += sum(model.step_s(1, 1, 129 + i, 129 + i) for i in range(8))
-    assert predicted_s == pytest.approx(spent_s, rel=0.8)
-    assert model.step_s(200, 1, 200, 200 * 201 / 2) > 1.5 * model.step_s(1, 1, 200, 200)
+    assert 0.3 * measured_s < steps[-1].ended_s - steps[0].started_s < measured_s
 
 
-def test_a_pipeline_alone(cluster: EngineCluster) -> None:
-    profiler = Profiler(cluster.runtime, isolated=True)
-    model = cluster.run(profiler.measure(ParallelConfig(1, 2)), timeout_s=60.0)
-    assert 0.5 <= model.stage_share <= 1.0
-    assert 0.1 < model.busy_cores < 2.2
-    assert model.base_s > 0
+def test_one_replica_alone_and_two_together(cluster: EngineCluster) -> None:
+    """What was measured is a step: a request takes what the fit tells."""
+    seen = Profiler(cluster.runtime, isolated=True)
+    observed = cluster.run(seen.observe(ParallelConfig(1, 1)), timeout_s=60.0)
+    assert cluster.snapshot().deployment.key == "2xtp1pp1"
+    assert observed.together == 2
+    assert 0.4 < observed.slowdown < 4.0
+    assert 0.1 < observed.busy_cores < 1.6
+    fitted = fit(ParallelConfig(1, 1), observed)
+    cluster.on_loop(seen._take_reports)
+    cluster.run(seen._request(128, 9), timeout_s=30.0)
+    (steps,) = cluster.on_loop(seen._take_reports)
+    predicted_s = fitted.step_s(128, 1, 128, 128 * 129 / 2)
+    predicted_s += sum(fitted.step_s(1, 1, 129 + i, 129 + i) for i in range(8))
+    assert predicted_s == pytest.approx(steps[-1].ended_s - steps[0].started_s, rel=0.8)
+    assert fitted.step_s(200, 1, 200, 200 * 201 / 2) > 1.5 * fitted.step_s(1, 1, 200, 200)
+
+
+def test_a_pipeline(cluster: EngineCluster) -> None:
+    seen = Profiler(cluster.runtime, isolated=True)
+    fitted = fit(ParallelConfig(1, 2), cluster.run(seen.observe(ParallelConfig(1, 2)), 60.0))
+    assert 0.5 <= fitted.stage_share <= 1.0
+    assert 0.1 < fitted.busy_cores < 2.2
+    assert fitted.base_s > 0

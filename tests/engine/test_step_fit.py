@@ -8,7 +8,7 @@ import pytest
 from engine.cluster import ParallelConfig
 from engine.errors import InvalidRequestError
 from engine.profile import StepTimeModel, attention_pairs
-from engine.step_fit import REGIMES, MeasuredSteps, Residual, fit_step_times
+from engine.step_fit import REGIMES, MeasuredSteps, Residual, fit_pipeline, fit_step_times
 
 TWO = ParallelConfig(2, 1)
 KNOTS = (8, 64, 256)
@@ -76,9 +76,9 @@ def test_garbage_is_refused_by_name() -> None:
     rng = np.random.default_rng(4)
     steps = steps_of(STRAIGHT, rng)
     garbage = with_times(steps, rng.lognormal(0.0, 1.0, len(steps.step_s)))
-    with pytest.raises(InvalidRequestError, match=r"tp2pp1 are no fit.*at most 20 %"):
+    with pytest.raises(InvalidRequestError, match=r"tp2pp1 are no fit.*at most 30 %"):
         fit_step_times(TWO, garbage)
-    assert fit_step_times(TWO, garbage, max_residual_p50=1.0).residual_p50 > 0.2
+    assert fit_step_times(TWO, garbage, max_residual_p50=1.0).residual_p50 > 0.3
     for factors in (0.0, np.nan):
         with pytest.raises(InvalidRequestError, match="took no time"):
             fit_step_times(TWO, with_times(steps, np.full(len(steps.step_s), factors)))
@@ -119,3 +119,30 @@ def test_steps_that_are_alike_are_averaged() -> None:
     averaged = MeasuredSteps.of(rows).averaged()
     found = zip(*(getattr(averaged, name) for name in MeasuredSteps.__slots__), strict=True)
     assert sorted(found) == [(2.0, 2.0, 2.0, 11.0, 11.0, 2.5), rows[3], rows[1]]
+
+
+@pytest.mark.parametrize(("pp", "share"), [(1, 1.0), (2, 0.6), (4, 0.3)])
+def test_a_pipeline_is_told_apart_from_its_steps(pp: int, share: float) -> None:
+    """Steps of known cost, with so many in flight as there is work for, and 5 % of noise."""
+    rng = np.random.default_rng(pp)
+    truth = StepTimeModel(ParallelConfig(1, pp), 5e-3, 1e-4, 2e-4, 1e-6, stage_share=share)
+    rows, gaps_s, ends_s, start_s = [], [], [-np.inf], 0.0
+    for i in range(600):
+        decoding, chunk = int(rng.integers(0, 9)), int(rng.integers(0, 2) * rng.integers(2, 200))
+        decoding += decoding + chunk == 0
+        context = int(rng.integers(10, 300, decoding).sum()) + chunk
+        pairs = context + chunk * (chunk - 1) / 2
+        size = (decoding + chunk, decoding + (chunk > 0), context, pairs)
+        busy = (i // 50) % 2  # no or as many others in flight as the pipeline takes
+        free_s = ends_s[-min(pp, len(ends_s))] if busy else ends_s[-1]
+        start_s = max(start_s, free_s, 0.0)
+        step_s = truth.step_s(*size) * rng.lognormal(0.0, 0.05)
+        end_s = max(start_s + step_s, ends_s[-1] + share * step_s)
+        is_alone = ends_s[-1] <= start_s
+        rows.append((size[0], decoding, *size[1:], end_s - start_s))
+        gaps_s.append(np.inf if is_alone else end_s - ends_s[-1])
+        ends_s.append(end_s)
+    steps = MeasuredSteps.of(rows)
+    found = fit_pipeline(ParallelConfig(1, pp), steps, np.array(gaps_s))
+    assert found.stage_share == pytest.approx(share, abs=0.08)
+    assert np.median(np.abs(steps.predicted(found) / steps.predicted(truth) - 1.0)) < 0.03
