@@ -62,7 +62,7 @@ class Setup:
     def pool(self, devices: int) -> ProfiledCluster:
         """The profiled cluster with another number of devices, which share nothing."""
         spec = replace(self.cluster.spec, num_devices=devices, devices_per_node=devices)
-        profile = replace(self.cluster.profile, cores=0.0)
+        profile = replace(self.cluster.profile, crowding=())
         return ProfiledCluster(spec, profile)
 
     def surrogate(self, replicas: int) -> SurrogateCluster:

@@ -11,7 +11,7 @@ import numpy as np
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
 from engine.errors import InvalidRequestError
 
-PROFILE_SCHEMA = 2
+PROFILE_SCHEMA = 3
 TIME_FIELDS = ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "per_pair_s")
 
 
@@ -103,7 +103,29 @@ class ServingProfile:
     link_bytes_per_s: float
     switch_overhead_s: float  # a switch that moves no byte: groups, verify, commit
     pause_overhead_s: float  # how long affected replicas stand still when no KV moves
-    cores: float = 0.0  # host cores that all replicas share; 0: they share nothing
+    crowding: tuple[tuple[float, float], ...] = ()  # see `slowdown`
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequestError."""
+        knots = self.crowding
+        rises = all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(knots))
+        if knots and not (rises and knots[0][0] > 0 and knots[0][1] == 1):
+            raise InvalidRequestError(
+                f"the profile of {self.model} has crowding {knots}; expected pairs of rising busy "
+                "processors and slowdowns, the first slowdown 1."
+            )
+
+    def slowdown(self, busy: float) -> float:
+        """How many times as long every step takes while replicas that share a host's processors
+        keep so many of them busy together (`StepTimeModel.busy_cores`).
+
+        `crowding` has knots (busy processors, slowdown): once up to the first, linear between them,
+        in proportion to the busy processors beyond the last. Empty: replicas share nothing.
+        """
+        if not self.crowding:
+            return 1.0
+        knots, slowdowns = np.array(self.crowding).T
+        return float(np.interp(busy, knots, slowdowns) * max(1.0, busy / knots[-1]))
 
     def step_model(self, parallel: ParallelConfig) -> StepTimeModel:
         for model in self.steps:
@@ -141,7 +163,8 @@ class ServingProfile:
             )
             for s in fields.pop("steps")
         )
-        return cls(steps=steps, **fields)
+        crowding = tuple((busy, slowdown) for busy, slowdown in fields.pop("crowding"))
+        return cls(steps=steps, crowding=crowding, **fields)
 
 
 @dataclass(frozen=True, slots=True)

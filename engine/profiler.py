@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig, SwitchPhase, SwitchTicket
 from engine.config import EngineConfig, add_arguments, parse_config
@@ -46,6 +47,7 @@ NUM_BUSY_STEPS = 60  # over which processor time is counted: its clock ticks eve
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
 ISOLATED_HELP = "one replica busy at a time, and the host cores that it keeps busy"
 DRAWN = (PROMPTS, OUTPUTS)
+Floats = NDArray[np.float64]
 Row = tuple[float, ...]  # of MeasuredSteps, and seconds since the step before ended
 
 
@@ -192,29 +194,41 @@ def fit(parallel: ParallelConfig, observed: Observed) -> StepTimeModel:
     return replace(model, busy_cores=observed.busy_cores)
 
 
-def share_cores(
+def crowd(
     models: Sequence[StepTimeModel], observed: Sequence[Observed]
-) -> tuple[list[StepTimeModel], float]:
-    """What replicas take from one another, as their steps show it: (models, processors shared).
+) -> tuple[list[StepTimeModel], tuple[tuple[float, float], ...]]:
+    """What replicas take from one another, as their steps show it: (models, crowding).
 
-    Processors count for less than their number where they share caches and arithmetic units: so
-    many are shared as the busy ones of the smallest replicas, together, over their slowdown. Other
-    configurations wait more, for messages, and keep so many busy as explains their slowdown.
+    Crowding is what the smallest replicas showed, by the processors that they kept busy together.
+    Others wait more, for messages: they keep so many busy as explains how much slower they were.
     """
-    found: list[StepTimeModel] = []
-    cores = float(num_processors())
-    for model, seen in sorted(
-        zip(models, observed, strict=True), key=lambda both: _size(both[0].parallel)
-    ):
-        together, slowdown = len(seen.slowdowns), seen.slowdowns[-1]
-        if not found and slowdown > 1:
-            cores = min(cores, together * model.busy_cores / slowdown)
-        at_work = together * min(float(model.parallel.pp), 1.0 / model.stage_share)
-        busy_cores = cores * max(slowdown, 1.0) / at_work
-        if not found or slowdown <= 1:
-            busy_cores = min(busy_cores, model.busy_cores)
-        found.append(replace(model, busy_cores=busy_cores))
-    return found, cores
+    smallest = min(range(len(models)), key=lambda i: _size(models[i].parallel))
+    together = np.arange(1.0, 1.0 + len(observed[smallest].slowdowns))
+    busy = together * at_work(models[smallest]) * models[smallest].busy_cores
+    slowdowns = np.maximum.accumulate([1.0, *observed[smallest].slowdowns[1:]])
+    found = [
+        model
+        if i == smallest
+        else replace(model, busy_cores=_explained(model, seen, busy, slowdowns))
+        for i, (model, seen) in enumerate(zip(models, observed, strict=True))
+    ]
+    return found, tuple(zip(busy.tolist(), slowdowns.tolist(), strict=True))
+
+
+def _explained(model: StepTimeModel, seen: Observed, busy: Floats, slowdowns: Floats) -> float:
+    """Processors that one step keeps busy, by the slowdown of as many replicas as fit; what its
+    processor time tells, where there was none or one replica alone."""
+    together, slowdown = len(seen.slowdowns), seen.slowdowns[-1]
+    if slowdown > 1:
+        total = np.interp(slowdown, slowdowns, busy) * max(1.0, slowdown / slowdowns[-1])
+    else:
+        total = min(float(busy[0]), together * at_work(model) * model.busy_cores)
+    return float(total / (together * at_work(model)))
+
+
+def at_work(model: StepTimeModel) -> float:
+    """Steps of a replica that are at work together when it is full."""
+    return min(float(model.parallel.pp), 1.0 / model.stage_share)
 
 
 def _size(parallel: ParallelConfig) -> tuple[int, int]:
@@ -225,11 +239,6 @@ def cpu_seconds(pid: int) -> float:
     """Processor time that a process of this machine has taken. Linux."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
-
-
-def num_processors() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float, float, float]:
@@ -265,10 +274,12 @@ def build_profile(
     tickets: Sequence[SwitchTicket],
 ) -> ProfiledCluster:
     """Fit what was observed; prints a line for each configuration. Raises InvalidRequestError."""
-    models, cores = [fit(c, o) for c, o in zip(configs, observed, strict=True)], 0.0
+    models = [fit(c, o) for c, o in zip(configs, observed, strict=True)]
+    crowding: tuple[tuple[float, float], ...] = ()
     if isolated:
-        models, cores = share_cores(models, observed)
-        print(f"replicas share {cores:.2f} of {num_processors()} processors")
+        models, crowding = crowd(models, observed)
+        knots = ", ".join(f"{slowdown:.2f} at {busy:.2f}" for busy, slowdown in crowding)
+        print(f"slower by processors kept busy: {knots}")
     for m in models:
         print(
             f"{m.parallel.key}: {1e3 * m.base_s:.2f} ms + {1e6 * m.per_token_s:.0f} us/token "
@@ -290,7 +301,7 @@ def build_profile(
         link_bytes_per_s=bandwidth,
         switch_overhead_s=overhead_s,
         pause_overhead_s=pause_s,
-        cores=cores,
+        crowding=crowding,
     )
     return ProfiledCluster(replace(spec, link_bytes_per_s=bandwidth), measured)
 

@@ -96,7 +96,7 @@ class SurrogateCluster:
         ).tolist()
         self._step_records = step_records(cluster.profile, step_factor)
         self.state = SurrogateState(
-            cluster.spec, max_queue, cluster.profile.cores, prefix_hit_rate, trace_items
+            cluster.spec, max_queue, cluster.profile.crowding, prefix_hit_rate, trace_items
         )
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
@@ -313,7 +313,7 @@ class SurrogateCluster:
     def _simulate(self, until_s: float) -> None:
         arriving = self._take_arriving(until_s)
         state = self.state
-        advance = kernel.advance_sharing if state.clock[0]["cores"] else kernel.advance
+        advance = kernel.advance_sharing if state.clock[0]["num_knots"] else kernel.advance
         advance(
             state.seqs,
             state.replicas,

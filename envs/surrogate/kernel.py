@@ -9,9 +9,9 @@ At one instant steps end first, then requests arrive, then replicas start steps;
 start at `until_s` is left to the next call, so that cutting a span of time into pieces changes
 nothing.
 
-When replicas share the cores of a host, all steps in flight slow down by one factor while more
-cores are wanted than there are. Replicas therefore keep their times on one work clock, which runs
-at that factor; without sharing it is the clock on the wall.
+When replicas share the processors of a host, all steps in flight slow down by one factor, which
+grows with the processors that they keep busy together. Replicas therefore keep their times on one
+work clock, which runs slower by it; without sharing it is the clock on the wall.
 
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does.
@@ -415,7 +415,7 @@ def _run_replica(
 @compiled
 def work_time(clock: Any, now_s: float) -> Any:
     """What the work clock shows at `now_s`, when something happens."""
-    if clock.cores == 0:
+    if clock.num_knots == 0:
         return now_s
     clock.work_s += (now_s - clock.wall_s) * clock.rate
     clock.wall_s = now_s
@@ -423,16 +423,31 @@ def work_time(clock: Any, now_s: float) -> Any:
 
 
 @compiled
+def _slowdown(clock: Any, busy: float) -> Any:
+    """`engine.profile.ServingProfile.slowdown`."""
+    last = clock.num_knots - 1
+    if busy <= clock.busy[0]:
+        return 1.0
+    if busy >= clock.busy[last]:
+        return clock.slowdown[last] * (busy / clock.busy[last])
+    i = 1
+    while busy > clock.busy[i]:
+        i += 1
+    share = (busy - clock.busy[i - 1]) / (clock.busy[i] - clock.busy[i - 1])
+    return clock.slowdown[i - 1] + share * (clock.slowdown[i] - clock.slowdown[i - 1])
+
+
+@compiled
 def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
-    """The rate at which steps in flight go on from now on: cores over busy cores, at most 1. Of
-    the steps of a pipeline only so many are at work as its slowest stage lets through."""
+    """The rate at which steps in flight go on from now on. Of the steps of a pipeline only so many
+    are at work as its slowest stage lets through."""
     busy = clock.mover_cores
     for j in range(len(rows)):
         replica = replicas[rows[j]]
         if replica.num_batches > 0:
             at_work = min(float(replica.num_batches), 1.0 / replica.step.stage_share)
             busy += at_work * replica.step.busy_cores
-    rate = 1.0 if busy <= clock.cores else clock.cores / busy
+    rate = 1.0 / _slowdown(clock, busy)
     if rate != clock.rate:
         clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate
 
@@ -440,7 +455,7 @@ def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float)
 @compiled
 def move_with(replicas: Any, rows: Any, clock: Any, mover_cores: float, now_s: float) -> None:
     """From `now_s` on whoever moves weights or KV keeps so many cores busy."""
-    if clock.cores > 0:
+    if clock.num_knots > 0:
         clock.mover_cores = mover_cores
         _set_rate(replicas, rows, clock, now_s, work_time(clock, now_s))
 
@@ -683,7 +698,7 @@ def advance_sharing(
     clock: Any,
     until_s: float,
 ) -> None:
-    """The same where `clock.cores` are shared. A function of its own, so that the compiler can
+    """The same where processors are shared. A function of its own, so that the compiler can
     make one straight piece of each."""
     counts.ended = 0
     for i in range(len(arriving)):

@@ -108,7 +108,9 @@ COUNTS = np.dtype(
 )
 CLOCK = np.dtype(
     [
-        ("cores", "f8"),  # of the host that all replicas share; 0: they share nothing
+        ("num_knots", "i8"),  # of `engine.profile.ServingProfile.crowding`; 0: nothing is shared
+        ("busy", "f8", (MAX_KNOTS,)),
+        ("slowdown", "f8", (MAX_KNOTS,)),
         ("mover_cores", "f8"),  # kept busy by what a switch moves
         ("wall_s", "f8"),  # since then, when the work clock showed `work_s`, that runs at `rate`
         ("work_s", "f8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 import numpy as np
@@ -47,7 +48,7 @@ class SurrogateState:
         self,
         spec: ClusterSpec,
         max_queue: int,
-        cores: float = 0.0,
+        crowding: Sequence[tuple[float, float]] = (),
         prefix_hit_rate: float = 0.0,
         trace_items: int = 0,
     ) -> None:
@@ -70,7 +71,9 @@ class SurrogateState:
         )
         self.counts = np.zeros(1, layout.COUNTS)
         self.clock = np.zeros(1, layout.CLOCK)
-        self.clock[0]["cores"], self.clock[0]["rate"] = cores, 1.0
+        self.clock[0]["num_knots"], self.clock[0]["rate"] = len(crowding), 1.0
+        for i, knot in enumerate(crowding):
+            self.clock[0]["busy"][i], self.clock[0]["slowdown"][i] = knot
         self.trace = np.zeros(trace_items, layout.ITEM)
         self.ended = np.zeros(0, np.int64)
         self._num_added = 0
@@ -238,7 +241,7 @@ class SurrogateState:
 
     def _seen_s(self, work_s: float, now_s: float) -> float:
         """The work clock shows `work_s` then, at the earliest."""
-        if not self.clock[0]["cores"]:
+        if not self.clock[0]["num_knots"]:
             return work_s
         return max(now_s + (work_s - self.work_time(now_s)), now_s + LOOK_S)
 

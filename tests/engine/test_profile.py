@@ -45,14 +45,23 @@ def test_straight_line_lies_between_the_extremes_of_the_curve() -> None:
 
 
 def test_profile_survives_its_file(small_cluster: ProfiledCluster) -> None:
-    profile = replace(small_cluster.profile, steps=(CURVED,), cores=2.0)
+    profile = replace(small_cluster.profile, steps=(CURVED,), crowding=((1.5, 1.0), (3.0, 2.5)))
     written = json.loads(json.dumps(replace(small_cluster, profile=profile).to_json()))
     assert ProfiledCluster.from_json(written).profile == profile
 
 
+def test_slowdown_follows_the_knots(small_cluster: ProfiledCluster) -> None:
+    crowded = replace(small_cluster.profile, crowding=((2.0, 1.0), (4.0, 3.0)))
+    assert [crowded.slowdown(b) for b in (0.0, 2.0, 3.0, 4.0, 8.0)] == [1.0, 1.0, 2.0, 3.0, 6.0]
+    assert small_cluster.profile.slowdown(99.0) == 1.0
+    for knots in (((2.0, 1.5),), ((2.0, 1.0), (2.0, 3.0)), ((1.0, 1.0), (2.0, 0.9))):
+        with pytest.raises(InvalidRequestError, match="crowding"):
+            replace(small_cluster.profile, crowding=knots)
+
+
 def test_other_schema_and_bad_knots_are_refused(small_cluster: ProfiledCluster) -> None:
     old = small_cluster.profile.to_json() | {"schema": 1}
-    with pytest.raises(InvalidRequestError, match="schema 1, expected 2"):
+    with pytest.raises(InvalidRequestError, match="schema 1, expected 3"):
         ServingProfile.from_json(old)
     for knots, times in (((4, 4), (1.0, 2.0)), ((4, 8), (1.0,))):
         with pytest.raises(InvalidRequestError, match="token_knots"):

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from engine import profiler
 from engine.build import build_runtime
 from engine.cluster import ParallelConfig
 from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.messages import StepReport
 from engine.profile import StepTimeModel
-from engine.profiler import Observed, Profiler, cpu_seconds, fit, share_cores, step_rows
+from engine.profiler import Observed, Profiler, cpu_seconds, crowd, fit, step_rows
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +61,25 @@ def model(key: tuple[int, int], busy_cores: float, stage_share: float = 1.0) -> 
     )
 
 
-def test_cores_are_shared_as_steps_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four replicas of one device with one core busy each that take 2.5 times as long share 1.6.
-    Two pipelines with 2 steps at work take 1.5 times as long, so 1.6 * 1.5 / 4 cores a step; a tp
-    pair that is not slowed keeps no more busy than there are."""
-    monkeypatch.setattr(profiler, "num_processors", lambda: 2)
-    models = [model((1, 2), 1.1, 0.5), model((2, 1), 1.3), model((1, 1), 1.0), model((4, 1), 1.5)]
+def test_crowding_is_what_steps_show() -> None:
+    """Replicas of one device, one processor busy each: 2 of them are 1.2 times as slow, 4 are 3
+    times. Two pipelines of 2 steps at work are 2.1 times as slow, like 3 processors, so 3 / 4 for
+    each step; two tp pairs are 4 times as slow, like 4 * 4 / 3 processors; another is not slowed,
+    and one that is alone keeps what processor time tells."""
+    models = [model((1, 2), 1.1, 0.5), model((2, 1), 1.3), model((1, 1), 1.0), model((4, 1), 0.7)]
     observed = [
-        Observed([], together=2, slowdown=1.5),
-        Observed([], together=2, slowdown=0.9),
-        Observed([], together=4, slowdown=2.5),
+        Observed([], slowdowns=(1.0, 2.1)),
+        Observed([], slowdowns=(1.0, 4.0)),
+        Observed([], slowdowns=(1.0, 1.2, 2.1, 3.0)),
         Observed([]),
     ]
-    found, cores = share_cores(models, observed)
-    assert cores == pytest.approx(1.6)
+    found, crowding = crowd(models, observed)
+    assert crowding == ((1.0, 1.0), (2.0, 1.2), (3.0, 2.1), (4.0, 3.0))
     busy = {m.parallel.key: m.busy_cores for m in found}
-    assert busy == pytest.approx({"tp1pp1": 1.0, "tp1pp2": 0.6, "tp2pp1": 0.8, "tp4pp1": 1.5})
+    expected = {"tp1pp1": 1.0, "tp1pp2": 0.75, "tp2pp1": 8 / 3, "tp4pp1": 0.7}
+    assert busy == pytest.approx(expected)
+    found, _ = crowd(models, [Observed([], slowdowns=(1.0, 0.9)), *observed[1:]])
+    assert found[0].busy_cores == pytest.approx(1.0 / 4)
 
 
 def test_leaders_report_their_steps(cluster: EngineCluster) -> None:

@@ -13,15 +13,19 @@ from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
 from tests.envs.plain_cluster import PlainCluster, PlainReplica
 
+CROWDING = ((2.0, 1.0), (3.0, 1.5), (4.0, 2.4))
+
 
 @pytest.fixture(scope="module")
 def shared_cluster(small_cluster: ProfiledCluster) -> ProfiledCluster:
-    """Two cores; a step keeps one busy per device, and a tenth more when there are several."""
+    """A step keeps one processor busy per device, and a tenth more when there are several. More than
+    two slow one another down."""
     steps = tuple(
         replace(m, busy_cores=m.parallel.num_devices * 1.0 + 0.1 * (m.parallel.num_devices > 1))
         for m in small_cluster.profile.steps
     )
-    return replace(small_cluster, profile=replace(small_cluster.profile, steps=steps, cores=2.0))
+    profile = replace(small_cluster.profile, steps=steps, crowding=CROWDING)
+    return replace(small_cluster, profile=profile)
 
 
 def share_by_hand(
@@ -38,7 +42,7 @@ def share_by_hand(
                 replica._start(now_s)
                 left[replica] = replica.in_flight[-1][0] - now_s
         busy = sum(replica.steps.busy_cores for replica in left)
-        rate = min(1.0, cluster.profile.cores / busy) if busy else 1.0
+        rate = 1.0 / cluster.profile.slowdown(busy)
         first = min(left, key=lambda r: left[r], default=None)
         until_s = now_s + left[first] / rate if first is not None else np.inf
         is_arrival = bool(todo) and todo[0].arrival_s < until_s
@@ -83,19 +87,19 @@ def test_equals_plain_processor_sharing(shared_cluster: ProfiledCluster, key: st
         assert outcome.first_token_s == pytest.approx(token_times[0], abs=1e-7)
         assert outcome.finish_s == pytest.approx(token_times[-1], abs=1e-7)
     alone = SurrogateCluster(
-        replace(shared_cluster, profile=replace(shared_cluster.profile, cores=0.0)), deployment
+        replace(shared_cluster, profile=replace(shared_cluster.profile, crowding=())), deployment
     )
     for i, (prompt, output) in enumerate(lengths):
         alone.submit(Request(f"r{i}", arrival_s[i], prompt, output))
     alone.advance(1e5)
     last = max(e.outcome.finish_s for e in alone.events(0).events if e.outcome is not None)
     slower = max(o.finish_s for o in ends) > 1.02 * last
-    assert slower == (key != "1xtp1pp1"), "one replica of one device has cores enough"
+    assert slower == (key != "1xtp1pp1"), "two processors suffice one replica of one device"
 
 
 def test_three_replicas_by_hand(shared_cluster: ProfiledCluster) -> None:
-    """Steps of w s each start at 0, 0 and w / 2. Until then two cores suffice; then all three go
-    at 2/3: the first two end at w / 2 + 3/2 * w / 2 = 5/4 w, the third has done half by then and
+    """Steps of w s each start at 0, 0 and w / 2. Until then two processors suffice; then all three
+    go at 2/3: the first two end at w / 2 + 3/2 * w / 2 = 5/4 w, the third has done half by then and
     ends at 5/4 w + w / 2."""
     deployment = dense_deployment(parse_deployment_key("3xtp1pp1"))
     work_s = shared_cluster.profile.step_model(deployment.configs[0]).step_s(10, 1, 10)
@@ -105,6 +109,31 @@ def test_three_replicas_by_hand(shared_cluster: ProfiledCluster) -> None:
     surrogate.advance(1.0)
     ends = [e.outcome.finish_s for e in surrogate.events(0).events if e.outcome is not None]
     assert ends == pytest.approx([1.25 * work_s, 1.25 * work_s, 1.75 * work_s])
+
+
+def test_a_pipeline_keeps_as_many_busy_as_it_has_steps_at_work(
+    small_cluster: ProfiledCluster,
+) -> None:
+    """A step of w s starts at 0, a second one w / 2 later, when the first stage is free: then three
+    are at work with that of another replica, and go at 2/3. The first ends at w / 2 + 3/2 * w / 2 =
+    5/4 w, and the second w / 2 after it."""
+    steps = tuple(replace(m, busy_cores=1.0) for m in small_cluster.profile.steps)
+    profile = replace(small_cluster.profile, steps=steps, crowding=CROWDING)
+    deployment = dense_deployment(parse_deployment_key("1xtp1pp2+1xtp1pp1"))
+    pipeline = profile.step_model(deployment.configs[0])
+    assert (pipeline.parallel.pp, pipeline.stage_share) == (2, 0.5)
+    work_s = pipeline.step_s(10, 1, 10)
+    surrogate = SurrogateCluster(replace(small_cluster, profile=profile), deployment)
+    ids = [r.replica_id for r in deployment.replicas]
+    to_pipeline = ((1.0, 0.0), (0.0, 1.0))
+    surrogate.set_routing(Routing(tuple(ids), to_pipeline, (20,), ((1.0, 0.0), (0.0, 1.0))))
+    for name, prompt in (("a", 10), ("b", 10), ("long", 190)):
+        surrogate.submit(Request(name, 0.0, prompt, 1))
+    surrogate.advance(1e3)
+    events = surrogate.events(0).events
+    ends = {e.outcome.request_id: e.outcome.finish_s for e in events if e.outcome is not None}
+    assert ends["long"] > 1.75 * work_s, "it is there all the time"
+    assert (ends["a"], ends["b"]) == pytest.approx((1.25 * work_s, 1.75 * work_s))
 
 
 def test_cutting_time_changes_nothing(shared_cluster: ProfiledCluster) -> None:

@@ -150,7 +150,7 @@ def test_switches_roll_back_with_the_probability(small_cluster: ProfiledCluster)
     ),
     headroom_bytes=st.sampled_from([None, 0, 1_000_000]),
     link_bytes_per_s=st.sampled_from([2e8, 1e7]),
-    cores=st.sampled_from([0.0, 1.5]),
+    crowding=st.sampled_from([(), ((1.5, 1.0), (2.0, 1.1), (3.0, 2.5))]),
     losses=st.lists(st.tuples(st.floats(0, 3), st.integers(0, 3), st.floats(0.01, 3)), max_size=3),
 )
 def test_nothing_is_lost(
@@ -160,7 +160,7 @@ def test_nothing_is_lost(
     switches: list[tuple[float, str, Binding, SwitchMode, bool]],
     headroom_bytes: int | None,
     link_bytes_per_s: float,
-    cores: float,
+    crowding: tuple[tuple[float, float], ...],
     losses: list[tuple[float, int, float]],
 ) -> None:
     """Under switches at any instant, live or in place, with memory for both generations or not,
@@ -170,7 +170,7 @@ def test_nothing_is_lost(
     rng = np.random.default_rng(seed)
     steps = tuple(replace(s, busy_cores=1.0) for s in small_cluster.profile.steps)
     profile = replace(
-        small_cluster.profile, cores=cores, steps=steps, link_bytes_per_s=link_bytes_per_s
+        small_cluster.profile, crowding=crowding, steps=steps, link_bytes_per_s=link_bytes_per_s
     )
     surrogate = SurrogateCluster(
         ProfiledCluster(replace(small_cluster.spec, switch_headroom_bytes=headroom_bytes), profile),
