@@ -207,11 +207,10 @@ def crowd(
     busy = together * at_work(models[smallest]) * models[smallest].busy_cores
     slowdowns = np.maximum.accumulate([1.0, *observed[smallest].slowdowns[1:]])
     found = [
-        model
-        if i == smallest
-        else replace(model, busy_cores=_explained(model, seen, busy, slowdowns))
-        for i, (model, seen) in enumerate(zip(models, observed, strict=True))
+        replace(model, busy_cores=_explained(model, seen, busy, slowdowns))
+        for model, seen in zip(models, observed, strict=True)
     ]
+    found[smallest] = models[smallest]
     return found, tuple(zip(busy.tolist(), slowdowns.tolist(), strict=True))
 
 

@@ -18,8 +18,8 @@ CROWDING = ((2.0, 1.0), (3.0, 1.5), (4.0, 2.4))
 
 @pytest.fixture(scope="module")
 def shared_cluster(small_cluster: ProfiledCluster) -> ProfiledCluster:
-    """A step keeps one processor busy per device, and a tenth more when there are several. More than
-    two slow one another down."""
+    """A step keeps one processor busy per device, and a tenth more when there are several. More
+    than two slow one another down."""
     steps = tuple(
         replace(m, busy_cores=m.parallel.num_devices * 1.0 + 0.1 * (m.parallel.num_devices > 1))
         for m in small_cluster.profile.steps
