@@ -1,19 +1,18 @@
 """The real engine beside the surrogate: the same arrivals on both.
 
 A random-weight Llama of 63M parameters in bfloat16 on four workers that share this machine's
-cores.
-The surrogate knows the engine by a profile, measured in several passes before, between and after
-the runs, one replica busy at a time and the same together, under a load that resembles none of the
-workloads; how replicas slow one another it computes from the cores that each keeps busy
-(`ServingProfile.cores`). Every deployment serves every workload at every load, `repeats` times, and
-some switch to another in the middle.
+processors. The surrogate knows the engine by a profile, measured in several passes before, between
+and after the runs, one replica busy at a time and several together, under a load that resembles
+none of the workloads; how replicas slow one another it computes from the processors that each keeps
+busy (`ServingProfile.slowdown`). Every deployment serves every workload at every load, `repeats`
+times, and some switch to another in the middle.
 
 Errors are those of the surrogate against the mean of the engine's runs; `noise_` are those of the
 engine's second run against its first, which no simulator can undercut. A contrast is the difference
 of the mean latencies of two deployments on the same arrivals. All this is on processor cores: it
 validates the mechanics, not the figures of accelerators.
 
---json FILE keeps all that was measured; --from FILE measures nothing and simulates again.
+--json FILE keeps all that was measured; --from FILE measures nothing, fits and simulates again.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ import gzip
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from simulating.calibration import Calibration
 from simulating.cells import Cell, draw_cells
 from simulating.errors import (
     STATISTICS,
@@ -46,84 +45,34 @@ from simulating.settings import QUICK, Settings, engine_config
 from switching.model import make_model
 
 from engine.build import build_runtime
-from engine.cluster import SwitchTicket, parse_deployment_key
+from engine.cluster import parse_deployment_key
 from engine.facade import EngineCluster
 from engine.profile import ProfiledCluster
-from engine.profiler import Observed, build_profile, observe_all
-from engine.step_fit import MeasuredSteps
 from envs.workload import Trace
 
-PASS_TIMEOUT_S = 900.0
 WARM_UP_S = 1.5
 
 # ------------------------------------------------------------------------------------
 # Measuring
 
 
-class Calibration:
-    """Observations of every configuration, made in several passes over the time that all takes,
-    since a host is faster at one time than at another."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        keys = {*settings.deployments, *(key for pair in settings.switches for key in pair)}
-        self._configs = sorted({c for key in keys for c in parse_deployment_key(key)})
-        self._engine = engine_config(folder, "1xtp1pp1")
-        self._passes: list[list[Observed]] = []
-        self._tickets: list[SwitchTicket] = []
-
-    def observe(self) -> None:
-        with EngineCluster(lambda: build_runtime(self._engine)) as cluster:
-            self._spec = cluster.spec
-            work = observe_all(cluster.runtime, True, self._configs)
-            observed, tickets = cluster.run(work, PASS_TIMEOUT_S)
-        self._passes.append(observed)
-        self._tickets += tickets
-
-    def profile(self) -> ProfiledCluster:
-        """Fitted to all passes so far."""
-        observed = [Observed.of(several) for several in zip(*self._passes, strict=True)]
-        return build_profile(self._spec, True, self._configs, observed, self._tickets)
-
-    def mean_factors(self) -> list[float]:
-        """Per pass, measured over fitted seconds of all its steps on one device."""
-        fitted = self.profile().profile.step_model(self._configs[0])
-        steps = [MeasuredSteps(*np.array(p[0].rows).T[:-1]) for p in self._passes]
-        return [float(s.step_s.sum() / s.predicted(fitted).sum()) for s in steps]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "configs": [asdict(c) for c in self._configs],
-            "spec": asdict(self._spec),
-            "passes": [[asdict(o) for o in observed] for observed in self._passes],
-            "switches": [
-                {
-                    "weight_bytes": t.weight_bytes,
-                    "kv_bytes": t.kv_bytes,
-                    "pause_s": t.pause_s,
-                    "duration_s": t.duration_s,
-                    "phase_s": dict(t.phase_s),
-                }
-                for t in self._tickets
-            ],
-        }
-
-
 def measure(settings: Settings) -> tuple[Calibration, list[Cell]]:
     """Everything, cells with their runs."""
     folder = make_model(SHAPE)
-    calibration = Calibration(folder, settings)
-    calibration.observe()
+    alone = engine_config(folder, "1xtp1pp1")
+    calibration = Calibration(settings.configs)
+    calibration.observe(alone)
     first = calibration.profile()  # for rates of traffic and costs of sequences in switches
     steady, switching = draw_cells(settings, first)
     groups = [[c for c in steady if c.deployment == key] for key in settings.deployments]
     for number, group in enumerate(groups, 1):
         run_group(folder, group, settings.repeats, first)
         if number % settings.groups_per_pass == 0:
-            calibration.observe()
+            calibration.observe(alone)
     for cell in switching:
         for _ in range(settings.repeats):
             run_group(folder, [cell], 1, first)
-    calibration.observe()
+    calibration.observe(alone)
     return calibration, steady + switching
 
 
@@ -148,11 +97,11 @@ def run_group(folder: Path, group: list[Cell], repeats: int, profiled: ProfiledC
 # Raw data
 
 
-def to_json(profiled: ProfiledCluster, cells: list[Cell]) -> dict[str, Any]:
+def to_json(calibration: Calibration, cells: list[Cell]) -> dict[str, Any]:
     traces = {c.traffic: c.trace for c in cells}
     return {
-        "cores": len(os.sched_getaffinity(0)),
-        "profile": profiled.to_json(),
+        "processors": len(os.sched_getaffinity(0)),
+        "calibration": calibration.to_json(),
         "traces": {
             name: {
                 "arrival_s": np.round(t.arrival_s, 6).tolist(),
@@ -166,7 +115,7 @@ def to_json(profiled: ProfiledCluster, cells: list[Cell]) -> dict[str, Any]:
     }
 
 
-def from_json(data: dict[str, Any]) -> tuple[ProfiledCluster, list[Cell]]:
+def from_json(data: dict[str, Any]) -> tuple[Calibration, list[Cell]]:
     traces = {
         name: Trace(
             np.array(t["arrival_s"]),
@@ -186,7 +135,7 @@ def from_json(data: dict[str, Any]) -> tuple[ProfiledCluster, list[Cell]]:
         )
         for c in data["cells"]
     ]
-    return ProfiledCluster.from_json(data["profile"]), cells
+    return Calibration.from_json(data["calibration"]), cells
 
 
 # ------------------------------------------------------------------------------------
@@ -257,14 +206,14 @@ def main() -> int:
     args = parser.parse_args()
     if args.source is not None:
         with gzip.open(args.source, "rt") as file:
-            profiled, cells = from_json(json.load(file))
+            calibration, cells = from_json(json.load(file))
     else:
         calibration, cells = measure(QUICK if args.quick else Settings())
-        profiled, factors = calibration.profile(), calibration.mean_factors()
-        print("passes of the calibration, measured over fitted:", np.round(factors, 3).tolist())
         if args.json is not None:
             with gzip.open(args.json, "wt") as file:
-                json.dump(to_json(profiled, cells) | {"calibration": calibration.to_json()}, file)
+                json.dump(to_json(calibration, cells), file)
+    profiled, factors = calibration.profile(), calibration.mean_factors()
+    print("passes of the calibration, measured over fitted:", np.round(factors, 3).tolist())
     print(json.dumps(summarise(profiled, cells)))
     return 0
 

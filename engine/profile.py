@@ -167,6 +167,14 @@ class ServingProfile:
         return cls(steps=steps, crowding=crowding, **fields)
 
 
+def spec_from_json(data: dict[str, Any]) -> ClusterSpec:
+    """From what `dataclasses.asdict` makes of it. Raises KeyError and TypeError."""
+    fields = dict(data)
+    model = dict(fields.pop("model"))
+    tensors = [TensorSpec(**(t | {"shape": tuple(t["shape"])})) for t in model["tensors"]]
+    return ClusterSpec(model=ModelSpec(**(model | {"tensors": tuple(tensors)})), **fields)
+
+
 @dataclass(frozen=True, slots=True)
 class ProfiledCluster:
     """A cluster's static facts with its measured profile: one JSON file, `--profile`."""
@@ -181,11 +189,7 @@ class ProfiledCluster:
     def from_json(cls, data: dict[str, Any]) -> ProfiledCluster:
         """Raises InvalidRequestError when it is not what `to_json` writes."""
         try:
-            fields = dict(data["spec"])
-            model = dict(fields.pop("model"))
-            tensors = [TensorSpec(**(t | {"shape": tuple(t["shape"])})) for t in model["tensors"]]
-            spec = ClusterSpec(model=ModelSpec(**(model | {"tensors": tuple(tensors)})), **fields)
-            return cls(spec, ServingProfile.from_json(data["profile"]))
+            return cls(spec_from_json(data["spec"]), ServingProfile.from_json(data["profile"]))
         except (KeyError, TypeError) as error:
             raise InvalidRequestError(
                 f"this is no profile of a cluster ({error!r}); measure one with the profiler."

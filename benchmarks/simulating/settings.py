@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from switching.model import Shape
 
+from engine.cluster import ParallelConfig, parse_deployment_key
 from engine.config import EngineConfig
 from envs.workload import Trace
 
@@ -81,6 +82,12 @@ class Settings:
     arrivals_s: float = 12.0
     repeats: int = 2
     groups_per_pass: int = 2  # deployments between two passes of the calibration
+
+    @property
+    def configs(self) -> list[ParallelConfig]:
+        """Of all replicas."""
+        keys = {*self.deployments, *(key for pair in self.switches for key in pair)}
+        return sorted({c for key in keys for c in parse_deployment_key(key)})
 
 
 QUICK = Settings(
