@@ -17,6 +17,7 @@ from simulating.cells import Cell
 from simulating.runs import Run
 
 Floats = NDArray[np.float64]
+METRICS = ("throughput", "ttft", "tpot", "latency")
 STATISTICS = ("mean", "p50", "p90", "p99")
 PERCENT = 100.0
 CLEAR_PCT = 5.0  # a difference of two deployments of at least so much is a clear one
@@ -80,13 +81,15 @@ def repeat_errors(cells: Sequence[Cell]) -> list[Compared]:
     ]
 
 
-def median_error_pct(compared: Sequence[Compared], statistic: str) -> float:
+def median_error_pct(
+    compared: Sequence[Compared], statistic: str, metrics: Sequence[str] = METRICS
+) -> float:
     """Median over cells and metrics of the absolute error."""
     errors = [
         abs(c.error_pct(metric, statistic))
         for c in compared
-        for metric, values in c.measured.items()
-        if statistic in values
+        for metric in metrics
+        if statistic in c.measured[metric]
     ]
     return float(np.median(errors))
 

@@ -90,7 +90,8 @@ class Settings:
         return sorted({c for key in keys for c in parse_deployment_key(key)})
 
 
-QUICK = Settings(
+FULL = Settings()
+SMALL = Settings(
     deployments=("1xtp1pp1", "2xtp1pp1", "1xtp2pp1"),
     workloads=WORKLOADS[:1],
     switches=SWITCHES[:1],
