@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,6 +94,15 @@ class StepTimeModel:
         )
 
 
+def slowdown_at(crowding: Sequence[tuple[float, float]], busy: float) -> float:
+    """By knots (busy processors, slowdown): once up to the first, linear between them, in
+    proportion to the busy processors beyond the last. Without knots replicas share nothing."""
+    if not crowding:
+        return 1.0
+    knots, slowdowns = np.array(crowding).T
+    return float(np.interp(busy, knots, slowdowns) * max(1.0, busy / knots[-1]))
+
+
 @dataclass(frozen=True, slots=True)
 class ServingProfile:
     """Everything measured that planner and surrogate read, for one cluster and model."""
@@ -103,7 +113,7 @@ class ServingProfile:
     link_bytes_per_s: float
     switch_overhead_s: float  # a switch that moves no byte: groups, verify, commit
     pause_overhead_s: float  # how long affected replicas stand still when no KV moves
-    crowding: tuple[tuple[float, float], ...] = ()  # see `slowdown`
+    crowding: tuple[tuple[float, float], ...] = ()  # see `slowdown_at`
 
     def __post_init__(self) -> None:
         """Raises InvalidRequestError."""
@@ -117,15 +127,8 @@ class ServingProfile:
 
     def slowdown(self, busy: float) -> float:
         """How many times as long every step takes while replicas that share a host's processors
-        keep so many of them busy together (`StepTimeModel.busy_cores`).
-
-        `crowding` has knots (busy processors, slowdown): once up to the first, linear between them,
-        in proportion to the busy processors beyond the last. Empty: replicas share nothing.
-        """
-        if not self.crowding:
-            return 1.0
-        knots, slowdowns = np.array(self.crowding).T
-        return float(np.interp(busy, knots, slowdowns) * max(1.0, busy / knots[-1]))
+        keep so many of them busy together (`StepTimeModel.busy_cores`); see `slowdown_at`."""
+        return slowdown_at(self.crowding, busy)
 
     def step_model(self, parallel: ParallelConfig) -> StepTimeModel:
         for model in self.steps:

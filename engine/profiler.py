@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig, SwitchPhase, SwitchTicket
 from engine.config import EngineConfig, add_arguments, parse_config
@@ -33,7 +32,7 @@ from engine.errors import TidewrightError, UnavailableError
 from engine.facade import EngineCluster
 from engine.messages import StepReport
 from engine.migration.plan import plan_switch
-from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel
+from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel, slowdown_at
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.shards import fits
@@ -44,10 +43,10 @@ BUSY_CLIENTS = 4  # the same, while replicas are compared alone and together
 NUM_REQUESTS = 3  # of each client
 PROMPTS, OUTPUTS = (8, 384), (4, 64)  # tokens, drawn log-uniformly between the two
 NUM_BUSY_STEPS = 60  # over which processor time is counted: its clock ticks every 10 ms
+NUM_TRIED = 1000  # numbers of busy processors, to explain a slowdown
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
 ISOLATED_HELP = "one replica busy at a time, and the host cores that it keeps busy"
 DRAWN = (PROMPTS, OUTPUTS)
-Floats = NDArray[np.float64]
 Row = tuple[float, ...]  # of MeasuredSteps, and seconds since the step before ended
 
 
@@ -201,28 +200,33 @@ def crowd(
 
     Crowding is what the smallest replicas showed, by the processors that they kept busy together.
     Others wait more, for messages: they keep so many busy as explains how much slower they were.
+    Where one of them alone keeps more busy than the smallest, its times are freed of what its own
+    ranks took from one another.
     """
     smallest = min(range(len(models)), key=lambda i: _size(models[i].parallel))
     together = np.arange(1.0, 1.0 + len(observed[smallest].slowdowns))
     busy = together * at_work(models[smallest]) * models[smallest].busy_cores
     slowdowns = np.maximum.accumulate([1.0, *observed[smallest].slowdowns[1:]])
-    found = [
-        replace(model, busy_cores=_explained(model, seen, busy, slowdowns))
-        for model, seen in zip(models, observed, strict=True)
-    ]
-    found[smallest] = models[smallest]
-    return found, tuple(zip(busy.tolist(), slowdowns.tolist(), strict=True))
+    crowding = tuple(zip(busy.tolist(), slowdowns.tolist(), strict=True))
+    found = []
+    for model, seen in zip(models, observed, strict=True):
+        alone = model.busy_cores * at_work(model)
+        if len(seen.slowdowns) > 1 and model is not models[smallest]:
+            alone = _explained(seen, crowding)
+        freed = model.scaled(1.0 / slowdown_at(crowding, alone))
+        found.append(replace(freed, busy_cores=alone / at_work(model)))
+    return found, crowding
 
 
-def _explained(model: StepTimeModel, seen: Observed, busy: Floats, slowdowns: Floats) -> float:
-    """Processors that one step keeps busy, by the slowdown of as many replicas as fit; what its
-    processor time tells, where there was none or one replica alone."""
+def _explained(seen: Observed, crowding: Sequence[tuple[float, float]]) -> float:
+    """Processors that one replica keeps busy, by how much slower as many as fit are together."""
     together, slowdown = len(seen.slowdowns), seen.slowdowns[-1]
-    if slowdown > 1:
-        total = np.interp(slowdown, slowdowns, busy) * max(1.0, slowdown / slowdowns[-1])
-    else:
-        total = min(float(busy[0]), together * at_work(model) * model.busy_cores)
-    return float(total / (together * at_work(model)))
+    tried = np.linspace(0.0, crowding[-1][0], 1 + NUM_TRIED)
+    found = np.array(
+        [slowdown_at(crowding, together * b) / slowdown_at(crowding, b) for b in tried]
+    )
+    is_slower = found > max(slowdown, 1.0) + 1e-9
+    return float(tried[np.argmax(is_slower) - 1 if is_slower.any() else np.argmax(found)])
 
 
 def at_work(model: StepTimeModel) -> float:

@@ -117,7 +117,10 @@ def test_a_pipeline_keeps_as_many_busy_as_it_has_steps_at_work(
     """A step of w s starts at 0, a second one w / 2 later, when the first stage is free: then three
     are at work with that of another replica, and go at 2/3. The first ends at w / 2 + 3/2 * w / 2 =
     5/4 w, and the second w / 2 after it."""
-    steps = tuple(replace(m, busy_cores=1.0) for m in small_cluster.profile.steps)
+    steps = tuple(
+        replace(m, busy_cores=1.0, stage_share=1.0 / m.parallel.pp)
+        for m in small_cluster.profile.steps
+    )
     profile = replace(small_cluster.profile, steps=steps, crowding=CROWDING)
     deployment = dense_deployment(parse_deployment_key("1xtp1pp2+1xtp1pp1"))
     pipeline = profile.step_model(deployment.configs[0])
