@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from simulating.calibration import Calibration
-from simulating.cells import Cell, draw_cells
+from simulating.cells import Cell, draw_cells, trace_from_json, trace_to_json
 from simulating.errors import (
     METRICS,
     STATISTICS,
@@ -50,7 +50,6 @@ from engine.build import build_runtime
 from engine.cluster import parse_deployment_key
 from engine.facade import EngineCluster
 from engine.profile import ProfiledCluster
-from envs.workload import Trace
 
 WARM_UP_S = 1.5
 RESULTS = Path(__file__).parent / "results" / "fidelity.json.gz"
@@ -105,39 +104,14 @@ def to_json(calibration: Calibration, cells: list[Cell]) -> dict[str, Any]:
     return {
         "processors": len(os.sched_getaffinity(0)),
         "calibration": calibration.to_json(),
-        "traces": {
-            name: {
-                "arrival_s": np.round(t.arrival_s, 6).tolist(),
-                "prompt_tokens": t.prompt_tokens.tolist(),
-                "output_tokens": t.output_tokens.tolist(),
-                "duration_s": t.duration_s,
-            }
-            for name, t in traces.items()
-        },
+        "traces": {name: trace_to_json(trace) for name, trace in traces.items()},
         "cells": [c.to_json() for c in cells],
     }
 
 
 def from_json(data: dict[str, Any]) -> tuple[Calibration, list[Cell]]:
-    traces = {
-        name: Trace(
-            np.array(t["arrival_s"]),
-            np.array(t["prompt_tokens"], np.int64),
-            np.array(t["output_tokens"], np.int64),
-            t["duration_s"],
-        )
-        for name, t in data["traces"].items()
-    }
-    cells = [
-        Cell(
-            c["deployment"],
-            c["traffic"],
-            traces[c["traffic"]],
-            c["target"],
-            [Run.from_json(r) for r in c["runs"]],
-        )
-        for c in data["cells"]
-    ]
+    traces = {name: trace_from_json(trace) for name, trace in data["traces"].items()}
+    cells = [Cell.from_json(cell, traces) for cell in data["cells"]]
     return Calibration.from_json(data["calibration"]), cells
 
 
@@ -218,7 +192,8 @@ def main() -> int:
         if args.json is not None:
             with gzip.open(args.json, "wt") as file:
                 json.dump(to_json(calibration, cells), file)
-    profiled, factors = calibration.profile(), calibration.mean_factors()
+    profiled = calibration.profile()
+    factors = calibration.mean_factors(profiled)
     print("passes of the calibration, measured over fitted:", np.round(factors, 3).tolist())
     print(json.dumps(summarise(profiled, cells)))
     return 0

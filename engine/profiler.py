@@ -1,10 +1,10 @@
 """`python -m engine.profiler`: measures a ServingProfile on the real engine, in a few minutes.
 
 Every configuration is measured with the whole pool busy (as many replicas as fit, each with the
-same load), because ranks that share a host's cores slow one another; or, `--isolated`, with one
-replica alone and the cores that its steps keep busy, from which the surrogate computes how replicas
-slow one another. Step times are the leaders' own reports, from the end of one step to the end of
-the next, so they hold scheduling, messages and sampling too. The engine is re-shaped from one
+same load), because ranks that share a host's processors slow one another; or, `--isolated`, with
+one replica alone, and then several together, from which the surrogate computes how replicas slow
+one another. Step times are the leaders' own reports, from the end of one step to the end of the
+next, so they hold scheduling, messages and sampling too. The engine is re-shaped from one
 configuration to the next by live switches, which are measured on the way.
 """
 
@@ -45,7 +45,7 @@ PROMPTS, OUTPUTS = (8, 384), (4, 64)  # tokens, drawn log-uniformly between the 
 NUM_BUSY_STEPS = 60  # over which processor time is counted: its clock ticks every 10 ms
 NUM_TRIED = 1000  # numbers of busy processors, to explain a slowdown
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
-ISOLATED_HELP = "one replica busy at a time, and the host cores that it keeps busy"
+ISOLATED_HELP = "one replica alone, and how much slower several are together"
 DRAWN = (PROMPTS, OUTPUTS)
 Row = tuple[float, ...]  # of MeasuredSteps, and seconds since the step before ended
 

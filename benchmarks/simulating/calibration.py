@@ -42,9 +42,9 @@ class Calibration:
         observed = [Observed.of(several) for several in zip(*self._passes, strict=True)]
         return build_profile(self._spec, True, self._configs, observed, self._tickets)
 
-    def mean_factors(self) -> list[float]:
+    def mean_factors(self, profiled: ProfiledCluster) -> list[float]:
         """Per pass, measured over fitted seconds of all its steps on one device."""
-        fitted = self.profile().profile.step_model(self._configs[0])
+        fitted = profiled.profile.step_model(self._configs[0])
         steps = [MeasuredSteps(*np.array(p[0].rows).T[:-1]) for p in self._passes]
         return [float(s.step_s.sum() / s.predicted(fitted).sum()) for s in steps]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -35,6 +35,26 @@ class Cell:
             "traffic": self.traffic,
             "runs": [run.to_json() for run in self.runs],
         }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], traces: Mapping[str, Trace]) -> Cell:
+        runs = [Run.from_json(run) for run in data["runs"]]
+        name = data["traffic"]
+        return cls(data["deployment"], name, traces[name], data["target"], runs)
+
+
+def trace_to_json(trace: Trace) -> dict[str, Any]:
+    return {
+        "arrival_s": np.round(trace.arrival_s, 6).tolist(),
+        "prompt_tokens": trace.prompt_tokens.tolist(),
+        "output_tokens": trace.output_tokens.tolist(),
+        "duration_s": trace.duration_s,
+    }
+
+
+def trace_from_json(data: dict[str, Any]) -> Trace:
+    prompt, output = (np.array(data[f"{name}_tokens"], np.int64) for name in ("prompt", "output"))
+    return Trace(np.array(data["arrival_s"]), prompt, output, data["duration_s"])
 
 
 def sustained_per_s(profiled: ProfiledCluster, deployment: str, workload: Workload) -> float:

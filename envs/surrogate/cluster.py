@@ -38,9 +38,9 @@ from envs.scenarios import DeviceFailure
 from envs.surrogate import kernel, layout
 from envs.surrogate.failure import Failures
 from envs.surrogate.in_place import InPlaceSwitch
-from envs.surrogate.latency import step_records
+from envs.surrogate.latency import check_knots, step_records
 from envs.surrogate.layout import WAITING
-from envs.surrogate.phases import PhasedSwitch
+from envs.surrogate.phases import PhasedSwitch, SwitchSetup
 from envs.surrogate.record import Records, Slots, log_events, traffic_columns
 from envs.surrogate.state import SurrogateState, new_records, request_records
 from envs.surrogate.switch import LiveSwitch
@@ -95,6 +95,7 @@ class SurrogateCluster:
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
         self._step_records = step_records(cluster.profile, step_factor)
+        check_knots("the profile's crowding has", len(cluster.profile.crowding))
         self.state = SurrogateState(
             cluster.spec, max_queue, cluster.profile.crowding, prefix_hit_rate, trace_items
         )
@@ -161,7 +162,7 @@ class SurrogateCluster:
             )
         ticket_id = f"switch-{len(self._tickets):04d}"
         kind = InPlaceSwitch if plan.mode is SwitchMode.IN_PLACE else LiveSwitch
-        self._switch = kind(
+        setup = SwitchSetup(
             plan,
             ticket_id,
             self._deployment,
@@ -169,6 +170,7 @@ class SurrogateCluster:
             self._switch_factor,
             self._draw_failure(),
         )
+        self._switch = kind(setup)
         self._switch.start(self, self._now_s)
         return self._tickets[ticket_id]
 

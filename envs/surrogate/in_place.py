@@ -13,13 +13,12 @@ from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING
 
-from engine.cluster import Deployment, SwitchPhase, SwitchPlan
+from engine.cluster import Deployment, SwitchPhase
 from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
 from engine.migration.plan import link_seconds
-from engine.profile import ServingProfile
 from engine.shards import rank_weight_bytes
 from envs.surrogate import kernel
-from envs.surrogate.phases import PhasedSwitch, choose_rows
+from envs.surrogate.phases import PhasedSwitch, SwitchSetup, choose_rows
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
@@ -28,20 +27,12 @@ if TYPE_CHECKING:
 class InPlaceSwitch(PhasedSwitch):
     """See the module."""
 
-    def __init__(
-        self,
-        plan: SwitchPlan,
-        ticket_id: str,
-        current: Deployment,
-        profile: ServingProfile,
-        factor: float,
-        fails_at: float | None = None,
-    ) -> None:
-        super().__init__(plan, ticket_id, current, profile, factor, fails_at)
+    def __init__(self, setup: SwitchSetup) -> None:
+        super().__init__(setup)
         self._steps: tuple[InPlaceStep, ...] = ()
         self._borders_s: tuple[float, ...] = ()  # step i lasts from the i-th to the next
         self._slots: tuple[int, ...] = ()  # of the sequences on the replicas that go
-        self._target = plan.target
+        self._target = self.plan.target
 
     def _prepare(self, host: SurrogateCluster) -> None:
         staging_bytes = default_staging_bytes(host.spec)

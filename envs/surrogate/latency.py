@@ -17,6 +17,15 @@ from engine.profile import TIME_FIELDS, ServingProfile, StepTimeModel
 from envs.surrogate import layout
 
 
+def check_knots(what: str, knots: int) -> None:
+    """Raises InvalidRequestError for more than the kernel has room for; `what` ends in a verb."""
+    if knots > layout.MAX_KNOTS:
+        raise InvalidRequestError(
+            f"{what} {knots} knots, the surrogate takes at most {layout.MAX_KNOTS}; fit them with "
+            "fewer."
+        )
+
+
 def step_records(
     profile: ServingProfile, factor: float = 1.0
 ) -> dict[ParallelConfig, NDArray[Any]]:
@@ -29,11 +38,7 @@ def step_records(
 
 def _record(model: StepTimeModel) -> NDArray[Any]:
     knots = len(model.token_knots)
-    if knots > layout.MAX_KNOTS:
-        raise InvalidRequestError(
-            f"step times of {model.parallel.key} have {knots} knots, the surrogate takes at most "
-            f"{layout.MAX_KNOTS}; fit them with fewer."
-        )
+    check_knots(f"step times of {model.parallel.key} have", knots)
     record = np.zeros((), layout.STEP)
     for name in TIME_FIELDS:
         record[name] = getattr(model, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,28 +28,31 @@ if TYPE_CHECKING:
 Stage = Callable[[Any, "SurrogateCluster", float], None]
 
 
+@dataclass(frozen=True, slots=True)
+class SwitchSetup:
+    """What a switch starts with. Its times are the profile's, multiplied by `factor`; with
+    `fails_at` it fails after that share of the time until the weights are there."""
+
+    plan: SwitchPlan
+    ticket_id: str
+    current: Deployment
+    profile: ServingProfile
+    factor: float
+    fails_at: float | None
+
+
 class PhasedSwitch(ABC):
-    """One switch. `due_s` is when the next thing happens; the cluster calls `cross_border`.
+    """One switch. `due_s` is when the next thing happens; the cluster calls `cross_border`."""
 
-    With `fails_at` it fails after that share of the time until the weights are there.
-    """
-
-    def __init__(
-        self,
-        plan: SwitchPlan,
-        ticket_id: str,
-        current: Deployment,
-        profile: ServingProfile,
-        factor: float,
-        fails_at: float | None = None,
-    ) -> None:
+    def __init__(self, setup: SwitchSetup) -> None:
+        plan, current = setup.plan, setup.current
         self.plan, self._old = plan, current
-        self._profile, self._factor = profile, factor
+        self._profile, self._factor = setup.profile, setup.factor
         kept = set(current.replicas) & set(plan.target.replicas)
         self.leaving = [r for r in current.replicas if r not in kept]
         self.coming = [r for r in plan.target.replicas if r not in kept]
         self.ticket = SwitchTicket(
-            ticket_id=ticket_id,
+            ticket_id=setup.ticket_id,
             phase=SwitchPhase.PREPARE,
             from_key=current.key,
             to_key=plan.target.key,
@@ -67,7 +70,7 @@ class PhasedSwitch(ABC):
         self._next: Stage = type(self)._begin_transfer
         self._paused_at_s: float | None = None
         self._phase_began_s = 0.0
-        self._fails_at, self._fails_at_s = fails_at, inf
+        self._fails_at, self._fails_at_s = setup.fails_at, inf
         self._reason = ""  # why it cannot be prepared
 
     def copy(self) -> Self:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from engine.cluster import Deployment, SwitchPhase, SwitchPlan
+from engine.cluster import SwitchPhase
 from engine.migration.binding import drain_timeout_s, is_round_due
 from engine.migration.order import default_staging_bytes
 from engine.migration.plan import link_seconds
 from engine.migration.room import kv_limits
-from engine.profile import ServingProfile
 from envs.surrogate.kv_rounds import KvRounds
-from envs.surrogate.phases import PhasedSwitch
+from envs.surrogate.phases import PhasedSwitch, SwitchSetup
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
@@ -26,18 +25,10 @@ if TYPE_CHECKING:
 class LiveSwitch(PhasedSwitch):
     """Both generations side by side until the commit."""
 
-    def __init__(
-        self,
-        plan: SwitchPlan,
-        ticket_id: str,
-        current: Deployment,
-        profile: ServingProfile,
-        factor: float,
-        fails_at: float | None = None,
-    ) -> None:
-        super().__init__(plan, ticket_id, current, profile, factor, fails_at)
+    def __init__(self, setup: SwitchSetup) -> None:
+        super().__init__(setup)
         self._limits: dict[int, int] = {}  # KV blocks, by replica id
-        self._rounds = KvRounds(plan, self.leaving)
+        self._rounds = KvRounds(self.plan, self.leaving)
         self._rounds_s: tuple[float, ...] = ()
         self._round_began_s = self._drain_until_s = 0.0
         self._has_rows = False

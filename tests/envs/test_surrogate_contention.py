@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.cluster import KvCostParams, Request, Routing, dense_deployment, parse_deployment_key
+from engine.errors import InvalidRequestError
 from engine.migration.plan import plan_switch
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
@@ -95,6 +96,16 @@ def test_equals_plain_processor_sharing(shared_cluster: ProfiledCluster, key: st
     last = max(e.outcome.finish_s for e in alone.events(0).events if e.outcome is not None)
     slower = max(o.finish_s for o in ends) > 1.02 * last
     assert slower == (key != "1xtp1pp1"), "two processors suffice one replica of one device"
+
+
+def test_more_knots_than_the_kernel_takes_are_refused(small_cluster: ProfiledCluster) -> None:
+    crowding = tuple((float(busy), float(busy)) for busy in range(1, 18))
+    profile = replace(small_cluster.profile, crowding=crowding)
+    with pytest.raises(InvalidRequestError, match="crowding has 17 knots"):
+        SurrogateCluster(
+            replace(small_cluster, profile=profile),
+            dense_deployment(parse_deployment_key("1xtp1pp1")),
+        )
 
 
 def test_three_replicas_by_hand(shared_cluster: ProfiledCluster) -> None:
