@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 
+from engine import shared_sum
 from engine.cluster import ParallelConfig
 
 PIPELINE_TAG = 0
@@ -92,12 +93,16 @@ class Sending:
         self.work.wait()
 
 
-class Group(Protocol):
-    """Collectives of one group on tensors of this rank's device."""
+class SumGroup(Protocol):
+    """What the tp ranks of a stage need, on tensors of this rank's device."""
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over the ranks, in place."""
         ...
+
+
+class Group(SumGroup, Protocol):
+    """Collectives of one group on tensors of this rank's device."""
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Sending: ...
 
@@ -181,6 +186,17 @@ def build_group(config: GroupConfig, store: Any, name: str, rank: int, size: int
     return DirectGroup(dist.ProcessGroupNCCL(dist.PrefixStore(name, store), rank, size, options))
 
 
+def build_sum_group(config: GroupConfig, store: Any, name: str, rank: int, size: int) -> SumGroup:
+    """As `build_group`, for sums alone: ranks on the CPU of one machine sum in shared memory."""
+    if config.host or config.stage or config.device.type != "cpu" or not shared_sum.is_supported():
+        return build_group(config, store, name, rank, size)
+
+    def share(label: str, value: str) -> list[str]:
+        return _share(store, f"{name}-{label}", rank, size, value)
+
+    return shared_sum.open_shared_sum(share, rank, size, config.timeout_s)
+
+
 def _gpu_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
@@ -202,7 +218,7 @@ class ParallelState:
 
     parallel: ParallelConfig
     rank: int
-    tp_group: Group | None
+    tp_group: SumGroup | None
     replica_group: Group | None
     device: torch.device
     store: Any = None
@@ -233,7 +249,7 @@ def build_parallel_state(
     stage, tp_rank = parallel.stage_of(rank), parallel.tp_rank_of(rank)
     tp_group = replica_group = None
     if parallel.tp > 1:
-        tp_group = build_group(config, store, f"tp{stage}", tp_rank, parallel.tp)
+        tp_group = build_sum_group(config, store, f"tp{stage}", tp_rank, parallel.tp)
     if parallel.pp > 1:
         replica_group = build_group(config, store, "pp", rank, parallel.num_devices)
     return ParallelState(parallel, rank, tp_group, replica_group, config.device, store)
