@@ -37,6 +37,9 @@ class StepTimeModel:
     A step is one batch through all stages. `stage_share` is the share of it during which the
     slowest stage is busy (1 for pp=1, about 1/pp when stages overlap): with pp batches in flight
     a replica starts a new one every stage_share * step_s.
+
+    Where `leader_computes`, the thread that starts steps and takes their results computes the first
+    stage itself, as on processors: a step that ends meanwhile is known to have when that is done.
     """
 
     parallel: ParallelConfig
@@ -49,6 +52,7 @@ class StepTimeModel:
     token_s: tuple[float, ...] = ()
     busy_cores: float = 0.0  # host cores that one step in flight keeps busy; 0 on accelerators
     stage_share: float = 1.0
+    leader_computes: bool = False
     residual_p50: float = 0.0  # median |predicted / measured - 1| over the fitted points
 
     def __post_init__(self) -> None:

@@ -189,7 +189,7 @@ def fit(parallel: ParallelConfig, observed: Observed) -> StepTimeModel:
     """Step times of one configuration; `busy_cores` as processor time tells. Raises
     InvalidRequestError when they are no fit."""
     *columns, gap_s = np.array(observed.rows, np.float64).T
-    model = fit_pipeline(parallel, MeasuredSteps(*columns), gap_s)
+    model = fit_pipeline(parallel, MeasuredSteps(*columns), gap_s, leader_computes=True)
     return replace(model, busy_cores=observed.busy_cores)
 
 

@@ -144,12 +144,17 @@ class Replica:
             bool(self._in_flight) or (not self.paused and self.scheduler.has_work)
         )
 
-    def step(self, wait_ms: int) -> list[TokenUpdate] | None:
-        """Dispatch while the pipeline has room, then collect one batch; None if none ended."""
+    @property
+    def waits(self) -> bool:
+        """Whether steps are in flight; one without any makes a step as soon as it has work."""
+        return bool(self._in_flight)
+
+    def step(self) -> list[TokenUpdate] | None:
+        """Dispatch while the pipeline has room, then collect one batch; None if none has ended."""
         if not self.paused:
             while len(self._in_flight) < self._depth and self._dispatch():
                 pass
-        return self._collect(wait_ms) if self._in_flight else None
+        return self._collect(wait_ms=0) if self._in_flight else None
 
     def _dispatch(self) -> bool:
         started_s, self._ready_s = self._ready_s or time.monotonic(), None

@@ -146,22 +146,29 @@ def _no_fit(parallel: ParallelConfig, error: float, count: int, most: float) -> 
 
 
 def fit_pipeline(
-    parallel: ParallelConfig, steps: MeasuredSteps, gap_s: Floats, knots: Sequence[int] = ()
+    parallel: ParallelConfig,
+    steps: MeasuredSteps,
+    gap_s: Floats,
+    knots: Sequence[int] = (),
+    leader_computes: bool = False,
 ) -> StepTimeModel:
-    """Step times and stage share of steps that were partly in flight together.
+    """Step times and stage share of steps that were partly in flight together, in the order of
+    their ends.
 
-    `step_s` is from when a step could start to its end, `gap_s` from the end of the one before it,
-    inf where none was in flight when it started. A step ends after its own time, or its stage share
-    of that after the one before, whichever is later; which of the two it was follows from the fit,
-    which is therefore repeated, for each of several shares. The one with the least error of all
-    ends is taken, and its times are scaled to add up to those measured.
+    `step_s` is from when a step could start to when its end was seen, `gap_s` from that of the one
+    before it, inf where none was in flight when it started. A step ends after its own time, or its
+    stage share of that after the one before, whichever is later, and with `leader_computes` that is
+    seen when the leader is done with the first stage of a later one. Which of these it was follows
+    from the fit, which is therefore repeated, for each of several shares. The one with the least
+    error of all ends is taken, and its times are scaled to add up to those measured.
     """
+    flight = _Flight.of(steps, gap_s)
     tried = [
-        _fit_with_share(parallel, steps, gap_s, share, knots)
+        _fit_with_share(parallel, flight, share, knots, leader_computes)
         for share in np.linspace(1.0 / parallel.pp, 1.0, 1 if parallel.pp == 1 else SHARES)
     ]
     _, model = min(tried, key=lambda both: both[0])
-    predicted_s = _times_in_flight(model, steps, gap_s)
+    predicted_s, _ = flight.ends(model, steps.predicted(model))
     residual = Residual.of(predicted_s, steps.step_s)
     if residual.p50 > MAX_RESIDUAL_P50:
         raise _no_fit(parallel, residual.p50, residual.count, MAX_RESIDUAL_P50)
@@ -171,26 +178,58 @@ def fit_pipeline(
 
 def _fit_with_share(
     parallel: ParallelConfig,
-    steps: MeasuredSteps,
-    gap_s: Floats,
+    flight: _Flight,
     share: float,
     knots: Sequence[int],
+    leader_computes: bool,
 ) -> tuple[float, StepTimeModel]:
     """(seconds of error over all ends, model)."""
-    own_s = steps.step_s
+    steps, own_s = flight.steps, flight.steps.step_s
     for _ in range(ROUNDS):
         alike = replace(steps, step_s=own_s).averaged()
-        model = replace(fit_step_times(parallel, alike, knots, np.inf), stage_share=share)
-        predicted_s = steps.predicted(model)
-        is_behind = steps.step_s - gap_s + share * predicted_s > predicted_s
-        own_s = np.where(is_behind, np.minimum(gap_s, steps.step_s) / share, steps.step_s)
-    error_s = np.abs(_times_in_flight(model, steps, gap_s) - steps.step_s)
-    return float(error_s.sum()), model
+        model = fit_step_times(parallel, alike, knots, np.inf)
+        model = replace(model, stage_share=share, leader_computes=leader_computes)
+        seen_s, own_s = flight.ends(model, steps.predicted(model))
+    return float(np.abs(seen_s - steps.step_s).sum()), model
 
 
-def _times_in_flight(model: StepTimeModel, steps: MeasuredSteps, gap_s: Floats) -> Floats:
-    own_s = steps.predicted(model)
-    return np.maximum(own_s, steps.step_s - gap_s + model.stage_share * own_s)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """Measured steps on a clock: when each could start and when its end was seen. Spans without a
+    step in flight have no length."""
+
+    steps: MeasuredSteps
+    start_s: Floats
+    seen_s: Floats
+
+    @classmethod
+    def of(cls, steps: MeasuredSteps, gap_s: Floats) -> _Flight:
+        seen_s = np.cumsum(np.where(np.isfinite(gap_s), gap_s, steps.step_s))
+        return cls(steps, seen_s - steps.step_s, seen_s)
+
+    def ends(self, model: StepTimeModel, own_s: Floats) -> tuple[Floats, Floats]:
+        """Seconds from each start until the model sees its end, with steps of `own_s`; and how long
+        each took by itself as far as its measured end tells, else `own_s`."""
+        share, free_s = model.stage_share, -np.inf
+        found, told = np.empty_like(own_s), np.empty_like(own_s)
+        for i, (start_s, seen_s, step_s) in enumerate(
+            zip(self.start_s, self.seen_s, own_s, strict=True)
+        ):
+            alone_s, behind_s = start_s + step_s, free_s + share * step_s
+            last_s = end_s = max(alone_s, behind_s)
+            free_s = min(last_s, seen_s)  # no later than it was seen
+            later = i + 1
+            while model.leader_computes and later < len(own_s) and self.start_s[later] < seen_s:
+                if self.start_s[later] < end_s:
+                    end_s = max(end_s, self.start_s[later] + share * own_s[later])
+                later += 1
+            told[i] = seen_s - start_s
+            if end_s > last_s:
+                told[i] = step_s
+            elif behind_s > alone_s:
+                told[i] = min(seen_s - behind_s + share * step_s, told[i]) / share
+            found[i] = end_s - start_s
+        return found, np.maximum(told, LEAST_SHARE * own_s)
 
 
 def _token_columns(tokens: Floats, knots: Sequence[int]) -> Floats:

@@ -77,6 +77,7 @@ class Worker:
             config, torch_device(config), self.sockets, self.ranks, self.serving
         )
         self._last_stats_s = 0.0
+        self._may_step = False  # whether there may be more to do before a message comes
         self._stopping = False
         self._ended = threading.Event()
 
@@ -113,16 +114,13 @@ class Worker:
         self.control.send(encode(message))
 
     def _poll(self) -> None:
-        """Take every message that has come; wait for one only when there is nothing to step."""
+        """Take every message that has come; wait for one, or for the result of a step, only when
+        there is nothing to step."""
         poller = zmq.Poller()
         poller.register(self.control, zmq.POLLIN)
-        busy = False
         for serving in self.serving.values():
-            if isinstance(serving, Follower):
-                poller.register(serving.inputs, zmq.POLLIN)
-            else:
-                busy = busy or serving.wants_to_step
-        poller.poll(0 if busy else int(STATS_S * 1000))
+            poller.register(serving.inputs, zmq.POLLIN)
+        poller.poll(0 if self._may_step else int(STATS_S * 1000))
         for fence, message in self._received(self.control):
             self._handle(fence, message)
 
@@ -135,12 +133,14 @@ class Worker:
         return arrived
 
     def _step_all(self) -> None:
+        self._may_step = False
         for replica_id, serving in list(self.serving.items()):
             try:
                 if isinstance(serving, Follower):
-                    serving.step()
+                    self._may_step |= serving.step()
                 elif serving.wants_to_step:
-                    updates = serving.step(wait_ms=20)
+                    updates = serving.step()
+                    self._may_step |= updates is not None or not serving.waits
                     if updates is not None:
                         self._send_tokens(replica_id, serving, updates)
             except RuntimeError as error:  # a peer's death ends a collective like this

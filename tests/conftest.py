@@ -119,6 +119,7 @@ def _step_model(tp: int, pp: int) -> StepTimeModel:
         per_seq_s=4e-4 / tp**0.5,
         per_context_token_s=1e-6 / tp,
         stage_share=1.0 if pp == 1 else 1.1 / pp,
+        leader_computes=tp > 1,
     )
 
 

@@ -344,11 +344,18 @@ def _finish_step(
 
 
 @inlined
+def _next_end(replica: Any, batches: Any) -> Any:
+    """When the end of the oldest step in flight is seen; inf without one."""
+    if replica.num_batches == 0:
+        return np.inf
+    end_s = batches[replica.first_batch].end_s
+    return max(end_s, replica.ready_s) if replica.step.leader_computes else end_s
+
+
+@inlined
 def _next_event(replica: Any, batches: Any) -> tuple[Any, Any]:
     """(when on the work clock, whether a step ends then; else one may start)."""
-    end_s = start_s = np.inf
-    if replica.num_batches > 0:
-        end_s = batches[replica.first_batch].end_s
+    end_s, start_s = _next_end(replica, batches), np.inf
     if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
         start_s = max(replica.ready_s, replica.wake_s)
     return min(end_s, start_s), end_s <= start_s
@@ -390,9 +397,7 @@ def _run_replica(
 ) -> None:
     """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is."""
     while True:
-        end_s = start_s = np.inf
-        if replica.num_batches > 0:
-            end_s = batches[replica.first_batch].end_s
+        end_s, start_s = _next_end(replica, batches), np.inf
         if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
             start_s = max(replica.ready_s, replica.wake_s)
         if end_s <= start_s:
@@ -400,6 +405,7 @@ def _run_replica(
                 replica.due_s = end_s
                 return
             batch = batches[replica.first_batch]
+            batch.end_s = end_s
             _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, end_s)
         else:
             if start_s >= until_s:
@@ -489,6 +495,7 @@ def _run_sharing(
         replica, mine = replicas[row], batches[row]
         if is_end:
             batch = mine[replica.first_batch]
+            batch.end_s = work_s
             _finish_step(seqs, replica, lists[row], batch, limits, counts, ended, trace, now_s)
         else:
             _try_start(seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s)

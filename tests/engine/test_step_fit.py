@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 
@@ -121,28 +123,42 @@ def test_steps_that_are_alike_are_averaged() -> None:
     assert sorted(found) == [(2.0, 2.0, 2.0, 11.0, 11.0, 2.5), rows[3], rows[1]]
 
 
+@pytest.mark.parametrize("leader_computes", [False, True])
 @pytest.mark.parametrize(("pp", "share"), [(1, 1.0), (2, 0.6), (4, 0.3)])
-def test_a_pipeline_is_told_apart_from_its_steps(pp: int, share: float) -> None:
+def test_a_pipeline_is_told_apart_from_its_steps(
+    pp: int, share: float, leader_computes: bool
+) -> None:
     """Steps of known cost, with so many in flight as there is work for, and 5 % of noise."""
     rng = np.random.default_rng(pp)
     truth = StepTimeModel(ParallelConfig(1, pp), 5e-3, 1e-4, 2e-4, 1e-6, stage_share=share)
-    rows, gaps_s, ends_s, start_s = [], [], [-np.inf], 0.0
+    rows, gaps_s, seen_s = [], [], -np.inf
+    flight: deque[tuple[tuple[float, ...], float, float, bool]] = deque()
+    ready_s = last_end_s = room_s = 0.0
+
+    def take() -> float:
+        nonlocal seen_s
+        size, start_s, end_s, is_alone = flight.popleft()
+        before_s, seen_s = seen_s, max(end_s, ready_s) if leader_computes else end_s
+        rows.append((*size, seen_s - start_s))
+        gaps_s.append(np.inf if is_alone else seen_s - before_s)
+        return seen_s
+
     for i in range(600):
         decoding, chunk = int(rng.integers(0, 9)), int(rng.integers(0, 2) * rng.integers(2, 200))
         decoding += decoding + chunk == 0
         context = int(rng.integers(10, 300, decoding).sum()) + chunk
         pairs = context + chunk * (chunk - 1) / 2
-        size = (decoding + chunk, decoding + (chunk > 0), context, pairs)
-        busy = (i // 50) % 2  # no or as many others in flight as the pipeline takes
-        free_s = ends_s[-min(pp, len(ends_s))] if busy else ends_s[-1]
-        start_s = max(start_s, free_s, 0.0)
-        step_s = truth.step_s(*size) * rng.lognormal(0.0, 0.05)
-        end_s = max(start_s + step_s, ends_s[-1] + share * step_s)
-        is_alone = ends_s[-1] <= start_s
-        rows.append((size[0], decoding, *size[1:], end_s - start_s))
-        gaps_s.append(np.inf if is_alone else end_s - ends_s[-1])
-        ends_s.append(end_s)
+        size = (decoding + chunk, decoding, decoding + (chunk > 0), context, pairs)
+        limit = pp if (i // 50) % 2 else 1  # with or without others
+        while len(flight) >= limit or (flight and flight[0][2] <= ready_s):
+            room_s = take()
+        start_s = max(ready_s, room_s)
+        step_s = truth.step_s(size[0], *size[2:]) * rng.lognormal(0.0, 0.05)
+        last_end_s = max(start_s + step_s, last_end_s + share * step_s)
+        ready_s = start_s + share * step_s
+        flight.append((size, start_s, last_end_s, not flight))
     steps = MeasuredSteps.of(rows)
-    found = fit_pipeline(ParallelConfig(1, pp), steps, np.array(gaps_s))
+    found = fit_pipeline(truth.parallel, steps, np.array(gaps_s), leader_computes=leader_computes)
     assert found.stage_share == pytest.approx(share, abs=0.08)
+    assert found.leader_computes == leader_computes
     assert np.median(np.abs(steps.predicted(found) / steps.predicted(truth) - 1.0)) < 0.03

@@ -37,7 +37,7 @@ class PlainReplica:
 
     def __init__(self, scheduler: BatchScheduler, steps: StepTimeModel) -> None:
         self.scheduler, self.steps = scheduler, steps
-        self.in_flight: deque[tuple[float, ScheduledBatch]] = deque()
+        self.in_flight: deque[tuple[ScheduledBatch, int]] = deque()  # and which of `steps_made`
         self.wake_s = self.ready_s = self.last_end_s = 0.0
         self.may_start = self.is_paused = False
         self.tables_on_the_way: Callable[[], Iterable[list[int]]] = list  # that hold blocks too
@@ -65,14 +65,16 @@ class PlainReplica:
 
     def run(self, until_s: float) -> None:
         while True:
-            end_s = self.in_flight[0][0] if self.in_flight else math.inf
+            end_s = self.steps_made[self.in_flight[0][1]].end_s if self.in_flight else math.inf
+            if self.in_flight and self.steps.leader_computes:
+                end_s = max(end_s, self.ready_s)
             has_room = len(self.in_flight) < self.steps.parallel.pp
             may_start = self.may_start and has_room and not self.is_paused
             start_s = max(self.ready_s, self.wake_s) if may_start else math.inf
             if end_s <= start_s:
                 if end_s > until_s or end_s == math.inf:
                     return
-                self._end(*self.in_flight.popleft())
+                self._end(end_s, *self.in_flight.popleft())
             else:
                 if start_s >= until_s:
                     return
@@ -92,13 +94,14 @@ class PlainReplica:
         self.last_end_s = max(now_s + step_s, self.last_end_s + stage_s)
         self.ready_s = now_s + stage_s
         self.wake_s = now_s
-        self.in_flight.append((self.last_end_s, batch))
+        self.in_flight.append((batch, len(self.steps_made)))
         blocks = self.scheduler.block_manager.num_free
         items = tuple((i.seq.request_id, i.start, i.num_tokens) for i in batch.items)
         preemptions = self.scheduler.num_preemptions_total
         self.steps_made.append(Step(now_s, self.last_end_s, items, blocks, preemptions))
 
-    def _end(self, now_s: float, batch: ScheduledBatch) -> None:
+    def _end(self, now_s: float, batch: ScheduledBatch, index: int) -> None:
+        self.steps_made[index] = self.steps_made[index]._replace(end_s=now_s)
         for update in self.scheduler.update(batch, [7 if i.samples else None for i in batch.items]):
             self.token_times[update.request_id].append(now_s)
             self.outstanding -= bool(update.finish_reason)

@@ -41,7 +41,7 @@ def share_by_hand(
             if replica not in left and replica.scheduler.has_work:
                 replica.last_end_s = now_s
                 replica._start(now_s)
-                left[replica] = replica.in_flight[-1][0] - now_s
+                left[replica] = replica.last_end_s - now_s
         busy = sum(replica.steps.busy_cores for replica in left)
         rate = 1.0 / cluster.profile.slowdown(busy)
         first = min(left, key=lambda r: left[r], default=None)
@@ -59,8 +59,7 @@ def share_by_hand(
             plain.replicas[replica_id].add(request, now_s)
         elif first is not None:
             del left[first]
-            _, batch = first.in_flight.popleft()
-            first._end(now_s, batch)
+            first._end(now_s, *first.in_flight.popleft())
 
 
 @pytest.mark.parametrize("key", ["4xtp1pp1", "1xtp2pp1+2xtp1pp1", "2xtp2pp1", "1xtp1pp1"])

@@ -17,7 +17,7 @@ from engine.cluster import (
     dense_deployment,
     parse_deployment_key,
 )
-from engine.profile import ProfiledCluster
+from engine.profile import ProfiledCluster, StepTimeModel
 from engine.router import ReplicaLoad, pick
 from envs.surrogate import kernel, layout
 from envs.surrogate.cluster import SurrogateCluster
@@ -165,3 +165,21 @@ def test_pipeline_overlaps_by_hand(small_cluster: ProfiledCluster) -> None:
     step_s = steps.step_s(1, 1, 1)
     assert outcomes["a"].finish_s == pytest.approx(step_s)
     assert outcomes["b"].finish_s == pytest.approx(step_s * (1 + steps.stage_share))
+
+
+def test_a_leader_that_computes_sees_an_end_when_its_stage_is_done(
+    small_cluster: ProfiledCluster,
+) -> None:
+    """a takes 1 s from 0; b takes 30 s from when a has left the first stage. So a ends while the
+    leader computes, and is known to when b has left it too."""
+    shared = 0.6
+    steps = tuple(
+        StepTimeModel(m.parallel, 0.0, 1.0, 0.0, 0.0, stage_share=shared, leader_computes=True)
+        for m in small_cluster.profile.steps
+    )
+    cluster = replace(small_cluster, profile=replace(small_cluster.profile, steps=steps))
+    deployment = dense_deployment(parse_deployment_key("1xtp1pp2"))
+    requests = [Request("a", 0.0, 1, 1), Request("b", 1e-4, 30, 1)]
+    outcomes = simulate(cluster, deployment, Routing((0,)), requests, [])
+    assert outcomes["a"].finish_s == pytest.approx(shared + 30 * shared)
+    assert outcomes["b"].finish_s == pytest.approx(shared + 30)
