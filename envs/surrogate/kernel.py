@@ -11,7 +11,8 @@ nothing.
 
 When replicas share the processors of a host, all steps in flight slow down by one factor, which
 grows with the processors that they keep busy together. Replicas therefore keep their times on one
-work clock, which runs slower by it; without sharing it is the clock on the wall.
+work clock, which runs slower by it; without sharing it is the clock on the wall. What memory bounds
+slows down besides, by how many are busy when a step starts.
 
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does.
@@ -161,8 +162,10 @@ def _schedule(
     limits: Any,
     now_s: float,
     batch: Any,
+    memory: float,
 ) -> Any:
-    """Fill `batch` and start it at `now_s`; False when no sequence can make a step.
+    """Fill `batch` and start it at `now_s`, with memory so many times as slow; False when no
+    sequence can make a step.
 
     The number of tokens of each item is kept in its sequence until the step ends.
     """
@@ -214,7 +217,8 @@ def _schedule(
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
     num_tokens = limits.max_num_batched_tokens - budget
-    _start(replica, batch, now_s, step_seconds(replica.step, num_tokens, num_items, context, pairs))
+    step_s = step_seconds(replica.step, num_tokens, num_items, context, pairs, memory)
+    _start(replica, batch, now_s, step_s)
     return True
 
 
@@ -254,15 +258,15 @@ def _token_seconds(step: Any, tokens: int) -> Any:
 
 
 @compiled
-def step_seconds(step: Any, tokens: int, sequences: int, context_tokens: int, pairs: float) -> Any:
+def step_seconds(
+    step: Any, tokens: int, sequences: int, context_tokens: int, pairs: float, memory: float
+) -> Any:
     """`engine.profile.StepTimeModel.step_s` of a record `STEP`, added up in the same order."""
-    return (
-        step.base_s
-        + _token_seconds(step, tokens)
-        + step.per_seq_s * sequences
-        + step.per_context_token_s * context_tokens
-        + step.per_pair_s * pairs
+    bound_by_memory_s = (
+        step.base_s + step.per_seq_s * sequences + step.per_context_token_s * context_tokens
     )
+    arithmetic_s = _token_seconds(step, tokens) + step.per_pair_s * pairs
+    return memory * bound_by_memory_s + arithmetic_s
 
 
 @compiled
@@ -373,10 +377,11 @@ def _try_start(
     row: int,
     work_s: float,
     now_s: float,
+    memory: float,
 ) -> None:
     """Start a step at `now_s` (`work_s` on the work clock) if any sequence can make one."""
     index = (replica.first_batch + replica.num_batches) % replica.depth
-    if _schedule(seqs, replica, lists, limits, work_s, batches[index]):
+    if _schedule(seqs, replica, lists, limits, work_s, batches[index], memory):
         replica.wake_s = work_s
         if len(trace) > 0:
             _trace_step(seqs, replica, batches[index], row, now_s, counts, trace)
@@ -412,7 +417,7 @@ def _run_replica(
                 replica.due_s = start_s
                 return
             index = (replica.first_batch + replica.num_batches) % replica.depth
-            if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
+            if _schedule(seqs, replica, lists, limits, start_s, batches[index], 1.0):
                 replica.wake_s = start_s
                 if len(trace) > 0:
                     _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
@@ -429,31 +434,49 @@ def work_time(clock: Any, now_s: float) -> Any:
 
 
 @compiled
-def _slowdown(clock: Any, busy: float) -> Any:
-    """`engine.profile.ServingProfile.slowdown`."""
-    last = clock.num_knots - 1
-    if busy <= clock.busy[0]:
+def _between(knots: Any, values: Any, count: int, busy: float) -> Any:
+    """Linear between knots, constant before and beyond; 1 without any."""
+    if count == 0:
         return 1.0
-    if busy >= clock.busy[last]:
-        return clock.slowdown[last] * (busy / clock.busy[last])
+    if busy <= knots[0]:
+        return values[0]
+    if busy >= knots[count - 1]:
+        return values[count - 1]
     i = 1
-    while busy > clock.busy[i]:
+    while busy > knots[i]:
         i += 1
-    share = (busy - clock.busy[i - 1]) / (clock.busy[i] - clock.busy[i - 1])
-    return clock.slowdown[i - 1] + share * (clock.slowdown[i] - clock.slowdown[i - 1])
+    share = (busy - knots[i - 1]) / (knots[i] - knots[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
+
+
+@compiled
+def _busy(replicas: Any, rows: Any, clock: Any, starting: int) -> Any:
+    """Processors that steps in flight keep busy, with one more of row `starting`. Of the steps of a
+    pipeline only so many are at work as its slowest stage lets through."""
+    busy = clock.mover_cores
+    for j in range(len(rows)):
+        replica = replicas[rows[j]]
+        count = replica.num_batches + (1 if rows[j] == starting else 0)
+        if count > 0:
+            busy += min(float(count), 1.0 / replica.step.stage_share) * replica.step.busy_cores
+    return busy
+
+
+@compiled
+def _memory_slowdown(replicas: Any, rows: Any, clock: Any, starting: int) -> Any:
+    """`engine.profile.Crowding.memory_slowdown` for a step that starts in a row."""
+    if clock.num_memory_knots == 0:
+        return 1.0
+    busy = _busy(replicas, rows, clock, starting)
+    return _between(clock.memory_busy, clock.memory_slowdown, clock.num_memory_knots, busy)
 
 
 @compiled
 def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
-    """The rate at which steps in flight go on from now on. Of the steps of a pipeline only so many
-    are at work as its slowest stage lets through."""
-    busy = clock.mover_cores
-    for j in range(len(rows)):
-        replica = replicas[rows[j]]
-        if replica.num_batches > 0:
-            at_work = min(float(replica.num_batches), 1.0 / replica.step.stage_share)
-            busy += at_work * replica.step.busy_cores
-    rate = 1.0 / _slowdown(clock, busy)
+    """The rate at which steps in flight go on from now on: by `Crowding.slowdown`."""
+    busy, last = _busy(replicas, rows, clock, NONE), clock.busy[clock.num_knots - 1]
+    slowdown = _between(clock.busy, clock.slowdown, clock.num_knots, busy)
+    rate = 1.0 / (slowdown * max(1.0, busy / last))
     if rate != clock.rate:
         clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate
 
@@ -498,7 +521,10 @@ def _run_sharing(
             batch.end_s = work_s
             _finish_step(seqs, replica, lists[row], batch, limits, counts, ended, trace, now_s)
         else:
-            _try_start(seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s)
+            memory = _memory_slowdown(replicas, rows, clock, row)
+            _try_start(
+                seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s, memory
+            )
         _set_rate(replicas, rows, clock, now_s, work_s)
 
 

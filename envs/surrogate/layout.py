@@ -109,9 +109,12 @@ COUNTS = np.dtype(
 )
 CLOCK = np.dtype(
     [
-        ("num_knots", "i8"),  # of `engine.profile.ServingProfile.crowding`; 0: nothing is shared
+        ("num_knots", "i8"),  # of `engine.profile.Crowding.processors`; 0: nothing is shared
         ("busy", "f8", (MAX_KNOTS,)),
         ("slowdown", "f8", (MAX_KNOTS,)),
+        ("num_memory_knots", "i8"),  # of `Crowding.memory`
+        ("memory_busy", "f8", (MAX_KNOTS,)),
+        ("memory_slowdown", "f8", (MAX_KNOTS,)),
         ("mover_cores", "f8"),  # kept busy by what a switch moves
         ("wall_s", "f8"),  # since then, when the work clock showed `work_s`, that runs at `rate`
         ("work_s", "f8"),
