@@ -53,6 +53,7 @@ class StepTimeModel:
     token_knots: tuple[int, ...] = ()
     token_s: tuple[float, ...] = ()
     busy_cores: float = 0.0  # host cores that one step in flight keeps busy; 0 on accelerators
+    crowding_exponent: float = 1.0  # of what others' `Crowding.slowdown` does to its steps
     stage_share: float = 1.0
     leader_computes: bool = False
     residual_p50: float = 0.0  # median |predicted / measured - 1| over the fitted points

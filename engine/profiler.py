@@ -45,6 +45,8 @@ NUM_REQUESTS = 3  # of each client
 PROMPTS, OUTPUTS = (8, 384), (4, 64)  # tokens, drawn log-uniformly between the two
 NUM_BUSY_STEPS = 60  # over which processor time is counted: its clock ticks every 10 ms
 TOKEN_KNOTS = (1, 4, 16, 64)  # few tokens are bound by memory, many by arithmetic
+LEAST_SHARED = 1.2  # a slowdown that tells an exponent
+EXPONENTS = (0.5, 3.0)  # least and largest that are believed
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
 ISOLATED_HELP = "one replica alone, and how much slower several are together"
 DRAWN = (PROMPTS, OUTPUTS)
@@ -201,7 +203,30 @@ def fit(
     model = fit_pipeline(
         parallel, steps, gap_s, TOKEN_KNOTS, leader_computes=True, slowdowns=slowdowns
     )
-    return replace(model, busy_cores=observed.busy_cores)
+    model = replace(model, busy_cores=observed.busy_cores)
+    return replace(model, crowding_exponent=crowding_exponent(model, observed, crowding))
+
+
+def crowding_exponent(model: StepTimeModel, observed: Observed, crowding: Crowding) -> float:
+    """To what power crowding slows steps, by how much slower as many as fit are together: ranks in
+    step wait for the last of them, stages leave processors idle."""
+    alone = at_work(model) * model.busy_cores
+    together = len(observed.slowdowns) * alone
+    shared = crowding.slowdown(together) / crowding.slowdown(alone)
+    if shared < LEAST_SHARED:
+        return 1.0
+    memory = (crowding.memory_slowdown(together), crowding.memory_slowdown(alone))
+    slower, alone_s = (_compared_s(model, observed, factor) for factor in memory)
+    rest = observed.slowdowns[-1] * alone_s / slower
+    return float(np.clip(math.log(rest) / math.log(shared), *EXPONENTS))
+
+
+def _compared_s(model: StepTimeModel, observed: Observed, memory: float) -> float:
+    """Seconds that the model gives the steps of a load like that under which replicas are compared
+    alone and together, with memory so many times as slow."""
+    steps, _ = measured(observed)
+    times_s = replace(steps, memory=np.full_like(steps.step_s, memory)).predicted(model)
+    return float(times_s[steps.sequences <= BUSY_CLIENTS].sum())
 
 
 def measured(observed: Observed) -> tuple[MeasuredSteps, NDArray[np.float64]]:
@@ -216,12 +241,7 @@ def crowd(model: StepTimeModel, observed: Observed, processors: int) -> Crowding
     `model` is theirs. More busy processors than there are share them; what they were slower
     besides is memory's, whose share of a step's time is that in the load they were compared under.
     """
-    steps, _ = measured(observed)
-    compared = steps.sequences <= BUSY_CLIENTS
-    arithmetic_s = steps.predicted(
-        replace(model, base_s=0.0, per_seq_s=0.0, per_context_token_s=0.0)
-    )
-    by_memory = 1.0 - arithmetic_s[compared].sum() / steps.predicted(model)[compared].sum()
+    by_memory = 1.0 - _compared_s(model, observed, 0.0) / _compared_s(model, observed, 1.0)
     busy = model.busy_cores * at_work(model) * np.arange(1.0, 1.0 + len(observed.slowdowns))
     sharing = np.maximum(1.0, busy / processors)
     rest = np.array(observed.slowdowns) / sharing
@@ -299,8 +319,8 @@ def build_profile(
             f"{m.parallel.key}: {1e3 * m.base_s:.2f} ms + {1e6 * m.per_token_s:.0f} us/token "
             f"+ {1e6 * m.per_seq_s:.0f} us/sequence + {1e6 * m.per_context_token_s:.2f} "
             f"us/context token + {1e9 * m.per_pair_s:.0f} ns/pair, stage share "
-            f"{m.stage_share:.2f}, {m.busy_cores:.2f} processors busy, median error "
-            f"{100 * m.residual_p50:.0f} %",
+            f"{m.stage_share:.2f}, {m.busy_cores:.2f} processors busy, crowding to the power "
+            f"{m.crowding_exponent:.2f}, median error {100 * m.residual_p50:.0f} %",
             flush=True,
         )
     bandwidth, overhead_s, pause_s = _switch_figures(tickets, spec.link_bytes_per_s)

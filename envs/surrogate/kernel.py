@@ -12,7 +12,8 @@ nothing.
 When replicas share the processors of a host, all steps in flight slow down by one factor, which
 grows with the processors that they keep busy together. Replicas therefore keep their times on one
 work clock, which runs slower by it; without sharing it is the clock on the wall. What memory bounds
-slows down besides, by how many are busy when a step starts.
+slows down besides, and ranks that wait for one another more than others, by how many are busy when
+a step starts.
 
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does.
@@ -163,9 +164,10 @@ def _schedule(
     now_s: float,
     batch: Any,
     memory: float,
+    stretch: float,
 ) -> Any:
-    """Fill `batch` and start it at `now_s`, with memory so many times as slow; False when no
-    sequence can make a step.
+    """Fill `batch` and start it at `now_s`, with memory so many times as slow and then all of it
+    `stretch` times; False when no sequence can make a step.
 
     The number of tokens of each item is kept in its sequence until the step ends.
     """
@@ -218,7 +220,7 @@ def _schedule(
         return False
     num_tokens = limits.max_num_batched_tokens - budget
     step_s = step_seconds(replica.step, num_tokens, num_items, context, pairs, memory)
-    _start(replica, batch, now_s, step_s)
+    _start(replica, batch, now_s, stretch * step_s)
     return True
 
 
@@ -378,10 +380,11 @@ def _try_start(
     work_s: float,
     now_s: float,
     memory: float,
+    stretch: float,
 ) -> None:
     """Start a step at `now_s` (`work_s` on the work clock) if any sequence can make one."""
     index = (replica.first_batch + replica.num_batches) % replica.depth
-    if _schedule(seqs, replica, lists, limits, work_s, batches[index], memory):
+    if _schedule(seqs, replica, lists, limits, work_s, batches[index], memory, stretch):
         replica.wake_s = work_s
         if len(trace) > 0:
             _trace_step(seqs, replica, batches[index], row, now_s, counts, trace)
@@ -417,7 +420,7 @@ def _run_replica(
                 replica.due_s = start_s
                 return
             index = (replica.first_batch + replica.num_batches) % replica.depth
-            if _schedule(seqs, replica, lists, limits, start_s, batches[index], 1.0):
+            if _schedule(seqs, replica, lists, limits, start_s, batches[index], 1.0, 1.0):
                 replica.wake_s = start_s
                 if len(trace) > 0:
                     _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
@@ -450,33 +453,47 @@ def _between(knots: Any, values: Any, count: int, busy: float) -> Any:
 
 
 @compiled
+def _in_flight(replica: Any, more: int) -> Any:
+    """Steps at work with so many more than there are: of those of a pipeline only as many as its
+    slowest stage lets through."""
+    return min(float(replica.num_batches + more), 1.0 / replica.step.stage_share)
+
+
+@compiled
 def _busy(replicas: Any, rows: Any, clock: Any, starting: int) -> Any:
-    """Processors that steps in flight keep busy, with one more of row `starting`. Of the steps of a
-    pipeline only so many are at work as its slowest stage lets through."""
+    """Processors that steps at work keep busy, with one more of row `starting`."""
     busy = clock.mover_cores
     for j in range(len(rows)):
-        replica = replicas[rows[j]]
-        count = replica.num_batches + (1 if rows[j] == starting else 0)
-        if count > 0:
-            busy += min(float(count), 1.0 / replica.step.stage_share) * replica.step.busy_cores
+        replica, more = replicas[rows[j]], 1 if rows[j] == starting else 0
+        if replica.num_batches + more > 0:
+            busy += _in_flight(replica, more) * replica.step.busy_cores
     return busy
 
 
 @compiled
-def _memory_slowdown(replicas: Any, rows: Any, clock: Any, starting: int) -> Any:
-    """`engine.profile.Crowding.memory_slowdown` for a step that starts in a row."""
-    if clock.num_memory_knots == 0:
-        return 1.0
-    busy = _busy(replicas, rows, clock, starting)
-    return _between(clock.memory_busy, clock.memory_slowdown, clock.num_memory_knots, busy)
+def _slowdown(clock: Any, busy: float) -> Any:
+    """`engine.profile.Crowding.slowdown`."""
+    slowdown = _between(clock.busy, clock.slowdown, clock.num_knots, busy)
+    return slowdown * max(1.0, busy / clock.busy[clock.num_knots - 1])
+
+
+@compiled
+def _stretches(replicas: Any, rows: Any, clock: Any, row: int) -> tuple[Any, Any]:
+    """How many times as long a step that starts in a row takes: memory, by
+    `Crowding.memory_slowdown`; and all of it besides, by `StepTimeModel.crowding_exponent`."""
+    busy = _busy(replicas, rows, clock, row)
+    memory = _between(clock.memory_busy, clock.memory_slowdown, clock.num_memory_knots, busy)
+    exponent = replicas[row].step.crowding_exponent
+    if exponent == 1.0:
+        return memory, 1.0
+    own = _in_flight(replicas[row], 1) * replicas[row].step.busy_cores
+    return memory, (_slowdown(clock, busy) / _slowdown(clock, own)) ** (exponent - 1.0)
 
 
 @compiled
 def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
-    """The rate at which steps in flight go on from now on: by `Crowding.slowdown`."""
-    busy, last = _busy(replicas, rows, clock, NONE), clock.busy[clock.num_knots - 1]
-    slowdown = _between(clock.busy, clock.slowdown, clock.num_knots, busy)
-    rate = 1.0 / (slowdown * max(1.0, busy / last))
+    """The rate at which steps in flight go on from now on."""
+    rate = 1.0 / _slowdown(clock, _busy(replicas, rows, clock, NONE))
     if rate != clock.rate:
         clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate
 
@@ -521,9 +538,20 @@ def _run_sharing(
             batch.end_s = work_s
             _finish_step(seqs, replica, lists[row], batch, limits, counts, ended, trace, now_s)
         else:
-            memory = _memory_slowdown(replicas, rows, clock, row)
+            memory, stretch = _stretches(replicas, rows, clock, row)
             _try_start(
-                seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s, memory
+                seqs,
+                replica,
+                lists[row],
+                mine,
+                limits,
+                counts,
+                trace,
+                row,
+                work_s,
+                now_s,
+                memory,
+                stretch,
             )
         _set_rate(replicas, rows, clock, now_s, work_s)
 

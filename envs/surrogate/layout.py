@@ -42,6 +42,7 @@ STEP = np.dtype(  # `engine.profile.StepTimeModel`; see envs/surrogate/latency.p
         ("per_pair_s", "f8"),
         ("stage_share", "f8"),
         ("busy_cores", "f8"),
+        ("crowding_exponent", "f8"),
         ("leader_computes", "i8"),
         ("num_knots", "i8"),
         ("token_knots", "f8", (MAX_KNOTS,)),
