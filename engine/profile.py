@@ -154,7 +154,7 @@ class ServingProfile:
     steps: tuple[StepTimeModel, ...]
     link_bytes_per_s: float
     switch_overhead_s: float  # a switch that moves no byte: groups, verify, commit
-    pause_overhead_s: float  # how long affected replicas stand still when no KV moves
+    pause_overhead_s: float  # how long affected replicas stand still, but for KV bytes
     crowding: Crowding = Crowding()
 
     def step_model(self, parallel: ParallelConfig) -> StepTimeModel:

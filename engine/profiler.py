@@ -273,7 +273,8 @@ def cpu_seconds(pid: int) -> float:
 
 
 def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float, float, float]:
-    """(bytes per second, seconds of a switch that moves nothing, of a pause that moves nothing)."""
+    """(bytes per second, seconds of a switch that moves nothing, of a pause). What moves while
+    requests stand still is the last of many rounds, and little."""
     speeds = [
         t.weight_bytes / dict(t.phase_s)[SwitchPhase.TRANSFER]
         for t in tickets
@@ -281,7 +282,7 @@ def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float
     ]
     bandwidth = float(np.median(speeds)) if speeds else link
     overheads = [max(t.duration_s - t.weight_bytes / bandwidth, 0.0) for t in tickets]
-    pauses = [max(t.pause_s - t.kv_bytes / bandwidth, 0.0) for t in tickets]
+    pauses = [t.pause_s for t in tickets if t.pause_s > 0.0]
     return (
         bandwidth,
         float(np.median(overheads)) if overheads else 0.0,
@@ -326,7 +327,7 @@ def build_profile(
     bandwidth, overhead_s, pause_s = _switch_figures(tickets, spec.link_bytes_per_s)
     print(
         f"switch: {1e-6 * bandwidth:.0f} MB/s, {overhead_s:.2f} s and a pause of "
-        f"{1e3 * pause_s:.0f} ms without bytes ({len(tickets)} switches)"
+        f"{1e3 * pause_s:.0f} ms ({len(tickets)} switches)"
     )
     measured = ServingProfile(
         model=spec.model.name,
