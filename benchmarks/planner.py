@@ -36,10 +36,9 @@ from controller.milp import solve_milp
 from controller.planner import Planner
 from controller.predictor import Forecast
 from controller.solvers import headrooms, solve_exhaustive
-from controller.workload import fit_typing
 from engine.cluster import ClusterSnapshot, Routing, WorkloadTyping, dense_deployment
 from engine.profile import ProfiledCluster
-from envs.workload import WorkloadConfig, generate
+from envs.slo_rates import default_typing
 
 Floats = NDArray[np.float64]
 PROFILES = Path(__file__).parents[1] / "configs" / "profiles"
@@ -70,13 +69,6 @@ class Found:
     gap: float = float("nan")  # how much more headroom exhaustive finds, relative
     vs_oserve: float = float("nan")
     vs_own_routing: float = float("nan")
-
-
-def build_typing(cluster: ProfiledCluster, num_types: int) -> WorkloadTyping:
-    context, config = cluster.spec.model.max_model_len, WorkloadConfig()
-    sample = generate(config, 3600.0, np.random.default_rng(0))
-    sample = sample.scale_lengths(min(1.0, context / config.max_tokens), context)
-    return fit_typing(sample.prompt_tokens, sample.output_tokens, num_types, seed=0)
 
 
 def build_planner(cluster: ProfiledCluster, devices: int, typing: WorkloadTyping) -> Planner:
@@ -183,7 +175,7 @@ def main() -> None:
     clusters = {model: load_profiled_cluster(PROFILES / f"{model}.json") for model in models}
     for model, cluster in clusters.items():
         for types in TYPES:
-            typing = build_typing(cluster, types)
+            typing = default_typing(cluster, types)
             drawn = list(np.random.default_rng(types).dirichlet(np.full(types, SPREAD), mixes))
             for devices in SIZES:
                 planner = build_planner(cluster, devices, typing)
@@ -195,7 +187,7 @@ def main() -> None:
     sizes = {s: summarise([f for f in everything if f.devices == s]) for s in SIZES}
     overall = summarise(everything)
     first = clusters[MODELS[0]]
-    ticking = build_planner(first, TICK_DEVICES, build_typing(first, TICK_TYPES))
+    ticking = build_planner(first, TICK_DEVICES, default_typing(first, TICK_TYPES))
     exact_ms, oserve_ms = (
         float(np.median([getattr(f, name) for f in everything if f.devices == 16]))
         for name in ("exact_ms", "oserve_ms")

@@ -69,7 +69,7 @@ def test_a_size_without_a_configuration_is_no_way_on_and_idle_devices_are_filled
     ]
 
 
-@pytest.mark.parametrize("missing", [move, merge, split])
+@pytest.mark.parametrize("missing", [move, merge, split, swap])
 def test_every_move_is_needed(
     missing: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +78,7 @@ def test_every_move_is_needed(
         "move": ((1, 2, 3), (0.05, 0.1, 6.0), 4, fleet(0, 2, 0), fleet(1, 0, 1)),
         "merge": ((1, 2), (1.0, 3.0), 2, fleet(2, 0), fleet(0, 1)),
         "split": ((1, 2), (2.0, 3.0), 2, fleet(0, 1), fleet(2, 0)),
+        "swap": ((1, 1), (1.0, 2.0), 2, fleet(2, 0), fleet(0, 2)),
     }
     sizes, service, devices, start, best = starts[missing.__name__]
     loads = 1.0 / np.array(service)[:, None]
