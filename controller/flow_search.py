@@ -1,11 +1,14 @@
 """OServe's search for a deployment, guided by its flow.
 
 From the assignment (`controller.max_flow`) the busiest replicas are bottlenecks and the others are
-redundant. At each step one of four moves is drawn and tried between a bottleneck and a redundant
-replica, with every strategy (tp, pp) of the replicas that it changes; the best is kept if it is
-better. The search ends after PATIENCE steps without a gain (arXiv 2602.12151, section 4 and
-appendix). A deployment is judged by what its own assignment carries, so the result is never better
-than the optimum.
+redundant. Each step draws one of either and tries four moves between them, with every strategy
+(tp, pp) of the replicas that change; the best deployment is kept if it is better. The search ends
+after PATIENCE steps without a gain (arXiv 2602.12151, section 4 and appendix). A deployment is
+judged by what its own assignment carries, so the result is never better than the optimum.
+
+The flow misses what replicas gain by taking the types that they are best at, and with it most of
+what unlike replicas are good for. Judged by the exact assignment the same search finds more, and
+takes longer: `solve_flow` and `solve_search`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.assignment import solve_batch
 from controller.deployments import Counts, fill
 from controller.max_flow import FlowAssignment, flow_assignment
 
@@ -67,6 +71,7 @@ def swap(bottleneck: int, redundant: int, sizes: Sequence[int]) -> list[Change]:
     return [((bottleneck, redundant), (sizes[redundant], sizes[bottleneck]))]
 
 
+Assign = Callable[[Floats, Floats], FlowAssignment]
 Move = Callable[[int, int, Sequence[int]], list[Change]]
 MOVES: tuple[Move, ...] = (move, merge, split, swap)
 
@@ -90,6 +95,16 @@ def changed(
 # The search
 
 
+def exact_assignment(loads: Floats, capacity: Floats) -> FlowAssignment:
+    """In place of `flow_assignment`: what a flow would carry if the units of a request could differ
+    from replica to replica, which is the exact programme. It tells apart what the flow misses and
+    what the search does."""
+    found, shares = solve_batch(loads[None], capacity[None])
+    theta = float(found[0])
+    used = (np.where(np.isfinite(loads), loads, 0.0) * shares[0]).sum(axis=1)
+    return FlowAssignment(theta, theta, shares[0], theta * used / capacity)
+
+
 def search_deployment(
     loads: Floats,
     sizes: Sequence[int],
@@ -97,15 +112,16 @@ def search_deployment(
     rho: float,
     rng: np.random.Generator,
     start: Counts | None = None,
+    assign: Assign = flow_assignment,
 ) -> FlowPlan:
     """From `start`, or the best homogeneous deployment, to a local optimum; arguments as of
-    `solve_milp`. loads[C, J] = lambda_j / n_cj."""
+    `solve_milp`. loads[C, J] = lambda_j / n_cj. Deployments are judged by `assign`."""
     known: dict[Counts, FlowAssignment] = {}
 
     def judge(counts: Counts) -> FlowAssignment:
         if counts not in known:
             used = np.flatnonzero(counts)
-            known[counts] = flow_assignment(loads[used], rho * np.array(counts)[used])
+            known[counts] = assign(loads[used], rho * np.array(counts)[used])
         return known[counts]
 
     def theta(counts: Counts) -> float:
@@ -135,17 +151,18 @@ def _step(
     num_devices: int,
     rng: np.random.Generator,
 ) -> Iterator[Counts]:
-    """The deployments that one drawn move leads to. `busy` is by configuration that is used."""
+    """The deployments that the moves between a drawn pair lead to. `busy` is by configuration that
+    is used."""
     replicas = np.repeat(np.arange(len(counts)), counts)
     full = np.repeat(busy >= BOTTLENECK, [n for n in counts if n])
     first = int(rng.choice(np.flatnonzero(full)))
     others = np.flatnonzero(~full) if not full.all() else np.delete(np.arange(len(full)), first)
-    chosen = MOVES[rng.integers(len(MOVES))]
+    bottleneck = int(replicas[first])
     if not len(others):  # a lone replica
-        alone = int(replicas[first])
-        changes = [*split(alone, alone, sizes), ((alone,), (sizes[alone],))]
+        changes = [*split(bottleneck, bottleneck, sizes), ((bottleneck,), (sizes[bottleneck],))]
     else:
-        changes = chosen(int(replicas[first]), int(replicas[rng.choice(others)]), sizes)
+        redundant = int(replicas[rng.choice(others)])
+        changes = [change for make in MOVES for change in make(bottleneck, redundant, sizes)]
     for change in changes:
         yield from changed(counts, change, sizes, num_devices)
 
@@ -156,3 +173,11 @@ def solve_flow(
     """Replica counts that OServe's search finds; arguments as of `solve_milp`."""
     rng = np.random.default_rng(seed)
     return search_deployment(loads, sizes, num_devices, rho, rng).counts
+
+
+def solve_search(
+    loads: Floats, sizes: Sequence[int], num_devices: int, rho: float, seed: int = 0
+) -> Counts:
+    """The same, judged by the exact assignment."""
+    rng = np.random.default_rng(seed)
+    return search_deployment(loads, sizes, num_devices, rho, rng, assign=exact_assignment).counts

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from controller.assignment import solve_batch
 from controller.deployments import Counts, enumerate_counts
-from controller.flow_search import solve_flow
+from controller.flow_search import solve_flow, solve_search
 from controller.milp import solve_milp
 from engine.errors import InvalidRequestError
 
@@ -50,6 +50,7 @@ def solve_exhaustive(loads: Floats, sizes: Sequence[int], num_devices: int, rho:
 SOLVERS: dict[str, Solver] = {
     "exact": solve_milp,
     "oserve": solve_flow,
+    "oserve_exact": solve_search,
     "exhaustive": solve_exhaustive,
 }
 

@@ -8,6 +8,7 @@ import pytest
 from controller.deployments import enumerate_counts, fill, size_of
 from controller.flow_search import (
     changed,
+    exact_assignment,
     merge,
     move,
     search_deployment,
@@ -120,6 +121,32 @@ def test_search_fills_the_pool_and_never_beats_exhaustive(
     assert with_exact_routing > 0.8 * most
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_search_by_the_exact_assignment_never_beats_exhaustive(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, seed: int
+) -> None:
+    loads, sizes = _loads(make_cluster(8, 8), four_types, seed)
+    rng = np.random.default_rng(seed)
+    plan = search_deployment(loads, sizes, 8, RHO, rng, assign=exact_assignment)
+    best = solve_exhaustive(loads, sizes, 8, RHO)
+    found, most = headrooms(loads, [plan.counts, best], RHO)
+    assert plan.assignment.theta == pytest.approx(found)
+    assert plan.assignment.busy.max() == pytest.approx(1.0)
+    assert 0.9 * most < found <= most * (1 + 1e-9)
+
+
+def test_only_the_exact_assignment_sees_unlike_replicas_pay() -> None:
+    """Two kinds of one device, each four times as fast at one of two types: two alike serve 2 /
+    1.25 times the rates, and so two unlike ones seem to by their flow; kept apart they serve 4."""
+    loads = np.array([[1.0, 1 / 4], [1 / 4, 1.0]])
+    exact = SOLVERS["oserve_exact"](loads, (1, 1), 2, 1.0)
+    by_flow = search_deployment(loads, (1, 1), 2, 1.0, np.random.default_rng(0))
+    assert exact == SOLVERS["exact"](loads, (1, 1), 2, 1.0) == (1, 1)
+    assert by_flow.counts in ((2, 0), (0, 2))
+    assert by_flow.assignment.theta == pytest.approx(1.6)
+    assert headrooms(loads, [exact], 1.0) == pytest.approx([4.0])
+
+
 def test_search_is_deterministic_by_seed(
     make_cluster: MakeCluster, four_types: WorkloadTyping
 ) -> None:
@@ -159,5 +186,7 @@ def test_solvers_agree_where_there_is_nothing_to_choose() -> None:
 
 
 def test_an_unknown_solver_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="expected one of exact, oserve, exhaustive"):
+    with pytest.raises(
+        InvalidRequestError, match="expected one of exact, oserve, oserve_exact, exhaustive"
+    ):
         solver("best")
