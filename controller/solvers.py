@@ -1,7 +1,8 @@
 """What finds a deployment: the exact programme, OServe's search, or every deployment in turn.
 
-All take loads[C, J] = lambda_j / n_cj (inf where a configuration cannot serve a type), devices per
-replica, devices alive and the utilisation allowed, and return replica counts per configuration.
+All take loads[C, J] = lambda_j / n_cj, devices per replica, devices alive and the utilisation
+allowed, and return replica counts per configuration. Where a configuration cannot serve a type its
+load is inf; the exact programme takes finite loads only. Nodes are not looked at.
 """
 
 from __future__ import annotations
