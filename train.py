@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         result.policy,
         pipeline,
         windows,
-        config.slo,
+        experiment.slo,
         experiment.default_key,
         reporter(args.progress),
     )

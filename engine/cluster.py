@@ -698,10 +698,14 @@ class Drivable(Cluster, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SloSpec:
-    """Service-level objective of a workload type; zero means no opinion."""
+    """Service-level objective of requests; zero means no opinion.
+
+    The first token is due `ttft_s` plus `ttft_per_prompt_token_s` for each token of the prompt.
+    """
 
     ttft_s: float = 0.0
     tpot_s: float = 0.0
+    ttft_per_prompt_token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from controller.decision import DecisionPipeline
 from controller.monitor import LENGTH_MEMORY, Monitor
 from controller.workload import assign
 from engine.cluster import ClusterEvent, Drivable, SloSpec
-from envs.reward import WORST, RewardConfig
+from envs.reward import WORST, RewardConfig, slo_met
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
 from policies.base import Counts, Seconds, TrafficColumns
@@ -157,10 +157,5 @@ class ColumnTraffic:
     def counts(self, arrived: int, slo: SloSpec) -> IntervalCounts:
         assert self._interval is not None, "observe first"
         ended = self._interval
-        ttft_s, done = ended.first_token_s - ended.ended_arrival_s, ended.finished
-        tpot_s = (ended.finish_s - ended.first_token_s) / np.maximum(ended.output_tokens - 1, 1)
-        slow_start = (slo.ttft_s > 0) & (ttft_s > slo.ttft_s)
-        slow_tokens = (slo.tpot_s > 0) & (ended.output_tokens > 1) & (tpot_s > slo.tpot_s)
-        met = int((done & ~slow_start & ~slow_tokens).sum())
-        finished = int(done.sum())
-        return IntervalCounts(arrived, finished, met, len(done) - finished)
+        met, finished = int(slo_met(slo, ended).sum()), int(ended.finished.sum())
+        return IntervalCounts(arrived, finished, met, len(ended.finished) - finished)

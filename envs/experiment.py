@@ -22,6 +22,7 @@ from envs.build import engine_parts, surrogate_parts
 from envs.experiment_config import ANY, ExperimentConfig, WorkloadSection
 from envs.scenarios import Disturbances, draw, draw_disturbances, draw_workload
 from envs.serving_env import MakeTrace, ServingEnv, undisturbed
+from envs.slo import find_slo
 from envs.traces import load_trace
 from envs.traffic import (
     Capacity,
@@ -50,6 +51,7 @@ class Experiment:
     source: Source
     capacity: Capacity
     default_key: str  # always among the candidates; where evaluation starts
+    slo: SloSpec
 
     def pipeline(self) -> DecisionPipeline:
         config = self.config
@@ -65,7 +67,7 @@ class Experiment:
         )
         return pipeline | {
             "config": config.model_dump(mode="json"),
-            "slo": dataclasses.asdict(config.slo),
+            "slo": dataclasses.asdict(self.slo),
             "training_load": {
                 "best_static": self.capacity.key,
                 "capacity_per_s": self.capacity.rate_per_s,
@@ -94,7 +96,8 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     planner = build_pipeline(cluster, kinds, config.decision, config.predictor).planner
     capacity = measure_capacity(planner, sample, kinds)
     default_key = fastest_key(planner, capacity, config.workload.mean_load)
-    return Experiment(config, cluster, kinds, source, capacity, default_key)
+    slo = find_slo(config.slo, cluster.profile.device)
+    return Experiment(config, cluster, kinds, source, capacity, default_key, slo)
 
 
 def _episode_draws(
@@ -137,7 +140,7 @@ def build_env(
     pipeline.planner = planner or pipeline.planner
     make_trace, draw_key = _episode_draws(experiment, pipeline.planner, group)
     parts = surrogate_parts(
-        pipeline, make_trace, draw_key, None, _draw_spread(config), config.slo, columns
+        pipeline, make_trace, draw_key, None, _draw_spread(config), experiment.slo, columns
     )
     parts = dataclasses.replace(parts, make_disturbances=_disturber(experiment))
     return ServingEnv(parts, render_mode)
@@ -162,7 +165,7 @@ def build_engine_env(
     """The same over a real engine, in real time; see `envs.build.engine_parts`."""
     pipeline = experiment.pipeline()
     make_trace, draw_key = _episode_draws(experiment, pipeline.planner, None)
-    parts = engine_parts(pipeline, make_trace, draw_key, options, slo=experiment.config.slo)
+    parts = engine_parts(pipeline, make_trace, draw_key, options, slo=experiment.slo)
     parts = dataclasses.replace(parts, make_disturbances=_disturber(experiment))
     return ServingEnv(parts, render_mode)
 

@@ -84,7 +84,9 @@ class ExperimentConfig(_Section):
         default=None, description="ranges drawn per episode; its traffic is for the generator only"
     )
     predictor: str = Field(default="ewma4", description="naive or ewmaH")
-    slo: SloSpec = SloSpec(ttft_s=1.0, tpot_s=0.1)
+    slo: SloSpec | str = Field(
+        default="interactive", description="a class of configs/slo.yaml, or targets in seconds"
+    )
     env: EnvSection = Field(default_factory=EnvSection)
     ppo: PpoConfig = PpoConfig()
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

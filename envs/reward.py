@@ -31,8 +31,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.cluster import Request, RequestOutcome, RequestStatus, SloSpec
 from engine.profile import ProfiledCluster, StepTimeModel
+from policies.base import TrafficColumns
 
 WORST = -1.0
 
@@ -84,9 +88,20 @@ def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
     """Whether a request finished with both its TTFT and its TPOT within the objective."""
     if outcome.status is not RequestStatus.FINISHED or outcome.ttft_s is None:
         return False
-    slow_start = 0 < slo.ttft_s < outcome.ttft_s
+    due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * outcome.prompt_tokens
+    slow_start = 0 < due_s < outcome.ttft_s
     slow_tokens = outcome.tpot_s is not None and 0 < slo.tpot_s < outcome.tpot_s
     return not (slow_start or slow_tokens)
+
+
+def slo_met(slo: SloSpec, ended: TrafficColumns) -> NDArray[np.bool_]:
+    """[E] `meets_slo` of each request."""
+    due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * ended.prompt_tokens
+    ttft_s = ended.first_token_s - ended.ended_arrival_s
+    tpot_s = (ended.finish_s - ended.first_token_s) / np.maximum(ended.output_tokens - 1, 1)
+    slow_start = (due_s > 0) & (ttft_s > due_s)
+    slow_tokens = (slo.tpot_s > 0) & (ended.output_tokens > 1) & (tpot_s > slo.tpot_s)
+    return np.asarray(ended.finished & ~slow_start & ~slow_tokens)
 
 
 class RewardLedger:

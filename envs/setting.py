@@ -100,7 +100,7 @@ def build_setting(folder: Path, options: SettingOptions) -> Setting:
         policy,
         pipeline,
         windows,
-        trained.slo,
+        SloSpec(**manifest["slo"]),
         initial_key,
         _notes(workload, options, source, capacity, windows),
         _facts(folder, workload, options, capacity, rate_per_s, source),

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from engine.cluster import SloSpec
 from engine.errors import InvalidRequestError
 from envs.build import DEFAULT_PROFILE
 from envs.experiment import Experiment, build_experiment, build_venv, git_revision
 from envs.experiment_config import read_config
 from envs.serving_env import ServingEnv
+from envs.slo import read_slo
 
 CONFIG = f"""
 profile: {DEFAULT_PROFILE}
@@ -60,6 +62,17 @@ def test_facts_build_the_same_pipeline(experiment: Experiment) -> None:
     assert pipeline.typing == experiment.typing
     assert pipeline.cluster == experiment.cluster
     assert pipeline.config == experiment.config.decision
+
+
+def test_service_levels_by_class_or_in_seconds(experiment: Experiment, tmp_path: Path) -> None:
+    assert experiment.slo == read_slo().spec("cpu", "interactive")
+    assert SloSpec(**experiment.facts()["slo"]) == experiment.slo
+    path = tmp_path / "micro.yaml"
+    path.write_text(CONFIG)
+    assert read_config(path, {"slo": "batch"}).slo == "batch"
+    assert read_config(path, {"slo.ttft_s": 0.5, "slo.tpot_s": 0.1}).slo == SloSpec(0.5, 0.1)
+    with pytest.raises(InvalidRequestError, match=r"unknown key 'slo\.tbt_s'"):
+        read_config(path, {"slo.tbt_s": 0.5})
 
 
 def test_groups_must_divide_the_environments(tmp_path: Path) -> None:
