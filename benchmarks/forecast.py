@@ -109,8 +109,8 @@ def counts_per_type(trace: Trace) -> tuple[Floats, int]:
     return type_counts(trace, typing, INTERVAL_S), split
 
 
-def builders(epochs: int) -> dict[str, Build]:
-    config = TrainingConfig(epochs=epochs)
+def builders(steps: int) -> dict[str, Build]:
+    config = TrainingConfig(steps=steps)
 
     def per_type(counts: Floats) -> Predictor:
         model = train_per_type(counts, INTERVAL_S, HORIZONS, config)
@@ -247,11 +247,11 @@ def main() -> None:
     )
     parser.add_argument("--trace", type=Path, nargs="+", default=[], help="trace files")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer epochs; 4 generated days, not 10"
+        "--quick", action="store_true", help="less training; 4 generated days, not 10"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    builds = builders(epochs=8 if args.quick else 40)
+    builds = builders(steps=200 if args.quick else 800)
     console, everything = Console(width=150), []
     days = 4 if args.quick else 10
     for path in args.trace or [None]:

@@ -23,6 +23,8 @@ NORMAL_ERRORS = (-1.593, -0.967, -0.589, -0.282, 0.0, 0.282, 0.589, 0.967, 1.593
 DRIFT_INTERVALS = 12  # the errors that are compared with those before them
 DRIFT_FACTOR = 2.0  # an error this many times the usual one is large
 USUAL_INTERVALS = 100  # memory of the usual error
+# Step of the correction of a forecaster's own q90, in standard deviations of Poisson counts.
+CORRECTION_STEP = 0.1
 
 
 class Drift(StrEnum):
@@ -45,7 +47,12 @@ class Forecast:
 
 
 class HorizonErrors:
-    """Recent errors of forecasts `ahead` intervals ahead, for J types."""
+    """Recent errors of forecasts `ahead` intervals ahead, for J types.
+
+    A forecaster's own q90 is corrected as it is found too low or too high, so that in the long run
+    it covers 0.9 (adaptive conformal inference: Gibbs and Candès, arXiv 2106.00170, on the quantile
+    instead of its level).
+    """
 
     def __init__(self, num_types: int, interval_s: float, ahead: int) -> None:
         self._num_types, self._interval_s, self._ahead = num_types, interval_s, ahead
@@ -56,19 +63,24 @@ class HorizonErrors:
         seeds = [np.full(self._num_types, e * scale) for e in NORMAL_ERRORS]
         self._errors: deque[Floats] = deque(seeds, maxlen=MEMORY_INTERVALS)
         self._relative = np.zeros(self._num_types)
-        self._pending: deque[Floats] = deque()
+        self._correction = np.zeros(self._num_types)  # of q90, in units
+        self._pending: deque[tuple[Floats, Floats | None]] = deque()
 
     def _unit(self, forecast: Floats) -> Floats:
         return np.asarray(np.sqrt(forecast + 1.0 / self._interval_s))
 
-    def expect(self, mean: Floats) -> None:
-        self._pending.append(mean)
+    def expect(self, mean: Floats, q90: Floats | None) -> None:
+        self._pending.append((mean, q90))
 
     def score(self, actual: Floats) -> Floats | None:
         """[J] errors, in units, of the forecast for this interval; None if there was none."""
         if len(self._pending) < self._ahead:
             return None
-        forecast = self._pending.popleft()
+        forecast, q90 = self._pending.popleft()
+        if q90 is not None:
+            missed = actual > q90 + self._correction * self._unit(forecast)
+            step = CORRECTION_STEP / np.sqrt(self._interval_s)
+            self._correction += step * np.where(missed, 0.9, -0.1)
         error = np.asarray((actual - forecast) / self._unit(forecast))
         self._errors.append(error)
         floor = 1.0 / self._interval_s
@@ -82,9 +94,13 @@ class HorizonErrors:
         last = len(errors) - 1
         q50 = mean + errors[last // 2] * self._unit(mean)
         q90 = mean + errors[int(np.ceil(0.9 * last))] * self._unit(mean)
-        return self.forecast(mean, q50, q90, drift)
+        return self._forecast(mean, q50, q90, drift)
 
-    def forecast(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
+    def corrected(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
+        """The forecaster's own quantiles, q90 as corrected by now."""
+        return self._forecast(mean, q50, q90 + self._correction * self._unit(mean), drift)
+
+    def _forecast(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
         q50 = np.maximum(q50, 0.0)
         rows = (mean, q50, np.maximum(q90, q50), self._relative)
         means, q50s, q90s, relative = (tuple(row.tolist()) for row in rows)
@@ -152,17 +168,17 @@ class ErrorTracker:
             if ahead == 1 and error is not None:
                 self._drift.observe(error)
 
-    def expect(self, ahead: int, mean: Floats) -> None:
+    def expect(self, ahead: int, mean: Floats, q90: Floats | None = None) -> None:
         """Remember the forecast of the interval `ahead` intervals after the last one observed."""
-        self._horizons[ahead].expect(mean)
+        self._horizons[ahead].expect(mean, q90)
 
     def around(self, ahead: int, mean: Floats) -> Forecast:
         """`mean`[J] with quantiles from recent errors."""
         return self._horizons[ahead].around(mean, self._drift.state)
 
     def with_quantiles(self, ahead: int, mean: Floats, q50: Floats, q90: Floats) -> Forecast:
-        """The same with the forecaster's own quantiles."""
-        return self._horizons[ahead].forecast(mean, q50, q90, self._drift.state)
+        """The same with the forecaster's own quantiles, q90 corrected."""
+        return self._horizons[ahead].corrected(mean, q50, q90, self._drift.state)
 
     def check(self, ahead: int) -> None:
         """Raises InvalidRequestError for a horizon that is not looked at."""

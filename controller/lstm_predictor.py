@@ -20,11 +20,10 @@ from engine.errors import InvalidRequestError
 
 Weights = NDArray[np.float32]
 WINDOW = 50  # intervals that an LSTM reads (OServe, arXiv 2602.12151, workload predictor)
-FEATURE_LIMIT = 8.0
-HALFLIVES = (2.0, 8.0, 32.0, 128.0)  # intervals, of the levels that the pooled LSTM reads
-BASE = 1  # the level that its forecasts are differences from
+HALFLIVES = (1.0, 4.0, 16.0, 64.0)  # intervals, of the levels that the pooled LSTM reads
+BASE, SEASONAL = 0, 1  # the level that its forecasts are differences from; the one a season ago
 OUTPUTS = 3  # of the pooled LSTM per horizon: mean, q50, q90
-SEASON_LEAD = 10  # intervals: about the mean age of what level BASE averages
+SEASON_LEAD = 6  # intervals: the mean age of what level SEASONAL averages
 
 
 class Encoded(NamedTuple):
@@ -86,15 +85,15 @@ class PoissonLevels:
         base = levels[BASE]
         unit = np.sqrt(base + 1.0)
         rows = [counts, *(level for i, level in enumerate(levels) if i != BASE)]
-        differences = [(row - base) / unit for row in (*rows, *self._season_ago(base))]
-        features = np.clip(differences, -FEATURE_LIMIT, FEATURE_LIMIT)
-        self._levels.append(base)
-        return Encoded(np.concatenate([features, [np.log1p(base) / 3.0]]).T, base, unit)
+        rows += self._season_ago(levels[SEASONAL])
+        self._levels.append(levels[SEASONAL])
+        features = [*(np.arcsinh((row - base) / unit) for row in rows), np.log1p(base) / 3.0]
+        return Encoded(np.array(features).T, base, unit)
 
-    def _season_ago(self, base: Floats) -> list[Floats]:
+    def _season_ago(self, present: Floats) -> list[Floats]:
         """The level a season before now and before each horizon; the present one if unknown."""
         if len(self._levels) < self._season:
-            return [base] * (1 + len(self._horizons))
+            return [present] * (1 + len(self._horizons))
         last = self._season - 1
         return [self._levels[min(ahead + SEASON_LEAD, last)] for ahead in (0, *self._horizons)]
 

@@ -70,7 +70,8 @@ class TrackedPredictor(ABC):
         self._errors.observe(actual)
         self._learn(actual)
         for ahead in self._errors.horizons:
-            self._errors.expect(ahead, self._mean(ahead))
+            own = self._quantiles(ahead)
+            self._errors.expect(ahead, self._mean(ahead), own and own[1])
 
     def forecast(self, ahead: int = 1) -> Forecast:
         self._errors.check(ahead)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -40,11 +41,11 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """Of one LSTM; every epoch cuts the series into windows anew."""
+    """Of one LSTM. The series are cut into windows anew when all have been used."""
 
     hidden: int = 24
-    epochs: int = 40
-    batch: int = 32  # windows
+    steps: int = 800  # of the gradient
+    batch: int = 32  # windows in each
     learning_rate: float = 5e-3  # at the start; falls to zero as a cosine
     seed: int = 0
 
@@ -131,23 +132,28 @@ def _cut(series: Series, generator: torch.Generator) -> Series:
     return Series(*(a[order] for a in cut))
 
 
+def _batches(series: Series, size: int, generator: torch.Generator) -> Iterator[Series]:
+    while True:
+        windows = _cut(series, generator)
+        for first in range(0, len(windows.features), size):
+            yield Series(*(a[first : first + size] for a in windows))
+
+
 def _fit(series: Series, num_outputs: int, config: TrainingConfig) -> Network:
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = Network(series.features.shape[2], config.hidden, num_outputs)
     optimizer = torch.optim.Adam(network.parameters(), config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    for _ in range(config.epochs):
-        windows = _cut(series, generator)
-        for first in range(0, len(windows.features), config.batch):
-            features, targets, weight = (a[first : first + config.batch] for a in windows)
-            outputs = network(features)[:, WARM_UP:]
-            loss = _loss(outputs, targets[:, WARM_UP:], weight[:, WARM_UP:])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    batches = _batches(series, config.batch, generator)
+    for features, targets, weight in itertools.islice(batches, config.steps):
+        outputs = network(features)[:, WARM_UP:]
+        loss = _loss(outputs, targets[:, WARM_UP:], weight[:, WARM_UP:])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
         schedule.step()
     return network
 
@@ -204,14 +210,14 @@ def main() -> None:
     add("--horizons", type=int, nargs="+", default=[1, 4, 20], help="intervals (default 1 4 20)")
     add("--types", type=int, default=4, help="k of the typing (default 4)")
     add("--per-type", action="store_true", help="OServe's LSTM per type, not one for all")
-    add("--epochs", type=int, default=TrainingConfig().epochs)
+    add("--steps", type=int, default=TrainingConfig().steps, help="of the gradient (default 800)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     trace = load_trace(args.trace)
     typing = fit_typing(trace.prompt_tokens, trace.output_tokens, args.types, seed=0)
     counts = type_counts(trace, typing, args.interval_s)
     train = train_per_type if args.per_type else train_pooled
-    config = TrainingConfig(epochs=args.epochs, seed=args.seed)
+    config = TrainingConfig(steps=args.steps, seed=args.seed)
     save_lstm(args.out, train(counts, args.interval_s, args.horizons, config))
     print(f"{args.out}: trained on {len(counts)} intervals of {args.interval_s:g} s")
 

@@ -15,6 +15,7 @@ from controller.lstm_predictor import (
     HALFLIVES,
     OUTPUTS,
     SEASON_LEAD,
+    SEASONAL,
     WINDOW,
     LstmModel,
     LstmPredictor,
@@ -66,16 +67,18 @@ def test_levels_by_hand() -> None:
             levels.append(float(weights @ counts[:number] / weights.sum()))
         base, unit = levels[BASE], np.sqrt(levels[BASE] + 1.0)
         assert (encoded.base[0], encoded.unit[0]) == pytest.approx((base, unit))
-        expected = [(v - base) / unit for v in (count, *levels[:BASE], *levels[BASE + 1 :])]
+        rows = (count, *levels[:BASE], *levels[BASE + 1 :])
+        expected = np.arcsinh([(v - base) / unit for v in rows])
         assert encoded.features[0, : len(expected)] == pytest.approx(expected)
         assert encoded.features[0, -1] == pytest.approx(np.log1p(base) / 3.0)
         ago = number - 1 - SEASON + SEASON_LEAD  # of the interval a season before, led
         season = []
         for ahead in (0, *HORIZONS):
             past = counts[: ago + ahead + 1]
-            weights = 0.5 ** (np.arange(len(past))[::-1] / HALFLIVES[BASE])
-            level = float(weights @ past / weights.sum()) if number > SEASON else base
-            season.append((level - base) / unit)
+            weights = 0.5 ** (np.arange(len(past))[::-1] / HALFLIVES[SEASONAL])
+            known = number > SEASON
+            level = float(weights @ past / weights.sum()) if known else levels[SEASONAL]
+            season.append(np.arcsinh((level - base) / unit))
         assert encoded.features[0, len(expected) : -1] == pytest.approx(season)
 
 

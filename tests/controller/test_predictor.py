@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from controller.forecast_errors import Drift
+from controller.forecast_errors import Drift, ErrorTracker
 from controller.predictor import (
     EwmaPredictor,
     MovingAveragePredictor,
@@ -92,6 +92,23 @@ def test_errors_belong_to_their_horizon() -> None:
         assert forecast.ahead == ahead
         assert forecast.q90[0] - forecast.mean[0] == pytest.approx(ahead, rel=0.03)
         assert forecast.relative_error[0] == pytest.approx(ahead / 1050, rel=0.05)
+
+
+@pytest.mark.parametrize("own", [0.0, 3.0])
+@pytest.mark.parametrize("ahead", HORIZONS)
+def test_own_quantiles_are_corrected_until_they_cover(own: float, ahead: int) -> None:
+    """A q90 at the mean covers half of Poisson traffic, one 3 a second above it nearly all."""
+    rng, tracker = np.random.default_rng(4), ErrorTracker(1, 15.0, HORIZONS)
+    rates = rng.poisson(20.0 * 15.0, (900, 1)) / 15.0
+    mean, covered = np.array([20.0]), []
+    for actual, later in zip(rates[:-ahead], rates[ahead:], strict=True):
+        tracker.observe(actual)
+        for horizon in HORIZONS:
+            tracker.expect(horizon, mean, mean + own)
+        forecast = tracker.with_quantiles(ahead, mean, mean, mean + own)
+        covered.append(later[0] <= forecast.q90[0])
+    assert abs(np.mean(covered[:20]) - 0.9) > 0.09
+    assert np.mean(covered[200:]) == pytest.approx(0.9, abs=0.03)
 
 
 def test_an_unknown_horizon_is_refused() -> None:
