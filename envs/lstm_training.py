@@ -213,12 +213,15 @@ def main() -> None:
     add("--steps", type=int, default=TrainingConfig().steps, help="of the gradient (default 800)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    trace = load_trace(args.trace)
-    typing = fit_typing(trace.prompt_tokens, trace.output_tokens, args.types, seed=0)
-    counts = type_counts(trace, typing, args.interval_s)
     train = train_per_type if args.per_type else train_pooled
     config = TrainingConfig(steps=args.steps, seed=args.seed)
-    save_lstm(args.out, train(counts, args.interval_s, args.horizons, config))
+    try:
+        trace = load_trace(args.trace)
+        typing = fit_typing(trace.prompt_tokens, trace.output_tokens, args.types, seed=0)
+        counts = type_counts(trace, typing, args.interval_s)
+        save_lstm(args.out, train(counts, args.interval_s, args.horizons, config))
+    except InvalidRequestError as error:
+        parser.error(str(error))
     print(f"{args.out}: trained on {len(counts)} intervals of {args.interval_s:g} s")
 
 
