@@ -50,6 +50,7 @@ from engine.build import build_runtime
 from engine.cluster import parse_deployment_key
 from engine.facade import EngineCluster
 from engine.profile import ProfiledCluster
+from envs.surrogate.calibration import table as residual_table
 
 WARM_UP_S = 1.5
 RESULTS = Path(__file__).parent / "results" / "fidelity.json.gz"
@@ -62,7 +63,7 @@ def measure(settings: Settings) -> tuple[Calibration, list[Cell]]:
     """Everything, cells with their runs."""
     folder = make_model(SHAPE)
     alone = engine_config(folder, "1xtp1pp1")
-    calibration = Calibration(settings.configs)
+    calibration = Calibration(settings.configs, len(os.sched_getaffinity(0)))
     calibration.observe(alone)
     first = calibration.profile()  # for rates of traffic and costs of sequences in switches
     steady, switching = draw_cells(settings, first)
@@ -102,7 +103,6 @@ def run_group(folder: Path, group: list[Cell], repeats: int, profiled: ProfiledC
 def to_json(calibration: Calibration, cells: list[Cell]) -> dict[str, Any]:
     traces = {c.traffic: c.trace for c in cells}
     return {
-        "processors": len(os.sched_getaffinity(0)),
         "calibration": calibration.to_json(),
         "traces": {name: trace_to_json(trace) for name, trace in traces.items()},
         "cells": [c.to_json() for c in cells],
@@ -195,6 +195,7 @@ def main() -> int:
     profiled = calibration.profile()
     factors = calibration.mean_factors(profiled)
     print("passes of the calibration, measured over fitted:", np.round(factors, 3).tolist())
+    print(residual_table(calibration.residuals()))
     print(json.dumps(summarise(profiled, cells)))
     return 0
 

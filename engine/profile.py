@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
 from engine.errors import InvalidRequestError
 
-PROFILE_SCHEMA = 3
+PROFILE_SCHEMA = 4
 TIME_FIELDS = ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "per_pair_s")
 
 
@@ -34,6 +33,9 @@ class StepTimeModel:
     `token_knots` (ascending token counts): constant before the first, rising by per_token_s a
     token beyond the last.
 
+    The base and the terms of sequences and context are bound by memory, those of tokens and pairs
+    by arithmetic: processes that read memory at the same time slow the first down.
+
     A step is one batch through all stages. `stage_share` is the share of it during which the
     slowest stage is busy (1 for pp=1, about 1/pp when stages overlap): with pp batches in flight
     a replica starts a new one every stage_share * step_s.
@@ -51,6 +53,7 @@ class StepTimeModel:
     token_knots: tuple[int, ...] = ()
     token_s: tuple[float, ...] = ()
     busy_cores: float = 0.0  # host cores that one step in flight keeps busy; 0 on accelerators
+    crowding_exponent: float = 1.0  # of what others' `Crowding.slowdown` does to its steps
     stage_share: float = 1.0
     leader_computes: bool = False
     residual_p50: float = 0.0  # median |predicted / measured - 1| over the fitted points
@@ -64,15 +67,19 @@ class StepTimeModel:
             )
 
     def step_s(
-        self, tokens: float, sequences: float, context_tokens: float, pairs: float = 0.0
+        self,
+        tokens: float,
+        sequences: float,
+        context_tokens: float,
+        pairs: float = 0.0,
+        memory: float = 1.0,
     ) -> float:
-        return (
-            self.base_s
-            + self.token_term_s(tokens)
-            + self.per_seq_s * sequences
-            + self.per_context_token_s * context_tokens
-            + self.per_pair_s * pairs
+        """`memory` is how many times as long memory takes."""
+        bound_by_memory_s = (
+            self.base_s + self.per_seq_s * sequences + self.per_context_token_s * context_tokens
         )
+        arithmetic_s = self.token_term_s(tokens) + self.per_pair_s * pairs
+        return memory * bound_by_memory_s + arithmetic_s
 
     def token_term_s(self, tokens: float) -> float:
         if not self.token_knots:
@@ -98,13 +105,44 @@ class StepTimeModel:
         )
 
 
-def slowdown_at(crowding: Sequence[tuple[float, float]], busy: float) -> float:
-    """By knots (busy processors, slowdown): once up to the first, linear between them, in
-    proportion to the busy processors beyond the last. Without knots replicas share nothing."""
-    if not crowding:
-        return 1.0
-    knots, slowdowns = np.array(crowding).T
-    return float(np.interp(busy, knots, slowdowns) * max(1.0, busy / knots[-1]))
+Knots = tuple[tuple[float, float], ...]  # (busy processors, slowdown)
+
+
+@dataclass(frozen=True, slots=True)
+class Crowding:
+    """How replicas that share a host's processors slow one another down, by how many of them
+    are kept busy together (`StepTimeModel.busy_cores`). Without knots they share nothing.
+
+    `processors`: how many times as long every step takes, once up to the first knot, linear
+    between knots, in proportion to the busy processors beyond the last. `memory`: how many times as
+    long, besides, what memory bounds takes in steps that start then; beyond the last knot no more.
+    """
+
+    processors: Knots = ()
+    memory: Knots = ()
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequestError."""
+        for name, knots in (("processors", self.processors), ("memory", self.memory)):
+            rises = all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(knots))
+            if knots and not (rises and knots[0][0] > 0 and knots[0][1] == 1):
+                raise InvalidRequestError(
+                    f"the crowding has {name} {knots}; expected pairs of rising busy processors "
+                    "and slowdowns, the first slowdown 1."
+                )
+
+    def slowdown(self, busy: float) -> float:
+        """Of every step."""
+        beyond = busy / self.processors[-1][0] if self.processors else 1.0
+        return _at(self.processors, busy) * max(1.0, beyond)
+
+    def memory_slowdown(self, busy: float) -> float:
+        """Of what memory bounds, besides."""
+        return _at(self.memory, busy)
+
+
+def _at(knots: Knots, busy: float) -> float:
+    return float(np.interp(busy, *np.array(knots).T)) if knots else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +154,8 @@ class ServingProfile:
     steps: tuple[StepTimeModel, ...]
     link_bytes_per_s: float
     switch_overhead_s: float  # a switch that moves no byte: groups, verify, commit
-    pause_overhead_s: float  # how long affected replicas stand still when no KV moves
-    crowding: tuple[tuple[float, float], ...] = ()  # see `slowdown_at`
-
-    def __post_init__(self) -> None:
-        """Raises InvalidRequestError."""
-        knots = self.crowding
-        rises = all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(knots))
-        if knots and not (rises and knots[0][0] > 0 and knots[0][1] == 1):
-            raise InvalidRequestError(
-                f"the profile of {self.model} has crowding {knots}; expected pairs of rising busy "
-                "processors and slowdowns, the first slowdown 1."
-            )
-
-    def slowdown(self, busy: float) -> float:
-        """How many times as long every step takes while replicas that share a host's processors
-        keep so many of them busy together (`StepTimeModel.busy_cores`); see `slowdown_at`."""
-        return slowdown_at(self.crowding, busy)
+    pause_overhead_s: float  # how long affected replicas stand still, but for KV bytes
+    crowding: Crowding = Crowding()
 
     def step_model(self, parallel: ParallelConfig) -> StepTimeModel:
         for model in self.steps:
@@ -170,7 +193,8 @@ class ServingProfile:
             )
             for s in fields.pop("steps")
         )
-        crowding = tuple((busy, slowdown) for busy, slowdown in fields.pop("crowding"))
+        knots = fields.pop("crowding")
+        crowding = Crowding(*(tuple(map(tuple, knots[k])) for k in ("processors", "memory")))
         return cls(steps=steps, crowding=crowding, **fields)
 
 

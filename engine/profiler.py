@@ -20,11 +20,12 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig, SwitchPhase, SwitchTicket
 from engine.config import EngineConfig, add_arguments, parse_config
@@ -32,7 +33,7 @@ from engine.errors import TidewrightError, UnavailableError
 from engine.facade import EngineCluster
 from engine.messages import StepReport
 from engine.migration.plan import plan_switch
-from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel, slowdown_at
+from engine.profile import Crowding, ProfiledCluster, ServingProfile, StepTimeModel
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.shards import fits
@@ -43,10 +44,13 @@ BUSY_CLIENTS = 4  # the same, while replicas are compared alone and together
 NUM_REQUESTS = 3  # of each client
 PROMPTS, OUTPUTS = (8, 384), (4, 64)  # tokens, drawn log-uniformly between the two
 NUM_BUSY_STEPS = 60  # over which processor time is counted: its clock ticks every 10 ms
-NUM_TRIED = 1000  # numbers of busy processors, to explain a slowdown
+TOKEN_KNOTS = (1, 4, 16, 64)  # few tokens are bound by memory, many by arithmetic
+LEAST_SHARED = 1.2  # a slowdown that tells an exponent
+EXPONENTS = (0.5, 3.0)  # least and largest that are believed
 MIN_BANDWIDTH_BYTES = 1 << 20  # smaller switches say nothing of the link
 ISOLATED_HELP = "one replica alone, and how much slower several are together"
 DRAWN = (PROMPTS, OUTPUTS)
+NO_CROWDING = Crowding()
 Row = tuple[float, ...]  # of MeasuredSteps, and seconds since the step before ended
 
 
@@ -185,53 +189,77 @@ def step_rows(steps: Sequence[StepReport]) -> list[Row]:
     ]
 
 
-def fit(parallel: ParallelConfig, observed: Observed) -> StepTimeModel:
-    """Step times of one configuration; `busy_cores` as processor time tells. Raises
-    InvalidRequestError when they are no fit."""
-    *columns, gap_s = np.array(observed.rows, np.float64).T
-    model = fit_pipeline(parallel, MeasuredSteps(*columns), gap_s, leader_computes=True)
-    return replace(model, busy_cores=observed.busy_cores)
+def fit(
+    parallel: ParallelConfig, observed: Observed, crowding: Crowding = NO_CROWDING
+) -> StepTimeModel:
+    """Step times of one configuration, free of what its own ranks and stages took from one another;
+    `busy_cores` as processor time tells. Raises InvalidRequestError when they are no fit."""
+    steps, gap_s = measured(observed)
 
+    def slowdowns(at_work: float) -> tuple[float, float]:
+        busy = at_work * observed.busy_cores
+        return crowding.slowdown(busy), crowding.memory_slowdown(busy)
 
-def crowd(
-    models: Sequence[StepTimeModel], observed: Sequence[Observed]
-) -> tuple[list[StepTimeModel], tuple[tuple[float, float], ...]]:
-    """What replicas take from one another, as their steps show it: (models, crowding).
-
-    Crowding is what the smallest replicas showed, by the processors that they kept busy together.
-    Others wait more, for messages: they keep so many busy as explains how much slower they were.
-    Where one of them alone keeps more busy than the smallest, its times are freed of what its own
-    ranks took from one another.
-    """
-    smallest = min(range(len(models)), key=lambda i: _size(models[i].parallel))
-    together = np.arange(1.0, 1.0 + len(observed[smallest].slowdowns))
-    busy = together * at_work(models[smallest]) * models[smallest].busy_cores
-    slowdowns = np.maximum.accumulate([1.0, *observed[smallest].slowdowns[1:]])
-    crowding = tuple(zip(busy.tolist(), slowdowns.tolist(), strict=True))
-    found = []
-    for model, seen in zip(models, observed, strict=True):
-        alone = model.busy_cores * at_work(model)
-        if len(seen.slowdowns) > 1 and model is not models[smallest]:
-            alone = _explained(seen, crowding)
-        freed = model.scaled(1.0 / slowdown_at(crowding, alone))
-        found.append(replace(freed, busy_cores=alone / at_work(model)))
-    return found, crowding
-
-
-def _explained(seen: Observed, crowding: Sequence[tuple[float, float]]) -> float:
-    """Processors that one replica keeps busy, by how much slower as many as fit are together."""
-    together, slowdown = len(seen.slowdowns), seen.slowdowns[-1]
-    tried = np.linspace(0.0, crowding[-1][0], 1 + NUM_TRIED)
-    found = np.array(
-        [slowdown_at(crowding, together * b) / slowdown_at(crowding, b) for b in tried]
+    model = fit_pipeline(
+        parallel, steps, gap_s, TOKEN_KNOTS, leader_computes=True, slowdowns=slowdowns
     )
-    is_slower = found > max(slowdown, 1.0) + 1e-9
-    return float(tried[np.argmax(is_slower) - 1 if is_slower.any() else np.argmax(found)])
+    model = replace(model, busy_cores=observed.busy_cores)
+    return replace(model, crowding_exponent=crowding_exponent(model, observed, crowding))
+
+
+def crowding_exponent(model: StepTimeModel, observed: Observed, crowding: Crowding) -> float:
+    """To what power crowding slows steps, by how much slower as many as fit are together: ranks in
+    step wait for the last of them, stages leave processors idle."""
+    alone = at_work(model) * model.busy_cores
+    together = len(observed.slowdowns) * alone
+    shared = crowding.slowdown(together) / crowding.slowdown(alone)
+    if shared < LEAST_SHARED:
+        return 1.0
+    memory = (crowding.memory_slowdown(together), crowding.memory_slowdown(alone))
+    slower, alone_s = (_compared_s(model, observed, factor) for factor in memory)
+    rest = observed.slowdowns[-1] * alone_s / slower
+    return float(np.clip(math.log(rest) / math.log(shared), *EXPONENTS))
+
+
+def _compared_s(model: StepTimeModel, observed: Observed, memory: float) -> float:
+    """Seconds that the model gives the steps of a load like that under which replicas are compared
+    alone and together, with memory so many times as slow."""
+    steps, _ = measured(observed)
+    times_s = replace(steps, memory=np.full_like(steps.step_s, memory)).predicted(model)
+    return float(times_s[steps.sequences <= BUSY_CLIENTS].sum())
+
+
+def measured(observed: Observed) -> tuple[MeasuredSteps, NDArray[np.float64]]:
+    """Steps, and seconds from the end of the one before each."""
+    columns = np.array(observed.rows, np.float64).T
+    return MeasuredSteps.of(columns[:-1].T), columns[-1]
+
+
+def crowd(model: StepTimeModel, observed: Observed, processors: int) -> Crowding:
+    """What replicas take from one another, as those of the smallest configuration showed it.
+
+    `model` is theirs. More busy processors than there are share them; what they were slower
+    besides is memory's, whose share of a step's time is that in the load they were compared under.
+    """
+    by_memory = 1.0 - _compared_s(model, observed, 0.0) / _compared_s(model, observed, 1.0)
+    busy = model.busy_cores * at_work(model) * np.arange(1.0, 1.0 + len(observed.slowdowns))
+    sharing = np.maximum(1.0, busy / processors)
+    rest = np.array(observed.slowdowns) / sharing
+    memory = np.maximum.accumulate(np.append(1.0, 1.0 + (rest[1:] - 1.0) / by_memory))
+    return Crowding(_knots(busy, sharing / sharing[0]), _knots(busy, memory))
+
+
+def _knots(busy: Iterable[float], slowdowns: Iterable[float]) -> tuple[tuple[float, float], ...]:
+    return tuple(zip(map(float, busy), map(float, slowdowns), strict=True))
 
 
 def at_work(model: StepTimeModel) -> float:
     """Steps of a replica that are at work together when it is full."""
     return min(float(model.parallel.pp), 1.0 / model.stage_share)
+
+
+def _told(knots: Iterable[tuple[float, float]]) -> str:
+    return ", ".join(f"{slowdown:.2f} at {busy:.2f}" for busy, slowdown in knots)
 
 
 def _size(parallel: ParallelConfig) -> tuple[int, int]:
@@ -245,7 +273,8 @@ def cpu_seconds(pid: int) -> float:
 
 
 def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float, float, float]:
-    """(bytes per second, seconds of a switch that moves nothing, of a pause that moves nothing)."""
+    """(bytes per second, seconds of a switch that moves nothing, of a pause). What moves while
+    requests stand still is the last of many rounds, and little."""
     speeds = [
         t.weight_bytes / dict(t.phase_s)[SwitchPhase.TRANSFER]
         for t in tickets
@@ -253,7 +282,7 @@ def _switch_figures(tickets: Sequence[SwitchTicket], link: float) -> tuple[float
     ]
     bandwidth = float(np.median(speeds)) if speeds else link
     overheads = [max(t.duration_s - t.weight_bytes / bandwidth, 0.0) for t in tickets]
-    pauses = [max(t.pause_s - t.kv_bytes / bandwidth, 0.0) for t in tickets]
+    pauses = [t.pause_s for t in tickets if t.pause_s > 0.0]
     return (
         bandwidth,
         float(np.median(overheads)) if overheads else 0.0,
@@ -275,27 +304,30 @@ def build_profile(
     configs: Sequence[ParallelConfig],
     observed: Sequence[Observed],
     tickets: Sequence[SwitchTicket],
+    processors: int,
 ) -> ProfiledCluster:
     """Fit what was observed; prints a line for each configuration. Raises InvalidRequestError."""
-    models = [fit(c, o) for c, o in zip(configs, observed, strict=True)]
-    crowding: tuple[tuple[float, float], ...] = ()
+    crowding = NO_CROWDING
     if isolated:
-        models, crowding = crowd(models, observed)
-        knots = ", ".join(f"{slowdown:.2f} at {busy:.2f}" for busy, slowdown in crowding)
-        print(f"slower by processors kept busy: {knots}")
+        smallest = min(range(len(configs)), key=lambda i: _size(configs[i]))
+        alone = fit(configs[smallest], observed[smallest])
+        crowding = crowd(alone, observed[smallest], processors)
+        print(f"slower by processors kept busy: {_told(crowding.processors)}")
+        print(f"memory besides: {_told(crowding.memory)}")
+    models = [fit(c, o, crowding) for c, o in zip(configs, observed, strict=True)]
     for m in models:
         print(
             f"{m.parallel.key}: {1e3 * m.base_s:.2f} ms + {1e6 * m.per_token_s:.0f} us/token "
             f"+ {1e6 * m.per_seq_s:.0f} us/sequence + {1e6 * m.per_context_token_s:.2f} "
             f"us/context token + {1e9 * m.per_pair_s:.0f} ns/pair, stage share "
-            f"{m.stage_share:.2f}, {m.busy_cores:.2f} processors busy, median error "
-            f"{100 * m.residual_p50:.0f} %",
+            f"{m.stage_share:.2f}, {m.busy_cores:.2f} processors busy, crowding to the power "
+            f"{m.crowding_exponent:.2f}, median error {100 * m.residual_p50:.0f} %",
             flush=True,
         )
     bandwidth, overhead_s, pause_s = _switch_figures(tickets, spec.link_bytes_per_s)
     print(
         f"switch: {1e-6 * bandwidth:.0f} MB/s, {overhead_s:.2f} s and a pause of "
-        f"{1e3 * pause_s:.0f} ms without bytes ({len(tickets)} switches)"
+        f"{1e3 * pause_s:.0f} ms ({len(tickets)} switches)"
     )
     measured = ServingProfile(
         model=spec.model.name,
@@ -313,7 +345,8 @@ async def profile(runtime: EngineRuntime, isolated: bool = False) -> ProfiledClu
     """Measure every configuration that fits."""
     configs = candidate_configs(runtime)
     observed, tickets = await observe_all(runtime, isolated, configs)
-    return build_profile(runtime.spec, isolated, configs, observed, tickets)
+    processors = len(os.sched_getaffinity(0))
+    return build_profile(runtime.spec, isolated, configs, observed, tickets, processors)
 
 
 def main(argv: list[str]) -> int:

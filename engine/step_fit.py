@@ -9,7 +9,7 @@ squares, which start from least absolute errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,18 +45,20 @@ class MeasuredSteps:
     context_tokens: Floats  # sum over sequences, after the step
     pairs: Floats  # sum over sequences of `engine.profile.attention_pairs`
     step_s: Floats
+    memory: Floats  # how many times as long what memory bounds took
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[float]]) -> MeasuredSteps:
-        """From rows in the order of the columns."""
-        return cls(*np.array(rows, np.float64).reshape(-1, 6).T)
+    def of(cls, rows: ArrayLike) -> MeasuredSteps:
+        """From rows in the order of the columns but the last, which is 1."""
+        table = np.array(rows, np.float64).reshape(-1, 6)
+        columns = [*table.T, np.ones(len(table))]
+        return cls(*columns)
 
     def averaged(self) -> MeasuredSteps:
         """One step for all that are alike (in context to `ALIKE_CONTEXT` tokens), with their means:
         where a host's scheduler makes single steps now short, now long, means are what adds up."""
-        alike = np.column_stack(
-            [self.tokens, self.decoding, self.sequences, self.context_tokens // ALIKE_CONTEXT]
-        )
+        context = self.context_tokens // ALIKE_CONTEXT
+        alike = np.column_stack([self.tokens, self.decoding, self.sequences, context, self.memory])
         _, group = np.unique(alike, axis=0, return_inverse=True)
         count = np.bincount(group)
         columns = (getattr(self, name) for name in self.__slots__)
@@ -71,7 +73,7 @@ class MeasuredSteps:
 
     def predicted(self, model: StepTimeModel) -> Floats:
         """Seconds of each step by the model."""
-        columns = (self.tokens, self.sequences, self.context_tokens, self.pairs)
+        columns = (self.tokens, self.sequences, self.context_tokens, self.pairs, self.memory)
         return np.array([model.step_s(*row) for row in zip(*columns, strict=True)])
 
 
@@ -107,7 +109,8 @@ def fit_step_times(
     positive, and a median error above `max_residual_p50`.
     """
     token_columns = _token_columns(steps.tokens, knots)
-    columns = [np.ones_like(steps.tokens), steps.sequences, steps.context_tokens, steps.pairs]
+    by_memory = [np.ones_like(steps.tokens), steps.sequences, steps.context_tokens]
+    columns = [*(steps.memory * column for column in by_memory), steps.pairs]
     design = np.column_stack([*columns, token_columns])
     times = steps.step_s
     scaled = design / np.maximum(np.linalg.norm(design, axis=0), 1e-300)
@@ -145,12 +148,21 @@ def _no_fit(parallel: ParallelConfig, error: float, count: int, most: float) -> 
     )
 
 
+Slowdowns = Callable[[float], tuple[float, float]]
+"""Steps of a replica that are at work together -> (slowdown of them, of memory besides)."""
+
+
+def no_slowdown(at_work: float) -> tuple[float, float]:
+    return 1.0, 1.0
+
+
 def fit_pipeline(
     parallel: ParallelConfig,
     steps: MeasuredSteps,
     gap_s: Floats,
     knots: Sequence[int] = (),
     leader_computes: bool = False,
+    slowdowns: Slowdowns = no_slowdown,
 ) -> StepTimeModel:
     """Step times and stage share of steps that were partly in flight together, in the order of
     their ends.
@@ -160,15 +172,15 @@ def fit_pipeline(
     stage share of that after the one before, whichever is later, and with `leader_computes` that is
     seen when the leader is done with the first stage of a later one. Which of these it was follows
     from the fit, which is therefore repeated, for each of several shares. The one with the least
-    error of all ends is taken, and its times are scaled to add up to those measured.
+    error of all ends is taken, and its times are scaled to add up to those measured. The times
+    fitted are free of `slowdowns`.
     """
     flight = _Flight.of(steps, gap_s)
     tried = [
-        _fit_with_share(parallel, flight, share, knots, leader_computes)
+        _fit_with_share(parallel, flight, share, knots, leader_computes, slowdowns)
         for share in np.linspace(1.0 / parallel.pp, 1.0, 1 if parallel.pp == 1 else SHARES)
     ]
-    _, model = min(tried, key=lambda both: both[0])
-    predicted_s, _ = flight.ends(model, steps.predicted(model))
+    _, model, predicted_s = min(tried, key=lambda found: found[0])
     residual = Residual.of(predicted_s, steps.step_s)
     if residual.p50 > MAX_RESIDUAL_P50:
         raise _no_fit(parallel, residual.p50, residual.count, MAX_RESIDUAL_P50)
@@ -182,15 +194,20 @@ def _fit_with_share(
     share: float,
     knots: Sequence[int],
     leader_computes: bool,
-) -> tuple[float, StepTimeModel]:
-    """(seconds of error over all ends, model)."""
-    steps, own_s = flight.steps, flight.steps.step_s
+    slowdowns: Slowdowns,
+) -> tuple[float, StepTimeModel, Floats]:
+    """(seconds of error over all ends, model, seconds that it gives each step)."""
+    together = slowdowns(min(float(parallel.pp), 1.0 / share))
+    slowdown, memory = (
+        np.where(flight.is_together, *both) for both in zip(together, slowdowns(1.0), strict=True)
+    )
+    steps, own_s = replace(flight.steps, memory=memory), flight.steps.step_s
     for _ in range(ROUNDS):
-        alike = replace(steps, step_s=own_s).averaged()
+        alike = replace(steps, step_s=own_s / slowdown).averaged()
         model = fit_step_times(parallel, alike, knots, np.inf)
         model = replace(model, stage_share=share, leader_computes=leader_computes)
-        seen_s, own_s = flight.ends(model, steps.predicted(model))
-    return float(np.abs(seen_s - steps.step_s).sum()), model
+        seen_s, own_s = flight.ends(model, slowdown * steps.predicted(model))
+    return float(np.abs(seen_s - steps.step_s).sum()), model, seen_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,11 +218,14 @@ class _Flight:
     steps: MeasuredSteps
     start_s: Floats
     seen_s: Floats
+    is_together: NDArray[np.bool_]  # another was in flight for some of its time
 
     @classmethod
     def of(cls, steps: MeasuredSteps, gap_s: Floats) -> _Flight:
         seen_s = np.cumsum(np.where(np.isfinite(gap_s), gap_s, steps.step_s))
-        return cls(steps, seen_s - steps.step_s, seen_s)
+        start_s, is_behind = seen_s - steps.step_s, np.isfinite(gap_s)
+        is_before = np.append(is_behind[1:] & (start_s[1:] < seen_s[:-1]), False)
+        return cls(steps, start_s, seen_s, is_behind | is_before)
 
     def ends(self, model: StepTimeModel, own_s: Floats) -> tuple[Floats, Floats]:
         """Seconds from each start until the model sees its end, with steps of `own_s`; and how long

@@ -13,8 +13,9 @@ from engine.cluster import ParallelConfig, SwitchPhase, SwitchTicket
 from engine.config import EngineConfig
 from engine.facade import EngineCluster
 from engine.profile import ProfiledCluster, spec_from_json
-from engine.profiler import Observed, build_profile, observe_all
-from engine.step_fit import MeasuredSteps
+from engine.profiler import Observed, build_profile, fit, measured, observe_all
+from engine.step_fit import MeasuredSteps, Residual
+from envs.surrogate.calibration import residuals
 
 PASS_TIMEOUT_S = 900.0
 
@@ -23,8 +24,8 @@ class Calibration:
     """Observations of every configuration, made in several passes over the time that all takes,
     since a host is faster at one time than at another."""
 
-    def __init__(self, configs: Sequence[ParallelConfig]) -> None:
-        self._configs = list(configs)
+    def __init__(self, configs: Sequence[ParallelConfig], processors: int) -> None:
+        self._configs, self._processors = list(configs), processors
         self._passes: list[list[Observed]] = []
         self._tickets: list[SwitchTicket] = []
 
@@ -39,17 +40,31 @@ class Calibration:
 
     def profile(self) -> ProfiledCluster:
         """Fitted to all passes so far."""
-        observed = [Observed.of(several) for several in zip(*self._passes, strict=True)]
-        return build_profile(self._spec, True, self._configs, observed, self._tickets)
+        return build_profile(
+            self._spec, True, self._configs, self._observed(), self._tickets, self._processors
+        )
+
+    def _observed(self) -> list[Observed]:
+        return [Observed.of(several) for several in zip(*self._passes, strict=True)]
+
+    def residuals(self) -> dict[ParallelConfig, dict[str, Residual]]:
+        """Errors of the fits on the steps of all passes that were alone in flight."""
+        found = {}
+        for parallel, observed in zip(self._configs, self._observed(), strict=True):
+            rows = [row for row in observed.rows if row[-1] == np.inf]
+            alone = MeasuredSteps.of([row[:-1] for row in rows])
+            found[parallel] = residuals(fit(parallel, observed), alone)
+        return found
 
     def mean_factors(self, profiled: ProfiledCluster) -> list[float]:
         """Per pass, measured over fitted seconds of all its steps on one device."""
         fitted = profiled.profile.step_model(self._configs[0])
-        steps = [MeasuredSteps(*np.array(p[0].rows).T[:-1]) for p in self._passes]
+        steps = [measured(p[0])[0] for p in self._passes]
         return [float(s.step_s.sum() / s.predicted(fitted).sum()) for s in steps]
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "processors": self._processors,
             "configs": [asdict(c) for c in self._configs],
             "spec": asdict(self._spec),
             "passes": [[asdict(o) for o in observed] for observed in self._passes],
@@ -67,7 +82,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Calibration:
-        found = cls([ParallelConfig(**c) for c in data["configs"]])
+        found = cls([ParallelConfig(**c) for c in data["configs"]], data["processors"])
         found._spec = spec_from_json(data["spec"])
         found._passes = [
             [Observed(o["rows"], o["busy_cores"], tuple(o["slowdowns"])) for o in observed]

@@ -32,7 +32,6 @@ from engine.errors import InfeasibleError, NotFoundError, StaleEpochError, Switc
 from engine.events import EventLog
 from engine.migration.plan import check_memory
 from engine.profile import ProfiledCluster
-from engine.router import ReplicaLoad, shares
 from engine.shards import num_kv_blocks
 from envs.scenarios import DeviceFailure
 from envs.surrogate import kernel, layout
@@ -42,6 +41,7 @@ from envs.surrogate.latency import check_knots, step_records
 from envs.surrogate.layout import WAITING
 from envs.surrogate.phases import PhasedSwitch, SwitchSetup
 from envs.surrogate.record import Records, Slots, log_events, traffic_columns
+from envs.surrogate.rows import Rows
 from envs.surrogate.state import SurrogateState, new_records, request_records
 from envs.surrogate.switch import LiveSwitch
 from policies.base import Counts, Future, LengthSampler, Rollout, Seconds, TrafficColumns
@@ -94,11 +94,11 @@ class SurrogateCluster:
         step_factor, self._switch_factor = np.exp(
             spread * np.random.default_rng(seed).standard_normal(2)
         ).tolist()
-        self._step_records = step_records(cluster.profile, step_factor)
-        check_knots("the profile's crowding has", len(cluster.profile.crowding))
-        self.state = SurrogateState(
-            cluster.spec, max_queue, cluster.profile.crowding, prefix_hit_rate, trace_items
-        )
+        self.rows = Rows(self._num_blocks, step_records(cluster.profile, step_factor))
+        crowding = cluster.profile.crowding
+        check_knots("the profile's crowding has", len(crowding.processors))
+        check_knots("the profile's crowding of memory has", len(crowding.memory))
+        self.state = SurrogateState(cluster.spec, max_queue, crowding, prefix_hit_rate, trace_items)
         self._now_s = 0.0
         self._pending: list[Request] = []  # not arrived yet
         self._waiting = np.zeros(0, layout.SEQUENCE)  # the same, with columns
@@ -107,9 +107,8 @@ class SurrogateCluster:
         self._tickets: dict[str, SwitchTicket] = {}
         self._switch: PhasedSwitch | None = None
         self._failures = Failures(initial, cluster.profile, self._switch_factor)
-        self._rows: dict[int, int] = {}  # replica id -> row
-        self._epoch, self._deployment = 0, initial
-        self.add_rows(initial.replicas)
+        self._epoch = 0
+        self.rows.add(self.state, initial.replicas)
         self._serve(initial)
 
     # ---------------------------------------------------------------- Cluster
@@ -126,7 +125,7 @@ class SurrogateCluster:
             deployment=self._deployment,
             routing=self._routing,
             replicas=tuple(
-                self.state.stats(self._rows[r.replica_id], r.replica_id, self._now_s)
+                self.state.stats(self.rows.of(r), r.replica_id, self._now_s)
                 for r in self._deployment.replicas
             ),
             switch=next(reversed(self._tickets.values()), None),
@@ -207,7 +206,8 @@ class SurrogateCluster:
                 f"routing names replicas {sorted(routing.replica_ids)}, the deployment has "
                 f"{sorted(current)}; take a new snapshot."
             )
-        self._set_routing(routing)
+        self._routing = routing
+        self.rows.set_routing(self._deployment, routing)
 
     def events(self, cursor: int) -> EventBatch:
         return self._log.since(cursor)
@@ -270,7 +270,7 @@ class SurrogateCluster:
         `policies.base.Simulator`. With `lengths` it knows of no failure to come either."""
         other = copy(self)
         other.state = self.state.copy()
-        other._pending, other._rows = self._pending.copy(), self._rows.copy()
+        other._pending, other.rows = self._pending.copy(), self.rows.copy()
         other._columns = None if self._columns is None else self._columns.copy()
         other._log, other._tickets = self._log.copy(), self._tickets.copy()
         other._switch = None if self._switch is None else self._switch.copy()
@@ -321,9 +321,9 @@ class SurrogateCluster:
             state.replicas,
             state.lists,
             state.batches,
-            self._row_order,
-            self._shares,
-            self._edges,
+            self.rows.order,
+            self.rows.shares,
+            self.rows.edges,
             state.limits[0],
             state.counts[0],
             arriving,
@@ -355,26 +355,9 @@ class SurrogateCluster:
             self._columns.append(traffic_columns(seqs, arriving, ended))
             return
         requests = self.state.requests_of([*ended.tolist(), *arriving.tolist()])
-        replica_ids = {row: replica_id for replica_id, row in self._rows.items()}
-        log_events(self._log, seqs, arriving, ended, requests, replica_ids)
+        log_events(self._log, seqs, arriving, ended, requests, self.rows.replica_ids())
 
-    # ---------------------------------------------------------------- replicas and routing
-
-    def row_of(self, replica: Replica) -> int:
-        return self._rows[replica.replica_id]
-
-    def add_rows(self, replicas: tuple[Replica, ...] | list[Replica]) -> None:
-        """Rows for new replicas, idle and closed."""
-        for replica in replicas:
-            row = min(set(range(len(self.state.replicas))) - set(self._rows.values()))
-            self._rows[replica.replica_id] = row
-            parallel = replica.parallel
-            blocks = self._num_blocks[parallel]
-            self.state.add_replica(row, parallel, self._step_records[parallel], blocks)
-
-    def drop_rows(self, replicas: list[Replica]) -> None:
-        for replica in replicas:
-            self.state.clear_lists(self._rows.pop(replica.replica_id))
+    # ---------------------------------------------------------------- deployments
 
     def commit(self, target: Deployment) -> None:
         """Make `target`, which was chosen, current."""
@@ -388,41 +371,11 @@ class SurrogateCluster:
 
     def _serve(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._row_order = np.array([self.row_of(r) for r in deployment.replicas], np.int64)
-        self.state.replicas["is_open"][self._row_order] = 1
-        self._set_routing(Routing(tuple(r.replica_id for r in deployment.replicas)))
-
-    def _set_routing(self, routing: Routing) -> None:
-        """Tabulate `engine.router.shares` per bucket of prompt lengths."""
-        self._routing = routing
-        edges = routing.prompt_edges if routing.weights else ()
-        samples = [*edges, edges[-1] + 1] if edges else [1]
-        loads = [
-            ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, 0)  # load is the kernel's
-            for r in self._deployment.replicas
-        ]
-        self._edges = np.array(edges, np.int64)
-        self._shares = np.array([shares(routing, loads, prompt) for prompt in samples])
+        self._routing = self.rows.serve(self.state, deployment)
 
     def route_held(self, now_s: float) -> None:
         """Send what was held back to the replicas that are open now."""
-        for slot in self.state.take_held():
-            self._route(slot, now_s)
-
-    def _route(self, slot: int, now_s: float) -> None:
-        state = self.state
-        kernel.route(
-            state.seqs,
-            state.replicas,
-            state.lists,
-            self._row_order,
-            self._shares,
-            self._edges,
-            state.limits[0],
-            state.counts[0],
-            slot,
-            state.work_time(now_s),
-        )
+        self.rows.route(self.state, self.state.take_held(), now_s)
 
     # ---------------------------------------------------------------- loss and recovery
 
@@ -448,25 +401,24 @@ class SurrogateCluster:
 
     def lose_replicas(self, broken: list[Replica], now_s: float) -> None:
         """Take them out; their requests start over elsewhere, or wait while none is left."""
-        slots = [slot for r in broken for slot in self.state.sequences_of(self.row_of(r))]
-        self.drop_rows(broken)
+        slots = [slot for r in broken for slot in self.state.sequences_of(self.rows.of(r))]
+        self.rows.drop(self.state, broken)
         self._renew(Deployment(tuple(r for r in self._deployment.replicas if r not in broken)))
         self.move_with(float(self.state.clock[0]["mover_cores"]), now_s)  # their steps are gone
         self.state.start_over(slots)
-        for slot in slots:
-            self._route(slot, now_s)
+        self.rows.route(self.state, slots, now_s)
         if not self._deployment.replicas:
             self._failures.begin_healing(now_s)
 
     def stop(self, replicas: Sequence[Replica]) -> None:
         """They take nothing and start no step any more."""
         for replica in replicas:
-            record = self.state.replicas[self.row_of(replica)]
+            record = self.state.replicas[self.rows.of(replica)]
             record["is_open"], record["is_paused"] = 0, 1
 
     def load(self, deployment: Deployment, now_s: float) -> None:
         """Make replicas current where there are none."""
-        self.add_rows(deployment.replicas)
+        self.rows.add(self.state, deployment.replicas)
         self._renew(deployment)
         self.route_held(now_s)
 
@@ -480,7 +432,7 @@ class SurrogateCluster:
     def move_with(self, mover_cores: float, now_s: float) -> None:
         """From `now_s` on a switch keeps so many of the host's cores busy."""
         state = self.state
-        kernel.move_with(state.replicas, self._row_order, state.clock[0], mover_cores, now_s)
+        kernel.move_with(state.replicas, self.rows.order, state.clock[0], mover_cores, now_s)
 
     # ---------------------------------------------------------------- what a switch reports
 
@@ -501,9 +453,10 @@ class SurrogateCluster:
     def check_integrity(self) -> None:
         """Raise AssertionError unless requests, lists and blocks are consistent."""
         reserved = {} if self._switch is None else self._switch.reserved_blocks()
-        for row in self._rows.values():
+        rows = list(self.rows.replica_ids())
+        for row in rows:
             self.state.check_row(row, reserved.get(row, 0))
-        self.state.check_counts(list(self._rows.values()))
+        self.state.check_counts(rows)
 
 
 def _arrival_s(request: Request) -> float:

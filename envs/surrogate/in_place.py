@@ -65,7 +65,7 @@ class InPlaceSwitch(PhasedSwitch):
 
     def _move(self, host: SurrogateCluster, now_s: float) -> None:
         """The KV is gone, and tensors move."""
-        rows = [host.row_of(r) for r in self.leaving]
+        rows = [host.rows.of(r) for r in self.leaving]
         self._slots = tuple(slot for row in rows for slot in host.state.sequences_of(row))
         host.move_with(self._weight_movers, now_s)
         whole_s = self._moving_s * self._factor
@@ -84,10 +84,10 @@ class InPlaceSwitch(PhasedSwitch):
         target, state = self._target, host.state
         host.move_with(0.0, now_s)
         self._enter(host, SwitchPhase.COMMIT, now_s)
-        host.add_rows([r for r in self.coming if r in target.replicas])
+        host.rows.add(host.state, [r for r in self.coming if r in target.replicas])
         slots = list(self._slots)
         rows = choose_rows(host, target.replicas, (), slots)
-        host.drop_rows(self.leaving)
+        host.rows.drop(host.state, self.leaving)
         host.commit(target)
         state.start_over(slots)
         work_s = state.work_time(now_s)
@@ -110,7 +110,7 @@ class InPlaceSwitch(PhasedSwitch):
     def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
         if self._borders_s:
             for replica in self.leaving:
-                host.state.preempt_all(host.row_of(replica))
+                host.state.preempt_all(host.rows.of(replica))
         self._resume(host, now_s)
         self._end(host, now_s, phase=phase, reason=reason)
 

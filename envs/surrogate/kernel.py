@@ -11,7 +11,9 @@ nothing.
 
 When replicas share the processors of a host, all steps in flight slow down by one factor, which
 grows with the processors that they keep busy together. Replicas therefore keep their times on one
-work clock, which runs slower by it; without sharing it is the clock on the wall.
+work clock, which runs slower by it; without sharing it is the clock on the wall. What memory bounds
+slows down besides, and ranks that wait for one another more than others, by how many are busy when
+a step starts.
 
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does.
@@ -161,8 +163,11 @@ def _schedule(
     limits: Any,
     now_s: float,
     batch: Any,
+    memory: float,
+    stretch: float,
 ) -> Any:
-    """Fill `batch` and start it at `now_s`; False when no sequence can make a step.
+    """Fill `batch` and start it at `now_s`, with memory so many times as slow and then all of it
+    `stretch` times; False when no sequence can make a step.
 
     The number of tokens of each item is kept in its sequence until the step ends.
     """
@@ -214,7 +219,8 @@ def _schedule(
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
     num_tokens = limits.max_num_batched_tokens - budget
-    _start(replica, batch, now_s, step_seconds(replica.step, num_tokens, num_items, context, pairs))
+    step_s = step_seconds(replica.step, num_tokens, num_items, context, pairs, memory)
+    _start(replica, batch, now_s, stretch * step_s)
     return True
 
 
@@ -254,15 +260,15 @@ def _token_seconds(step: Any, tokens: int) -> Any:
 
 
 @compiled
-def step_seconds(step: Any, tokens: int, sequences: int, context_tokens: int, pairs: float) -> Any:
+def step_seconds(
+    step: Any, tokens: int, sequences: int, context_tokens: int, pairs: float, memory: float
+) -> Any:
     """`engine.profile.StepTimeModel.step_s` of a record `STEP`, added up in the same order."""
-    return (
-        step.base_s
-        + _token_seconds(step, tokens)
-        + step.per_seq_s * sequences
-        + step.per_context_token_s * context_tokens
-        + step.per_pair_s * pairs
+    bound_by_memory_s = (
+        step.base_s + step.per_seq_s * sequences + step.per_context_token_s * context_tokens
     )
+    arithmetic_s = _token_seconds(step, tokens) + step.per_pair_s * pairs
+    return memory * bound_by_memory_s + arithmetic_s
 
 
 @compiled
@@ -373,10 +379,12 @@ def _try_start(
     row: int,
     work_s: float,
     now_s: float,
+    memory: float,
+    stretch: float,
 ) -> None:
     """Start a step at `now_s` (`work_s` on the work clock) if any sequence can make one."""
     index = (replica.first_batch + replica.num_batches) % replica.depth
-    if _schedule(seqs, replica, lists, limits, work_s, batches[index]):
+    if _schedule(seqs, replica, lists, limits, work_s, batches[index], memory, stretch):
         replica.wake_s = work_s
         if len(trace) > 0:
             _trace_step(seqs, replica, batches[index], row, now_s, counts, trace)
@@ -412,7 +420,7 @@ def _run_replica(
                 replica.due_s = start_s
                 return
             index = (replica.first_batch + replica.num_batches) % replica.depth
-            if _schedule(seqs, replica, lists, limits, start_s, batches[index]):
+            if _schedule(seqs, replica, lists, limits, start_s, batches[index], 1.0, 1.0):
                 replica.wake_s = start_s
                 if len(trace) > 0:
                     _trace_step(seqs, replica, batches[index], row, start_s, counts, trace)
@@ -429,31 +437,63 @@ def work_time(clock: Any, now_s: float) -> Any:
 
 
 @compiled
-def _slowdown(clock: Any, busy: float) -> Any:
-    """`engine.profile.ServingProfile.slowdown`."""
-    last = clock.num_knots - 1
-    if busy <= clock.busy[0]:
+def _between(knots: Any, values: Any, count: int, busy: float) -> Any:
+    """Linear between knots, constant before and beyond; 1 without any."""
+    if count == 0:
         return 1.0
-    if busy >= clock.busy[last]:
-        return clock.slowdown[last] * (busy / clock.busy[last])
+    if busy <= knots[0]:
+        return values[0]
+    if busy >= knots[count - 1]:
+        return values[count - 1]
     i = 1
-    while busy > clock.busy[i]:
+    while busy > knots[i]:
         i += 1
-    share = (busy - clock.busy[i - 1]) / (clock.busy[i] - clock.busy[i - 1])
-    return clock.slowdown[i - 1] + share * (clock.slowdown[i] - clock.slowdown[i - 1])
+    share = (busy - knots[i - 1]) / (knots[i] - knots[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
+
+
+@compiled
+def _in_flight(replica: Any, more: int) -> Any:
+    """Steps at work with so many more than there are: of those of a pipeline only as many as its
+    slowest stage lets through."""
+    return min(float(replica.num_batches + more), 1.0 / replica.step.stage_share)
+
+
+@compiled
+def _busy(replicas: Any, rows: Any, clock: Any, starting: int) -> Any:
+    """Processors that steps at work keep busy, with one more of row `starting`."""
+    busy = clock.mover_cores
+    for j in range(len(rows)):
+        replica, more = replicas[rows[j]], 1 if rows[j] == starting else 0
+        if replica.num_batches + more > 0:
+            busy += _in_flight(replica, more) * replica.step.busy_cores
+    return busy
+
+
+@compiled
+def _slowdown(clock: Any, busy: float) -> Any:
+    """`engine.profile.Crowding.slowdown`."""
+    slowdown = _between(clock.busy, clock.slowdown, clock.num_knots, busy)
+    return slowdown * max(1.0, busy / clock.busy[clock.num_knots - 1])
+
+
+@compiled
+def _stretches(replicas: Any, rows: Any, clock: Any, row: int) -> tuple[Any, Any]:
+    """How many times as long a step that starts in a row takes: memory, by
+    `Crowding.memory_slowdown`; and all of it besides, by `StepTimeModel.crowding_exponent`."""
+    busy = _busy(replicas, rows, clock, row)
+    memory = _between(clock.memory_busy, clock.memory_slowdown, clock.num_memory_knots, busy)
+    exponent = replicas[row].step.crowding_exponent
+    if exponent == 1.0:
+        return memory, 1.0
+    own = _in_flight(replicas[row], 1) * replicas[row].step.busy_cores
+    return memory, (_slowdown(clock, busy) / _slowdown(clock, own)) ** (exponent - 1.0)
 
 
 @compiled
 def _set_rate(replicas: Any, rows: Any, clock: Any, now_s: float, work_s: float) -> None:
-    """The rate at which steps in flight go on from now on. Of the steps of a pipeline only so many
-    are at work as its slowest stage lets through."""
-    busy = clock.mover_cores
-    for j in range(len(rows)):
-        replica = replicas[rows[j]]
-        if replica.num_batches > 0:
-            at_work = min(float(replica.num_batches), 1.0 / replica.step.stage_share)
-            busy += at_work * replica.step.busy_cores
-    rate = 1.0 / _slowdown(clock, busy)
+    """The rate at which steps in flight go on from now on."""
+    rate = 1.0 / _slowdown(clock, _busy(replicas, rows, clock, NONE))
     if rate != clock.rate:
         clock.wall_s, clock.work_s, clock.rate = now_s, work_s, rate
 
@@ -498,7 +538,21 @@ def _run_sharing(
             batch.end_s = work_s
             _finish_step(seqs, replica, lists[row], batch, limits, counts, ended, trace, now_s)
         else:
-            _try_start(seqs, replica, lists[row], mine, limits, counts, trace, row, work_s, now_s)
+            memory, stretch = _stretches(replicas, rows, clock, row)
+            _try_start(
+                seqs,
+                replica,
+                lists[row],
+                mine,
+                limits,
+                counts,
+                trace,
+                row,
+                work_s,
+                now_s,
+                memory,
+                stretch,
+            )
         _set_rate(replicas, rows, clock, now_s, work_s)
 
 

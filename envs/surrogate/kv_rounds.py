@@ -102,13 +102,13 @@ class KvRounds:
         self._slots = {h.key: h.slot for h in here}
         for replica in self._leaving:
             slots = [h.slot for h in here if h.source == replica]
-            host.state.hold_copied(host.row_of(replica), slots, now_s)
+            host.state.hold_copied(host.rows.of(replica), slots, now_s)
         fresh = [h for h in here if h.key not in self._owner]
         chosen = choose_rows(
             host, self._plan.target.replicas, self._owner.values(), [h.slot for h in fresh]
         )
         self._owner |= {h.key: row for h, row in zip(fresh, chosen, strict=True)}
-        targets = {host.row_of(r): r for r in self._plan.target.replicas}
+        targets = {host.rows.of(r): r for r in self._plan.target.replicas}
         for h in here:
             self._bind(host, h, targets[self._owner[h.key]], may_drain=not is_last)
         if is_last:
@@ -119,7 +119,7 @@ class KvRounds:
         """In the order of the replicas, then of arrival."""
         state = host.state
         for replica in self._leaving:
-            slots = state.sequences_of(host.row_of(replica))
+            slots = state.sequences_of(host.rows.of(replica))
             found = state.seqs[slots]
             tokens = (found["prompt_tokens"] + found["output_tokens"]).tolist()
             computed, lost = found["computed_tokens"].tolist(), found["num_preemptions"].tolist()
@@ -198,14 +198,14 @@ class KvRounds:
         """When a sequence may end that is waited for, at the earliest; None when all have."""
         draining = self.draining
         replicas = {h.source for h in self._look(host) if h.key in draining}
-        return min([host.state.next_end_s(host.row_of(r), now_s) for r in replicas], default=None)
+        return min([host.state.next_end_s(host.rows.of(r), now_s) for r in replicas], default=None)
 
     def undo(self, host: SurrogateCluster, now_s: float) -> None:
         """Give back what was kept at either end."""
         for key in list(self._kept):
             self._give_back(host, key, now_s)
         for replica in self._leaving:
-            row = host.row_of(replica)
+            row = host.rows.of(replica)
             host.state.hold_copied(row, [], now_s)
             host.state.seqs["copied_blocks"][host.state.sequences_of(row)] = 0
 

@@ -43,7 +43,8 @@ def _record(model: StepTimeModel) -> NDArray[Any]:
     for name in TIME_FIELDS:
         record[name] = getattr(model, name)
     record["stage_share"], record["num_knots"] = model.stage_share, knots
-    record["busy_cores"], record["leader_computes"] = model.busy_cores, model.leader_computes
+    record["busy_cores"], record["crowding_exponent"] = model.busy_cores, model.crowding_exponent
+    record["leader_computes"] = model.leader_computes
     record["token_knots"][:knots] = model.token_knots
     record["token_s"][:knots] = model.token_s
     return record

@@ -42,6 +42,7 @@ STEP = np.dtype(  # `engine.profile.StepTimeModel`; see envs/surrogate/latency.p
         ("per_pair_s", "f8"),
         ("stage_share", "f8"),
         ("busy_cores", "f8"),
+        ("crowding_exponent", "f8"),
         ("leader_computes", "i8"),
         ("num_knots", "i8"),
         ("token_knots", "f8", (MAX_KNOTS,)),
@@ -109,9 +110,12 @@ COUNTS = np.dtype(
 )
 CLOCK = np.dtype(
     [
-        ("num_knots", "i8"),  # of `engine.profile.ServingProfile.crowding`; 0: nothing is shared
+        ("num_knots", "i8"),  # of `engine.profile.Crowding.processors`; 0: nothing is shared
         ("busy", "f8", (MAX_KNOTS,)),
         ("slowdown", "f8", (MAX_KNOTS,)),
+        ("num_memory_knots", "i8"),  # of `Crowding.memory`
+        ("memory_busy", "f8", (MAX_KNOTS,)),
+        ("memory_slowdown", "f8", (MAX_KNOTS,)),
         ("mover_cores", "f8"),  # kept busy by what a switch moves
         ("wall_s", "f8"),  # since then, when the work clock showed `work_s`, that runs at `rate`
         ("work_s", "f8"),

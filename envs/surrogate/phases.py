@@ -189,13 +189,13 @@ class PhasedSwitch(ABC):
 
     def _quiet_s(self, host: SurrogateCluster, now_s: float) -> float:
         """When the last step in flight on the replicas that leave has ended."""
-        return max(host.state.quiet_s(host.row_of(r), now_s) for r in self.leaving)
+        return max(host.state.quiet_s(host.rows.of(r), now_s) for r in self.leaving)
 
     def _resume(self, host: SurrogateCluster, now_s: float) -> None:
         """The old replicas serve on, with all their blocks."""
         host.move_with(0.0, now_s)
         for replica in self.leaving:
-            row = host.row_of(replica)
+            row = host.rows.of(replica)
             host.state.limit_blocks(row, None)
             host.state.replicas[row]["is_open"], host.state.replicas[row]["is_paused"] = 1, 0
             host.state.wake(row, now_s)
@@ -208,7 +208,7 @@ def choose_rows(
     """`engine.migration.sequences.choose_replicas`: a row for each sequence, where `owned` rows
     have been chosen before, one entry for each."""
     replicas = host.state.replicas.copy()
-    rows = np.array([host.row_of(r) for r in target], np.int64)
+    rows = np.array([host.rows.of(r) for r in target], np.int64)
     replicas["is_open"][rows] = 1
     np.add.at(replicas["num_outstanding"], list(owned), 1)
     chosen = np.zeros(len(slots), np.int64)

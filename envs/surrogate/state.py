@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
+from engine.profile import Crowding
 from envs.surrogate import kernel, layout
 from envs.surrogate.layout import FAILED, IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
 from envs.surrogate.record import Records, Slots
@@ -48,7 +48,7 @@ class SurrogateState:
         self,
         spec: ClusterSpec,
         max_queue: int,
-        crowding: Sequence[tuple[float, float]] = (),
+        crowding: Crowding,
         prefix_hit_rate: float = 0.0,
         trace_items: int = 0,
     ) -> None:
@@ -71,9 +71,13 @@ class SurrogateState:
         )
         self.counts = np.zeros(1, layout.COUNTS)
         self.clock = np.zeros(1, layout.CLOCK)
-        self.clock[0]["num_knots"], self.clock[0]["rate"] = len(crowding), 1.0
-        for i, knot in enumerate(crowding):
-            self.clock[0]["busy"][i], self.clock[0]["slowdown"][i] = knot
+        clock = self.clock[0]
+        clock["num_knots"], clock["rate"] = len(crowding.processors), 1.0
+        for i, knot in enumerate(crowding.processors):
+            clock["busy"][i], clock["slowdown"][i] = knot
+        clock["num_memory_knots"] = len(crowding.memory)
+        for i, knot in enumerate(crowding.memory):
+            clock["memory_busy"][i], clock["memory_slowdown"][i] = knot
         self.trace = np.zeros(trace_items, layout.ITEM)
         self.ended = np.zeros(0, np.int64)
         self._num_added = 0

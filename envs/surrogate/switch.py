@@ -38,11 +38,11 @@ class LiveSwitch(PhasedSwitch):
             host.spec,
             self._old,
             self.plan.target,
-            {r.replica_id: host.state.used_blocks(host.row_of(r)) for r in self.leaving},
+            {r.replica_id: host.state.used_blocks(host.rows.of(r)) for r in self.leaving},
             default_staging_bytes(host.spec),
         )
         for replica in self.leaving:
-            host.state.limit_blocks(host.row_of(replica), self._limits[replica.replica_id])
+            host.state.limit_blocks(host.rows.of(replica), self._limits[replica.replica_id])
 
     def copy(self) -> Self:
         other = super().copy()
@@ -55,7 +55,7 @@ class LiveSwitch(PhasedSwitch):
     def _undo(self, host: SurrogateCluster, now_s: float, phase: SwitchPhase, reason: str) -> None:
         self._rounds.undo(host, now_s)
         if self._has_rows:
-            host.drop_rows(self.coming)
+            host.rows.drop(host.state, self.coming)
         self._resume(host, now_s)
         self._end(host, now_s, phase=phase, reason=reason)
 
@@ -70,9 +70,9 @@ class LiveSwitch(PhasedSwitch):
         sent_bytes = self.plan.weight_bytes
         self._update(host, now_s, weight_bytes=sent_bytes, moved_bytes=sent_bytes)
         self._has_rows = True
-        host.add_rows(self.coming)
+        host.rows.add(host.state, self.coming)
         for replica in self.coming:
-            host.state.limit_blocks(host.row_of(replica), self._limits[replica.replica_id])
+            host.state.limit_blocks(host.rows.of(replica), self._limits[replica.replica_id])
         if self.leaving:
             self._begin_round(host, now_s)
             self._next = LiveSwitch._end_round
@@ -141,12 +141,12 @@ class LiveSwitch(PhasedSwitch):
             self._count_round(host, now_s)
         host.move_with(0.0, now_s)
         self._enter(host, SwitchPhase.COMMIT, now_s)
-        host.drop_rows(self.leaving)
+        host.rows.drop(host.state, self.leaving)
         host.commit(self.plan.target)
         moving.hand_over(host, now_s)
         host.route_held(now_s)
         for replica in self.plan.target.replicas:
-            row = host.row_of(replica)
+            row = host.rows.of(replica)
             host.state.limit_blocks(row, None)
             host.state.wake(row, now_s)
         self._end(

@@ -10,9 +10,16 @@ import pytest
 
 from engine.cluster import ParallelConfig
 from engine.errors import InvalidRequestError
-from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel, attention_pairs
+from engine.profile import (
+    Crowding,
+    ProfiledCluster,
+    ServingProfile,
+    StepTimeModel,
+    attention_pairs,
+)
 
 ONE = ParallelConfig(1, 1)
+CROWDING = Crowding(processors=((2.0, 1.0), (4.0, 3.0)), memory=((1.0, 1.0), (3.0, 1.25)))
 CURVED = StepTimeModel(
     ONE, 1.0, 0.5, 0.25, 0.125, per_pair_s=0.01, token_knots=(4, 8, 16), token_s=(2.0, 4.0, 12.0)
 )
@@ -45,23 +52,31 @@ def test_straight_line_lies_between_the_extremes_of_the_curve() -> None:
 
 
 def test_profile_survives_its_file(small_cluster: ProfiledCluster) -> None:
-    profile = replace(small_cluster.profile, steps=(CURVED,), crowding=((1.5, 1.0), (3.0, 2.5)))
+    profile = replace(small_cluster.profile, steps=(CURVED,), crowding=CROWDING)
     written = json.loads(json.dumps(replace(small_cluster, profile=profile).to_json()))
     assert ProfiledCluster.from_json(written).profile == profile
 
 
-def test_slowdown_follows_the_knots(small_cluster: ProfiledCluster) -> None:
-    crowded = replace(small_cluster.profile, crowding=((2.0, 1.0), (4.0, 3.0)))
-    assert [crowded.slowdown(b) for b in (0.0, 2.0, 3.0, 4.0, 8.0)] == [1.0, 1.0, 2.0, 3.0, 6.0]
-    assert small_cluster.profile.slowdown(99.0) == 1.0
+def test_slowdowns_follow_the_knots() -> None:
+    busy = (0.0, 2.0, 3.0, 4.0, 8.0)
+    assert [CROWDING.slowdown(b) for b in busy] == [1.0, 1.0, 2.0, 3.0, 6.0]
+    assert [CROWDING.memory_slowdown(b) for b in busy] == [1.0, 1.125, 1.25, 1.25, 1.25]
+    assert Crowding().slowdown(99.0) == Crowding().memory_slowdown(99.0) == 1.0
     for knots in (((2.0, 1.5),), ((2.0, 1.0), (2.0, 3.0)), ((1.0, 1.0), (2.0, 0.9))):
-        with pytest.raises(InvalidRequestError, match="crowding"):
-            replace(small_cluster.profile, crowding=knots)
+        with pytest.raises(InvalidRequestError, match="processors"):
+            Crowding(processors=knots)
+        with pytest.raises(InvalidRequestError, match="memory"):
+            Crowding(memory=knots)
+
+
+def test_memory_slows_what_it_bounds() -> None:
+    model = StepTimeModel(ONE, 1.0, 0.5, 0.25, 0.125, per_pair_s=0.01)
+    assert model.step_s(6, 2, 40, 100, memory=1.5) == pytest.approx(1.5 * (1 + 0.5 + 5) + 3 + 1)
 
 
 def test_other_schema_and_bad_knots_are_refused(small_cluster: ProfiledCluster) -> None:
     old = small_cluster.profile.to_json() | {"schema": 1}
-    with pytest.raises(InvalidRequestError, match="schema 1, expected 3"):
+    with pytest.raises(InvalidRequestError, match="schema 1, expected 4"):
         ServingProfile.from_json(old)
     for knots, times in (((4, 4), (1.0, 2.0)), ((4, 8), (1.0,))):
         with pytest.raises(InvalidRequestError, match="token_knots"):

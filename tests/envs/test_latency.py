@@ -24,8 +24,10 @@ def test_compiled_step_time_equals_the_model(small_cluster: ProfiledCluster) -> 
         profile = replace(small_cluster.profile, steps=(model,))
         step = step_records(profile, factor=1.5)[TWO]
         for tokens in (1, 2, 3, 63, 64, 65, 66, 399, 400, 401, 5000):
-            found = kernel.step_seconds(step[()], tokens, 3, 700, 9e4)
-            assert found == pytest.approx(1.5 * model.step_s(tokens, 3, 700, 9e4), rel=1e-12)
+            found = kernel.step_seconds(step[()], tokens, 3, 700, 9e4, 1.25)
+            assert found == pytest.approx(
+                1.5 * model.step_s(tokens, 3, 700, 9e4, memory=1.25), rel=1e-12
+            )
 
 
 def test_too_many_knots_are_refused(small_cluster: ProfiledCluster) -> None:

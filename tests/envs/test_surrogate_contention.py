@@ -10,11 +10,11 @@ import pytest
 from engine.cluster import KvCostParams, Request, Routing, dense_deployment, parse_deployment_key
 from engine.errors import InvalidRequestError
 from engine.migration.plan import plan_switch
-from engine.profile import ProfiledCluster
+from engine.profile import Crowding, ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
 from tests.envs.plain_cluster import PlainCluster, PlainReplica
 
-CROWDING = ((2.0, 1.0), (3.0, 1.5), (4.0, 2.4))
+CROWDING = Crowding(processors=((2.0, 1.0), (3.0, 1.5), (4.0, 2.4)))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def share_by_hand(
                 replica._start(now_s)
                 left[replica] = replica.last_end_s - now_s
         busy = sum(replica.steps.busy_cores for replica in left)
-        rate = 1.0 / cluster.profile.slowdown(busy)
+        rate = 1.0 / cluster.profile.crowding.slowdown(busy)
         first = min(left, key=lambda r: left[r], default=None)
         until_s = now_s + left[first] / rate if first is not None else np.inf
         is_arrival = bool(todo) and todo[0].arrival_s < until_s
@@ -87,7 +87,8 @@ def test_equals_plain_processor_sharing(shared_cluster: ProfiledCluster, key: st
         assert outcome.first_token_s == pytest.approx(token_times[0], abs=1e-7)
         assert outcome.finish_s == pytest.approx(token_times[-1], abs=1e-7)
     alone = SurrogateCluster(
-        replace(shared_cluster, profile=replace(shared_cluster.profile, crowding=())), deployment
+        replace(shared_cluster, profile=replace(shared_cluster.profile, crowding=Crowding())),
+        deployment,
     )
     for i, (prompt, output) in enumerate(lengths):
         alone.submit(Request(f"r{i}", arrival_s[i], prompt, output))
@@ -98,13 +99,12 @@ def test_equals_plain_processor_sharing(shared_cluster: ProfiledCluster, key: st
 
 
 def test_more_knots_than_the_kernel_takes_are_refused(small_cluster: ProfiledCluster) -> None:
-    crowding = tuple((float(busy), float(busy)) for busy in range(1, 18))
-    profile = replace(small_cluster.profile, crowding=crowding)
-    with pytest.raises(InvalidRequestError, match="crowding has 17 knots"):
-        SurrogateCluster(
-            replace(small_cluster, profile=profile),
-            dense_deployment(parse_deployment_key("1xtp1pp1")),
-        )
+    knots = tuple((float(busy), float(busy)) for busy in range(1, 18))
+    one = dense_deployment(parse_deployment_key("1xtp1pp1"))
+    for crowding, what in ((Crowding(knots), "crowding"), (Crowding(memory=knots), "of memory")):
+        profile = replace(small_cluster.profile, crowding=crowding)
+        with pytest.raises(InvalidRequestError, match=f"{what} has 17 knots"):
+            SurrogateCluster(replace(small_cluster, profile=profile), one)
 
 
 def test_three_replicas_by_hand(shared_cluster: ProfiledCluster) -> None:
@@ -119,6 +119,42 @@ def test_three_replicas_by_hand(shared_cluster: ProfiledCluster) -> None:
     surrogate.advance(1.0)
     ends = [e.outcome.finish_s for e in surrogate.events(0).events if e.outcome is not None]
     assert ends == pytest.approx([1.25 * work_s, 1.25 * work_s, 1.75 * work_s])
+
+
+def test_memory_slows_a_step_by_how_many_are_busy_when_it_starts(
+    shared_cluster: ProfiledCluster,
+) -> None:
+    """Of two steps that start at once the first finds itself alone, the second that two are busy.
+    Two processors suffice."""
+    crowding = replace(CROWDING, memory=((1.0, 1.0), (3.0, 1.5)))
+    cluster = replace(shared_cluster, profile=replace(shared_cluster.profile, crowding=crowding))
+    deployment = dense_deployment(parse_deployment_key("2xtp1pp1"))
+    step = cluster.profile.step_model(deployment.configs[0])
+    surrogate = SurrogateCluster(cluster, deployment)
+    for i in range(2):
+        surrogate.submit(Request(f"r{i}", 0.0, 10, 1))
+    surrogate.advance(1.0)
+    ends = [e.outcome.finish_s for e in surrogate.events(0).events if e.outcome is not None]
+    assert ends == pytest.approx([step.step_s(10, 1, 10), step.step_s(10, 1, 10, memory=1.25)])
+
+
+def test_an_exponent_stretches_steps_that_start_beside_others(
+    small_cluster: ProfiledCluster,
+) -> None:
+    """Three steps of w start at once, the last when three are busy, which slow one another to 1.5:
+    squared, it has 1.5 w to do. The others end at 1.5 w, when w of it is done, and it at 2 w."""
+    steps = tuple(
+        replace(m, busy_cores=1.0, crowding_exponent=2.0) for m in small_cluster.profile.steps
+    )
+    profile = replace(small_cluster.profile, steps=steps, crowding=CROWDING)
+    deployment = dense_deployment(parse_deployment_key("3xtp1pp1"))
+    work_s = profile.step_model(deployment.configs[0]).step_s(10, 1, 10)
+    surrogate = SurrogateCluster(replace(small_cluster, profile=profile), deployment)
+    for i in range(3):
+        surrogate.submit(Request(f"r{i}", 0.0, 10, 1))
+    surrogate.advance(1.0)
+    ends = [e.outcome.finish_s for e in surrogate.events(0).events if e.outcome is not None]
+    assert ends == pytest.approx([1.5 * work_s, 1.5 * work_s, 2.0 * work_s])
 
 
 def test_a_pipeline_keeps_as_many_busy_as_it_has_steps_at_work(

@@ -120,7 +120,7 @@ class Pair:
         self.surrogate.add_rows(self.coming)
         self.rounds = KvRounds(self.plan, self.leaving)
         self.rows = {
-            r.replica_id: self.surrogate.row_of(r) for r in (*self.current.replicas, *self.coming)
+            r.replica_id: self.surrogate.rows.of(r) for r in (*self.current.replicas, *self.coming)
         }
         self.names = [r.request_id for r in requests]
         self._todo = list(requests)

@@ -58,7 +58,7 @@ def test_every_step_equals_the_batch_scheduler(
     surrogate = SurrogateCluster(cluster, deployment, trace_items=500_000)
     for request in requests:
         surrogate.submit(request)
-    row, steps_s = surrogate.row_of(deployment.replicas[0]), [(c, False, None) for c in cuts]
+    row, steps_s = surrogate.rows.of(deployment.replicas[0]), [(c, False, None) for c in cuts]
     for until_s, is_limit, blocks in sorted(
         [*steps_s, *((at_s, True, blocks) for at_s, blocks in limited), (1e6, False, None)],
         key=lambda step: step[:2],
@@ -70,7 +70,7 @@ def test_every_step_equals_the_batch_scheduler(
         surrogate.check_integrity()
     names = [r.request_id for r in requests]
     for replica in deployment.replicas:
-        found = steps_of(surrogate, surrogate.row_of(replica), names)
+        found = steps_of(surrogate, surrogate.rows.of(replica), names)
         assert found == plain.replicas[replica.replica_id].steps_made
 
 

@@ -171,9 +171,9 @@ def test_who_comes_and_goes_in_a_round() -> None:
     surrogate.submit(Request("late", 2.0, 10, 90))
     surrogate.apply(by_hand(replicas(1, (1,)), weight_bytes=8192))
     surrogate.advance(4.0)
-    assert surrogate.state.used_blocks(surrogate.row_of(replicas(1, (1,)).replicas[0])) == 22
+    assert surrogate.state.used_blocks(surrogate.rows.of(replicas(1, (1,)).replicas[0])) == 22
     surrogate.advance(4.3)
-    assert surrogate.state.used_blocks(surrogate.row_of(replicas(1, (1,)).replicas[0])) == 17 + 7
+    assert surrogate.state.used_blocks(surrogate.rows.of(replicas(1, (1,)).replicas[0])) == 17 + 7
     done = run(surrogate)
     assert (done.num_migrated, done.num_recomputed) == (2, 0)
     assert (done.updated_s, done.kv_bytes) == (7.625, (22 + 7 + 7 + 4 + 5) * 1024)

@@ -21,7 +21,7 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.migration.plan import plan_switch
-from engine.profile import ProfiledCluster
+from engine.profile import Crowding, ProfiledCluster
 from envs.scenarios import DeviceFailure
 from envs.surrogate.cluster import SurrogateCluster
 from envs.surrogate.latency import linear_profile
@@ -29,6 +29,7 @@ from envs.surrogate.latency import linear_profile
 KEYS = ("2xtp2pp1", "1xtp1pp4", "1xtp2pp1+2xtp1pp1", "4xtp1pp1", "1xtp1pp3+1xtp1pp1")
 
 
+CROWDING = Crowding(((1.5, 1.0), (2.0, 1.1), (3.0, 2.5)), ((1.0, 1.0), (2.0, 1.3)))
 COSTS = {  # what becomes of a sequence whose replica goes, unless nothing of it is computed
     Binding.MIGRATE: KvCostParams(1e15, 1.0, 0.01),
     Binding.RECOMPUTE: KvCostParams(1.0, 1e15, 0.01),
@@ -150,7 +151,7 @@ def test_switches_roll_back_with_the_probability(small_cluster: ProfiledCluster)
     ),
     headroom_bytes=st.sampled_from([None, 0, 1_000_000]),
     link_bytes_per_s=st.sampled_from([2e8, 1e7]),
-    crowding=st.sampled_from([(), ((1.5, 1.0), (2.0, 1.1), (3.0, 2.5))]),
+    crowding=st.sampled_from([Crowding(), CROWDING]),
     losses=st.lists(st.tuples(st.floats(0, 3), st.integers(0, 3), st.floats(0.01, 3)), max_size=3),
 )
 def test_nothing_is_lost(
@@ -160,7 +161,7 @@ def test_nothing_is_lost(
     switches: list[tuple[float, str, Binding, SwitchMode, bool]],
     headroom_bytes: int | None,
     link_bytes_per_s: float,
-    crowding: tuple[tuple[float, float], ...],
+    crowding: Crowding,
     losses: list[tuple[float, int, float]],
 ) -> None:
     """Under switches at any instant, live or in place, with memory for both generations or not,
@@ -168,7 +169,9 @@ def test_nothing_is_lost(
     once, refused only where no replica was there, else with the tokens that it was to make, counted
     once each in the steps that made them."""
     rng = np.random.default_rng(seed)
-    steps = tuple(replace(s, busy_cores=1.0) for s in small_cluster.profile.steps)
+    steps = tuple(
+        replace(s, busy_cores=1.0, crowding_exponent=1.2) for s in small_cluster.profile.steps
+    )
     profile = replace(
         small_cluster.profile, crowding=crowding, steps=steps, link_bytes_per_s=link_bytes_per_s
     )
