@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", choices=("tiny", "smollm2"), default="tiny", help="(default tiny)")
-    add("--trace", type=Path, help="CSV, gzipped or not (default: the embedded generator)")
+    add("--trace", type=Path, help="a trace file, gzipped or not (default: the embedded generator)")
     add("--start", type=float, default=0.0, help="of the window in the trace, s (default 0)")
     add("--seconds", type=float, default=60.0, help="length of the replay, s (default 60)")
     add("--speed", type=float, default=1.0, help="trace seconds per replay second (default 1)")
@@ -57,7 +57,8 @@ def load_window(args: argparse.Namespace, max_tokens: int, console: Console) -> 
     console.print(
         f"{len(trace)} requests in {args.seconds:g} s from {args.trace or 'the generator'}, from "
         f"second {args.start:g} on, {args.speed:g} trace seconds per second; lengths times "
-        f"{args.length_factor:g}, at most {max_tokens} tokens per request.",
+        f"{args.length_factor:g}, at most {max_tokens} tokens per request"
+        + (f"; {whole.num_failed} failed requests left out." if whole.num_failed else "."),
         soft_wrap=True,
     )
     return trace

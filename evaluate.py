@@ -22,7 +22,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--policy", type=Path, required=True, help="checkpoint folder that train.py wrote")
-    add("--trace", type=Path, help="trace CSV, plain or gzip'd (default: embedded generator)")
+    add("--trace", type=Path, help="trace file, plain or gzip'd (default: embedded generator)")
     add("--days", help="first-last day of the trace, 86400 s each, from 1 (default: all)")
     add("--load", type=float, help="share of best static capacity (default: as trained)")
     add("--length-factor", type=float, help="multiplies lengths (default: as trained)")

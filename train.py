@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of everything (default: the config's)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-seedN)")
     parser.add_argument("--n-timesteps", type=int, help="decisions (default: the config's)")
-    parser.add_argument("--trace", type=str, help="trace CSV in place of the config's traffic")
+    parser.add_argument("--trace", type=str, help="trace file in place of the config's traffic")
     parser.add_argument("-P", "--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 

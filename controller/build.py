@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from controller.decision import DecisionConfig, DecisionPipeline
-from controller.predictor import EwmaPredictor, NaivePredictor, Predictor
+from controller.ets_predictor import AutoEtsPredictor
+from controller.lstm_files import load_lstm
+from controller.lstm_predictor import LstmPredictor
+from controller.predictor import (
+    EwmaPredictor,
+    MovingAveragePredictor,
+    NaivePredictor,
+    Predictor,
+    SeasonalNaivePredictor,
+)
 from engine.cluster import WorkloadType, WorkloadTyping, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError
 from engine.profile import ProfiledCluster
+
+PREDICTORS = (
+    "'naive' (the last interval), 'ewmaH' with a half-life of H grid intervals such as 'ewma4', "
+    "'meanN' of the last N, 'seasonalP' (the interval P before), 'autoets', or 'lstm:FILE' with "
+    "what envs.lstm_training wrote"
+)
 
 
 def load_profiled_cluster(path: Path) -> ProfiledCluster:
@@ -24,19 +41,31 @@ def load_profiled_cluster(path: Path) -> ProfiledCluster:
     return ProfiledCluster.from_json(data)
 
 
-def build_predictor(name: str, num_types: int, grid_s: float) -> Predictor:
-    """ "naive", or "ewmaH" with a half-life of H grid intervals, such as ewma4."""
-    if name == "naive":
-        return NaivePredictor(num_types, interval_s=grid_s)
-    try:
-        if not name.startswith("ewma"):
-            raise ValueError
-        return EwmaPredictor(num_types, float(name.removeprefix("ewma")), grid_s)
-    except ValueError:
-        raise InvalidRequestError(
-            f"predictor {name!r} is not known; expected 'naive' or 'ewmaH' with a half-life of H "
-            "intervals, such as 'ewma4'."
-        ) from None
+def build_predictor(
+    name: str, num_types: int, grid_s: float, horizons: Sequence[int] = (1,)
+) -> Predictor:
+    """The forecaster that PREDICTORS names; an LSTM has the horizons that it was trained for.
+
+    Raises InvalidRequestError for an unknown name, a wrong number or an unreadable file.
+    """
+    if name.startswith("lstm:"):
+        model = load_lstm(Path(name.removeprefix("lstm:")))
+        return LstmPredictor(model, num_types, grid_s)
+    match = re.fullmatch(r"([a-z]+)([\d.]*)", name)
+    kind, number = match.groups() if match else ("", "")
+    with contextlib.suppress(ValueError):
+        match kind, bool(number):
+            case "naive", False:
+                return NaivePredictor(num_types, grid_s, horizons)
+            case "autoets", False:
+                return AutoEtsPredictor(num_types, interval_s=grid_s, horizons=horizons)
+            case "ewma", True:
+                return EwmaPredictor(num_types, float(number), grid_s, horizons)
+            case "mean", True:
+                return MovingAveragePredictor(num_types, int(number), grid_s, horizons)
+            case "seasonal", True:
+                return SeasonalNaivePredictor(num_types, int(number), grid_s, horizons)
+    raise InvalidRequestError(f"predictor {name!r} is not known; expected {PREDICTORS}.")
 
 
 def build_pipeline(

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from controller.build import PREDICTORS
 from controller.decision import DecisionConfig
 from engine.cluster import SloSpec
 from engine.config import validate
@@ -33,7 +34,7 @@ class _Section(BaseModel):
 class WorkloadSection(_Section):
     """Traffic: a trace file, or the embedded generator."""
 
-    trace: Path | None = Field(default=None, description="CSV; null: the embedded generator")
+    trace: Path | None = Field(default=None, description="trace file; null: the embedded generator")
     days: tuple[int, int] | None = Field(default=None, description="first, last; from 1")
     length_factor: float = Field(default=1.0, gt=0, description="multiplies lengths in tokens")
     load: tuple[float, float] = Field(
@@ -83,7 +84,7 @@ class ExperimentConfig(_Section):
     scenario: ScenarioConfig | None = Field(
         default=None, description="ranges drawn per episode; its traffic is for the generator only"
     )
-    predictor: str = Field(default="ewma4", description="naive or ewmaH")
+    predictor: str = Field(default="ewma4", description=f"one of {PREDICTORS}")
     slo: SloSpec | str = Field(
         default="interactive", description="a class of configs/slo.yaml, or targets in seconds"
     )

@@ -132,7 +132,8 @@ def _notes(
         origin = f"traffic: the embedded generator at a mean of {rate_per_s:.3f} requests/s"
     else:
         origin = (
-            f"traffic: {workload.trace}, {days}, {len(source.trace)} requests in {total_s:.0f} s "
+            f"traffic: {workload.trace}, {days}, {len(source.trace)} requests in {total_s:.0f} s, "
+            f"{source.trace.num_failed} failed ones of the file left out "
             f"({source.trace.mean_rate_per_s:.3f}/s); windows resampled to a mean of "
             f"{rate_per_s:.3f} requests/s, time as it was"
         )

@@ -27,13 +27,15 @@ WINDOW_S = 60.0  # of resampling
 class Trace:
     """Requests by arrival time: arrival_s [N] seconds from the start, lengths [N] in tokens.
 
-    `duration_s` is the span that the trace describes, the last arrival unless given.
+    `duration_s` is the span that the trace describes, the last arrival unless given; `num_failed`
+    the requests of its file that failed at the source and are left out.
     """
 
     arrival_s: Floats
     prompt_tokens: Ints
     output_tokens: Ints
     duration_s: float = -1.0
+    num_failed: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.arrival_s) == len(self.prompt_tokens) == len(self.output_tokens)
@@ -52,11 +54,12 @@ class Trace:
         """Arrivals in [start_s, start_s + duration_s), with times counted from `start_s`."""
         first, last = np.searchsorted(self.arrival_s, (start_s, start_s + duration_s))
         chosen = slice(int(first), int(last))
-        return Trace(
-            self.arrival_s[chosen] - start_s,
-            self.prompt_tokens[chosen],
-            self.output_tokens[chosen],
-            duration_s,
+        return dataclasses.replace(
+            self,
+            arrival_s=self.arrival_s[chosen] - start_s,
+            prompt_tokens=self.prompt_tokens[chosen],
+            output_tokens=self.output_tokens[chosen],
+            duration_s=duration_s,
         )
 
     def scale_lengths(self, factor: float, max_tokens: int) -> Trace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,49 +38,167 @@ def simple_trace() -> Trace:
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("text", [NORMALISED, AZURE, AZURE_2024], ids=["own", "azure", "azure2024"])
+BURSTGPT = (
+    "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "5,ChatGPT,4808,10,4818,Conversation log\n"
+    "5.01,GPT-4,0,0,0,Conversation log\n"
+    "5.052,GPT-4,3180,8,3188,API log\n"
+    "7,GPT-4,17,0,17,API log\n"
+    "12.5,ChatGPT,1,1,2,Conversation log\n"
+)
+BURSTGPT_3 = (
+    "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "19440110.0,1722ac82,43,GPT-4,4808,10,4818,Conversation log\n"
+    "19440110.052,d5983bf9,2,ChatGPT,3180,8,3188,Conversation log\n"
+    '19440117.5,,2,"Chat,GPT",1,1,2,Conversation log\n'
+)
+MOONCAKE = (
+    '{"timestamp": 0, "input_length": 4808, "output_length": 10, "hash_ids": [0, 1, 2]}\n'
+    '{"input_length": 3180, "timestamp": 52, "output_length": 8}\n'
+    '{"timestamp": 7.5e3, "input_length": 1, "output_length": 1, "hash_ids": []}\n'
+)
+FORMATS = {
+    "own": (NORMALISED, 0),
+    "azure": (AZURE, 0),
+    "azure2024": (AZURE_2024, 0),
+    "burstgpt": (BURSTGPT, 2),
+    "burstgpt3": (BURSTGPT_3, 0),
+    "mooncake": (MOONCAKE, 0),
+    "bom": ("\ufeff" + AZURE, 0),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("zipped", [False, True])
-def test_formats_are_recognised(tmp_path: Path, text: str, zipped: bool) -> None:
-    path = tmp_path / "trace.csv"  # the name says nothing of gzip
+def test_formats_are_recognised(tmp_path: Path, name: str, zipped: bool) -> None:
+    text, failed = FORMATS[name]
+    path = tmp_path / "trace"  # the name says nothing
     path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
-    requests = list(read_trace(path))
+    reader = read_trace(path)
+    requests = list(reader)
     assert [r.arrival_s for r in requests] == pytest.approx([0.0, 0.052, 7.5], abs=1e-6)
     assert [(r.prompt_tokens, r.output_tokens) for r in requests] == [(4808, 10), (3180, 8), (1, 1)]
     trace = load_trace(path)
     assert trace.requests() == requests
     assert trace.duration_s == pytest.approx(7.5, abs=1e-6)
+    assert trace.num_failed == reader.num_failed == failed
+    assert trace.window(0.0, 1.0).num_failed == failed  # a fact of the file
+
+
+SHORT = NORMALISED[: NORMALISED.index("7.500")]
+AZURE_SHORT = AZURE[: AZURE.index("2023-11-17 00:00:07")]
+BURSTGPT_SHORT = BURSTGPT[: BURSTGPT.index("7,GPT-4")]
+MOONCAKE_SHORT = MOONCAKE[: MOONCAKE.index('{"timestamp": 7.5e3')]
 
 
 @pytest.mark.parametrize(
-    ("row", "named"),
+    ("before", "row", "named"),
     [
-        ("abc,1,1", ["column timestamp_s", "'abc'", "seconds"]),
-        ("nan,1,1", ["column timestamp_s", "'nan'"]),
-        ("0.01,1,1", ["column timestamp_s", "'0.01'", "not below the row before"]),
-        ("9,1.5,1", ["column input_tokens", "'1.5'", "whole number"]),
-        ("9,0,1", ["column input_tokens", "'0'", "at least 1"]),
-        ("9,1,-3", ["column output_tokens", "'-3'"]),
-        ("9,1", ["2 columns", "expected 3"]),
+        (SHORT, "abc,1,1", ["line 4, column timestamp_s", "'abc'", "seconds"]),
+        (SHORT, "nan,1,1", ["line 4, column timestamp_s", "'nan'"]),
+        (SHORT, "inf,1,1", ["line 4, column timestamp_s", "'inf'"]),
+        (SHORT, "0.01,1,1", ["line 4, column timestamp_s", "'0.01'", "not below the row before"]),
+        (SHORT, "9,1.5,1", ["line 4, column input_tokens", "'1.5'", "whole number"]),
+        (SHORT, "9,0,1", ["line 4, column input_tokens", "'0'", "at least 1"]),
+        (SHORT, "9,1,-3", ["line 4, column output_tokens", "'-3'"]),
+        (SHORT, "9,1,0", ["line 4, column output_tokens", "'0'"]),
+        (SHORT, "9,1", ["line 4: 2 columns", "expected 3"]),
+        (AZURE_SHORT, "2023-11-77 00:00:07.4,1,1", ["line 4, column TIMESTAMP", "2023-11-77"]),
+        (AZURE_SHORT, "2023-11-17 00:00:0,1,1", ["line 4, column TIMESTAMP", "a time such as"]),
+        (AZURE_SHORT, "2023-11-17 00:00:00,1,1", ["line 4, column TIMESTAMP", "not before"]),
+        (AZURE_SHORT, "2023-11-17 00:00:07,x,1", ["line 4, column ContextTokens", "'x'"]),
+        (BURSTGPT_SHORT, "4,GPT-4,1,1,2,API log", ["line 5, column Timestamp", "'4'"]),
+        (BURSTGPT_SHORT, "6,GPT-4,0,5,5,API log", ["line 5, column Request tokens", "'0'"]),
+        (BURSTGPT_SHORT, "6,GPT-4,-1,0,5,API log", ["line 5, column Request tokens", "'-1'"]),
+        (BURSTGPT_SHORT, "6,GPT-4,7,,7,API log", ["column Response tokens", "''", "or 0 for a"]),
+        (BURSTGPT_SHORT, "6,GPT-4,7,8", ["line 5: 4 columns", "expected 6"]),
+        (MOONCAKE_SHORT, '{"timestamp": 60, "input_length": 7}', ["line 3", "output_length"]),
+        (MOONCAKE_SHORT, '{"timestamp": 60, ', ["line 3", "expected a JSON object"]),
+        (
+            MOONCAKE_SHORT,
+            '{"timestamp": 9, "input_length": 7, "output_length": 1}',
+            ["line 3, column timestamp", "'9'", "milliseconds"],
+        ),
+        (
+            MOONCAKE_SHORT,
+            '{"timestamp": 99, "input_length": "7", "output_length": 1}',
+            ["line 3, column input_length", "7", "whole number"],
+        ),
     ],
 )
-def test_malformed_rows_are_named(tmp_path: Path, row: str, named: list[str]) -> None:
+def test_malformed_rows_are_named(tmp_path: Path, before: str, row: str, named: list[str]) -> None:
     path = tmp_path / "bad.csv"
-    path.write_text(NORMALISED[: NORMALISED.index("7.500")] + row + "\n")
+    path.write_text(before + row + "\n")
     read = read_trace(path)
     assert [next(read).request_id, next(read).request_id] == ["r0", "r1"]  # streamed
     with pytest.raises(InvalidRequestError) as error:
         next(read)
-    for part in ("bad.csv", "line 4", *named):
-        assert part in str(error.value), part
+    for part in ("bad.csv", *named):
+        assert part in str(error.value), (part, str(error.value))
     with pytest.raises(InvalidRequestError):
         load_trace(path)
 
 
-def test_malformed_azure_time(tmp_path: Path) -> None:
-    path = tmp_path / "azure.csv"
-    path.write_text(AZURE.replace("2023-11-17 00:00:07", "2023-11-77 00:00:07"))
-    with pytest.raises(InvalidRequestError, match=r"line 4, column TIMESTAMP: got '2023-11-77"):
-        load_trace(path)
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 10**7), st.integers(1, 10**6), st.integers(0, 10**5)),
+        min_size=1,
+        max_size=30,
+    ),
+    cut=st.tuples(st.integers(0, 20), st.integers(1, 20)),
+)
+def test_the_same_requests_in_every_format_and_cut(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[int, int, int]],
+    cut: tuple[int, int],
+) -> None:
+    """Milliseconds, prompt and output tokens; BurstGPT also has the rows of 0 output tokens."""
+    rows = [(0, 1, 1), *sorted(rows)]
+    kept = [row for row in rows if row[2]]
+    start = datetime(2024, 5, 10, 23, 0, tzinfo=UTC)
+    texts = {
+        "own": ["timestamp_s,input_tokens,output_tokens"]
+        + [f"{ms / 1000},{p},{o}" for ms, p, o in kept],
+        "azure": ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+        + [f"{start + timedelta(milliseconds=ms)},{p},{o}" for ms, p, o in kept],
+        "burstgpt": ["Model,Response tokens,Request tokens,Timestamp"]
+        + [f"m,{o},{p},{5 + ms / 1000}" for ms, p, o in rows],
+        "mooncake": [
+            f'{{"timestamp":{ms},"input_length":{p},"output_length":{o}}}' for ms, p, o in kept
+        ],
+    }
+    first, stop = cut[0], cut[0] + cut[1]
+    for name, lines in texts.items():
+        path = tmp_path_factory.getbasetemp() / name
+        path.write_text("\n".join(lines) + "\n")
+        whole = load_trace(path)
+        assert whole.arrival_s == pytest.approx([ms / 1000 for ms, _, _ in kept], abs=1e-6)
+        assert whole.prompt_tokens.tolist() == [p for _, p, _ in kept]
+        assert whole.output_tokens.tolist() == [o for _, _, o in kept]
+        assert whole.num_failed == (len(rows) - len(kept)) * (name == "burstgpt")
+        part = list(read_trace(path, rows=(first, stop)))
+        assert [r.prompt_tokens for r in part] == [p for _, p, _ in kept[first:stop]]
+        if part and first:
+            origin = kept[first][0]
+            times = [(ms - origin) / 1000 for ms, _, _ in kept[first:stop]]
+            assert [r.arrival_s for r in part] == pytest.approx(times, abs=1e-6)
+
+
+def test_slices_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(NORMALISED + "8,2,2\nnonsense\n")
+    trace = load_trace(path, seconds=(0.05, 8.0))  # reading ends before the nonsense
+    assert trace.arrival_s == pytest.approx([0.002, 7.45])
+    assert trace.duration_s == 7.95
+    assert load_trace(path, rows=(1, 3)).arrival_s == pytest.approx([0.0, 7.448])
+    assert load_trace(path, rows=(0, 1)).arrival_s.tolist() == [0.0]
+    with pytest.raises(InvalidRequestError, match="has no requests in seconds"):
+        load_trace(path, seconds=(1.0, 2.0))
+    with pytest.raises(InvalidRequestError, match=r"rows of a trace .* got \(3, 3\)"):
+        load_trace(path, rows=(3, 3))
+    with pytest.raises(InvalidRequestError, match="seconds or by rows"):
+        read_trace(path, seconds=(0, 1), rows=(0, 1))
 
 
 @pytest.mark.parametrize("content", ["", "a,b,c\n1,2,3\n", "timestamp_s,input_tokens\n"])
