@@ -26,9 +26,12 @@ import numpy as np
 from controller.service_model import RHO_KNEE
 
 compiled = numba.njit(cache=True, nogil=True)
+summing = numba.njit(fastmath={"reassoc", "nsz"})  # in any order, for bounds only
 PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
 TOLERANCE = 1e-11
 MAX_PIVOTS = 400
+CUTS = 4  # prices that bound headroom before latency is looked at
+FIRST, ROUND = 8, 128  # deployments solved before bounds are looked at again
 LEVELS = 32  # of utilisation, at which what a replica adds is tabulated
 TIE = 1e-9  # relative; of deployments this close the first in the list is the best
 
@@ -206,6 +209,14 @@ def _tail_mean(values: Any, tail: float) -> float:
     return float(total / max(1.0, tail * len(values)) if tail * len(values) > 1.0 else ordered[0])
 
 
+@summing
+def _dot(counts: Any, i: int, worth: Any) -> float:
+    total = 0.0
+    for c in range(len(worth)):
+        total += counts[i, c] * worth[c]
+    return total
+
+
 @compiled
 def _cut(
     counts: Any, active: Any, loads: Any, rho: float, prices: Any, bounds: Any, exact: Any
@@ -218,10 +229,7 @@ def _cut(
             worth[c] = max(worth[c], rho * prices[j] / loads[c, j])
     for i in active:
         if not exact[i]:
-            bound = 0.0
-            for c in range(configs):
-                bound += worth[c] * counts[i, c]
-            bounds[i] = min(bounds[i], bound)
+            bounds[i] = min(bounds[i], _dot(counts, i, worth))
 
 
 @compiled
@@ -264,12 +272,12 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
 
 
 @compiled
-def _least_load_s(model: Any, busy: float, prices: Any) -> Any:
-    """[C] what a replica that is `busy` adds at least to the latencies of its requests less the
-    prices[J] of their types, per second and per unit of utilisation; see `least_latency`."""
+def _load_floors(model: Any, rho: float) -> Any:
+    """[L, C], by level of utilisation: what the wait multiplies a latency by, and how long a step
+    takes, at least, in a replica of any mix."""
     base_s, stage_share, pp, steps, added_s, max_running, service = model
     configs, types = service.shape
-    least = np.empty(configs)
+    waiting, cycle_s = np.empty((LEVELS, configs)), np.empty((LEVELS, configs))
     for c in range(configs):
         work, added, places, most = np.inf, np.inf, np.inf, 0.0
         for j in range(types):
@@ -277,22 +285,32 @@ def _least_load_s(model: Any, busy: float, prices: Any) -> Any:
             added = min(added, added_s[c, j])
             places = min(places, max_running[c, j])
             most = max(most, max_running[c, j])
-        stretch = max(1.0, stage_share[c] * pp[c])
-        stretched_s = stretch * base_s[c] / (1.0 - min(busy * work, 1.0 - 1e-9))
-        batches = min(pp[c], max(places, 1.0))
-        full_s = max(1.0, stage_share[c] * batches) * base_s[c] + added * max(places, 1.0) / max(
-            pp[c], 1.0
-        )
-        cycle_s = min(stretched_s, full_s)
+        stretch = max(1.0, stage_share[c] * min(pp[c], max(places, 1.0)))
+        full_s = stretch * base_s[c] + added * max(places / pp[c], 1.0)
+        stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
         power = np.sqrt(2.0 * (most + 1.0)) - 1.0
-        below = min(busy, RHO_KNEE)
-        waiting = 1.0 + below**power / (1.0 - below) / most
-        alone, loaded = np.inf, np.inf
-        for j in range(types):
-            own_s = steps[j] * (base_s[c] + added_s[c, j])
-            alone = min(alone, service[c, j] * (own_s * waiting - prices[j]))
-            loaded = min(loaded, service[c, j] * (steps[j] * cycle_s * waiting - prices[j]))
-        least[c] = max(alone, loaded)
+        for level in range(LEVELS):
+            busy = min(rho * level / LEVELS, RHO_KNEE)
+            waiting[level, c] = 1.0 + busy**power / (1.0 - busy) / most
+            cycle_s[level, c] = min(stretched_s / (1.0 - min(busy * work, 1.0 - 1e-9)), full_s)
+    return waiting, cycle_s
+
+
+@compiled
+def _least_load_s(model: Any, waiting: Any, cycle_s: Any, prices: Any) -> Any:
+    """[L, C] what a replica adds at least to the latencies of its requests less the prices[J] of
+    their types, per second and per unit of utilisation, whatever its mix; see `least_latency`."""
+    base_s, _, _, steps, added_s, _, service = model
+    types, least = service.shape[1], np.empty_like(waiting)
+    for level in range(LEVELS):
+        for c in range(len(base_s)):
+            alone, loaded = np.inf, np.inf
+            for j in range(types):
+                own_s = steps[j] * (base_s[c] + added_s[c, j]) * waiting[level, c]
+                step_s = steps[j] * cycle_s[level, c] * waiting[level, c]
+                alone = min(alone, service[c, j] * (own_s - prices[j]))
+                loaded = min(loaded, service[c, j] * (step_s - prices[j]))
+            least[level, c] = max(alone, loaded)
     return least
 
 
@@ -319,6 +337,37 @@ def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -
 
 
 @compiled
+def _headroom_bounds(counts: Any, loads: Any, rho: float) -> Any:
+    """[N] above and below the headroom: at some prices, and where each replica takes the mix."""
+    number, (configs, types) = len(counts), loads.shape
+    above, exact, everything = (
+        np.full(number, np.inf),
+        np.zeros(number, np.bool_),
+        np.arange(number),
+    )
+    below, each = np.empty(number), np.empty(configs)
+    for c in range(configs):
+        each[c] = rho / loads[c].sum()
+    for i in everything:
+        below[i] = _dot(counts, i, each)
+    used, table, basis = _scratch(configs, types)
+    shares, prices = np.empty((configs, types)), np.full(types, 1.0 / types)
+    for _ in range(CUTS):  # the prices of those with the highest bounds
+        _cut(counts, everything, loads, rho, prices, above, exact)
+        top = np.argmax(above)
+        _solve(loads, rho * counts[top], used, table, basis, shares, prices)
+    return above, below
+
+
+@compiled
+def _lowest(bounds: Any, left: Any, number: int) -> Any:
+    """About so many of them: those with the lowest bounds, in ascending order."""
+    if len(left) > number:
+        left = left[bounds[left] <= np.partition(bounds[left], number)[number]]
+    return left[np.argsort(bounds[left])]
+
+
+@compiled
 def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
     """Index of the deployment of counts[N, C] with the least mean latency among those with headroom
     1 or more at rates[J], loads[C, J]; how many were solved. The index is -1 where there is none.
@@ -330,58 +379,45 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -
     """
     number, (configs, types) = len(counts), loads.shape
     used, table, basis = _scratch(configs, types)
-    shares, prices = np.empty((configs, types)), np.full(types, 1.0 / types)
-    above, exact = np.full(number, np.inf), np.zeros(number, np.bool_)
-    below, bounds = np.zeros(number), np.zeros(number)
-    for i in range(number):
-        for c in range(configs):
-            below[i] += rho * counts[i, c] / loads[c].sum()
-    everything = np.arange(number)
-    _cut(counts, everything, loads, rho, prices, above, exact)
-    for c in range(configs):  # prices at which one configuration is equally good at all types
-        _cut(counts, everything, loads, rho, loads[c] / loads[c].sum(), above, exact)
-    active = everything[above >= 1.0]
-    values = np.full(number, np.inf)
+    shares, prices, duals = np.empty((configs, types)), np.zeros(types), np.empty(types)
+    exact, values = np.zeros(number, np.bool_), np.full(number, np.inf)
+    everything, total = np.arange(number), rates.sum()
+    above, below = _headroom_bounds(counts, loads, rho)
+    active, bounds = everything[above >= 1.0], np.zeros(number)
+    waiting, cycle_s = _load_floors(model, rho)
     best, solved = np.inf, 0
-    prices[:] = 0.0
-    levels = np.empty((LEVELS, configs))
     while True:
-        for level in range(LEVELS):
-            levels[level] = _least_load_s(model, rho * level / LEVELS, prices)
-        base = 0.0
-        for j in range(types):
-            base += prices[j] * rates[j]
-        kept = 0
+        least = _least_load_s(model, waiting, cycle_s, prices)
+        base, kept = np.dot(prices, rates), 0
         for i in active:
             if not exact[i]:
-                least, most = rho / above[i], rho / max(below[i], 1.0)
-                level = min(int(least / rho * LEVELS), LEVELS - 1)
-                load = 0.0
-                for c in range(configs):
-                    load += counts[i, c] * levels[level, c]
-                found = (base + load * (least if load > 0.0 else most)) / rates.sum()
-                bounds[i] = max(bounds[i], found)
+                busy = rho / above[i]
+                load = _dot(counts, i, least[min(int(busy / rho * LEVELS), LEVELS - 1)])
+                busy = busy if load > 0.0 else rho / max(below[i], 1.0)
+                bounds[i] = max(bounds[i], (base + load * busy) / total)
             if (values[i] if exact[i] else bounds[i]) <= best * (1.0 + TIE):
                 active[kept] = i
                 kept += 1
         active = active[:kept]
-        waiting = active[~exact[active]]
-        if len(waiting) == 0:
+        left = active[~exact[active]]
+        if len(left) == 0:
             return (active[0] if best < np.inf else -1), solved
-        improved = False
-        for i in waiting[np.argsort(bounds[waiting])]:
+        prices[:] = 0.0
+        order = _lowest(bounds, left, FIRST if best == np.inf else ROUND)
+        for i in order:
             if bounds[i] > best * (1.0 + TIE):
                 break
-            theta = _solve(loads, rho * counts[i], used, table, basis, shares, prices)
+            theta = _solve(loads, rho * counts[i], used, table, basis, shares, duals)
             exact[i], solved = True, solved + 1
             if theta >= 1.0:
                 values[i] = _latency_s(model, counts[i], rates, shares)
                 if values[i] < best:
-                    best, improved = values[i], True
+                    best = values[i]
                     _prices_of(model, counts[i], rates, shares, prices)
                     break
-        if not improved:
-            prices[:] = 0.0
+        if len(left) > FIRST:
+            _cut(counts, active, loads, rho, duals, above, exact)
+            active = active[above[active] >= 1.0]
 
 
 @lru_cache(maxsize=1)

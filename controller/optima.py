@@ -40,15 +40,15 @@ class Optima:
         self.scorer = scorer
         self.configs = spread(scorer.configs, scorer.cluster.spec)
         self.sizes = [c.num_devices for c in self.configs]
-        self._libraries, self._milps, self._near = Cache(16), Cache(), Cache(64)
+        self._libraries, self._milps = Cache(16), Cache()
+        self._near, self._parts = Cache(64), Cache(256)
 
     # -- what to choose from --------------------------------------------------------------
 
     def library(self, space: Space) -> Library | None:
         """None where there are too many deployments to list."""
-        if not has_library(self.configs, space):
-            return None
-        return self._libraries.get(space, lambda: Library(self.configs, space))
+        known = has_library(self.configs, space)
+        return self._libraries.get(space, lambda: Library(self.configs, space) if known else None)
 
     def search(
         self,
@@ -62,7 +62,7 @@ class Optima:
         the optima at these rates, and `others`."""
         library = self.library(space)
         if library is not None:
-            part = library.contenders(self.scorer.model(lengths_key).rates)
+            part = self._contenders(library, lengths_key)
             return Search(space, lengths_key, live, library.counts, part)
         optima = [self.milp_headroom(space, (key,), lengths_key) for key in rates_keys]
         around = [n for c in dict.fromkeys([live, *optima]) for n in self._neighbours(c, space)]
@@ -70,6 +70,11 @@ class Optima:
         listed = np.array([c for c in found if any(c)], np.float64)
         listed = listed.reshape(-1, len(self.sizes))
         return Search(space, lengths_key, live, listed, listed)
+
+    def _contenders(self, library: Library, lengths_key: Key) -> Floats:
+        rates = self.scorer.model(lengths_key).rates
+        key = (library.space, lengths_key)
+        return self._parts.get(key, lambda: library.contenders(rates))
 
     def _neighbours(self, counts: Counts, space: Space) -> tuple[Counts, ...]:
         def build() -> tuple[Counts, ...]:
