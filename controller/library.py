@@ -82,7 +82,8 @@ class Library:
         """[M, C] deployments without dominated configurations, at service rates[C, J]: the one
         with the most headroom for any mix, or set of mixes, is among them. Not only `maximal`: also
         on fewer devices, in ascending order of devices."""
-        unfit = dominated(self.configs, rates, binds(self.configs, self.space.nodes))
+        groups = [c.tp for c in self.configs] if binds(self.configs, self.space.nodes) else []
+        unfit = dominated([c.num_devices for c in self.configs], rates, groups)
         key = (unfit.tobytes(), maximal)
         if key not in self._parts:
             self._parts[key] = self._without(unfit, maximal)
@@ -99,13 +100,13 @@ class Library:
         return np.asarray(every[np.argsort(used, kind="stable")])
 
 
-def dominated(
-    configs: Sequence[ParallelConfig], rates: Floats, in_groups: bool = False
-) -> NDArray[np.bool_]:
+def dominated(sizes: Sequence[int], rates: Floats, groups: Sequence[int] = ()) -> NDArray[np.bool_]:
     """[C] whether others on as many devices serve every type at least as well; rates[C, J].
-    `in_groups`: the others must fit into the groups that share a node."""
-    found = np.zeros(len(configs), np.bool_)
-    for c, options in enumerate(_substitutes(tuple(configs), in_groups)):
+
+    `groups`, where nodes bind: the tensor-parallel degrees, since the others must fit into them.
+    """
+    found = np.zeros(len(sizes), np.bool_)
+    for c, options in enumerate(_substitutes(tuple(sizes), tuple(groups))):
         better = np.all(options @ rates >= rates[c], axis=1)
         if better.any():
             same = np.all(options @ rates == rates[c], axis=1) & (options.sum(axis=1) == 1)
@@ -115,20 +116,20 @@ def dominated(
 
 
 @lru_cache(maxsize=64)
-def _substitutes(configs: tuple[ParallelConfig, ...], in_groups: bool) -> tuple[Ints, ...]:
+def _substitutes(sizes: tuple[int, ...], groups: tuple[int, ...]) -> tuple[Floats, ...]:
     """For each configuration, [M, C] the multisets of others that can be in its place."""
     found = []
-    for c, parallel in enumerate(configs):
-        fitting = [k for k in range(len(configs)) if k != c]
-        if in_groups:
-            fitting = [k for k in fitting if configs[k].tp <= parallel.tp]
-        options = np.zeros((0, len(configs)), np.int64)
-        if fitting and parallel.num_devices <= MAX_SUBSTITUTED:
-            those = [configs[k] for k in fitting]
-            part = list_counts([o.num_devices for o in those], parallel.num_devices)
-            if in_groups:
-                part = part[packs(part, those, (parallel.tp,) * parallel.pp)]
-            options = np.zeros((len(part), len(configs)), np.int64)
+    for c, size in enumerate(sizes):
+        fitting = [k for k in range(len(sizes)) if k != c]
+        if groups:
+            fitting = [k for k in fitting if groups[k] <= groups[c]]
+        options = np.zeros((0, len(sizes)))
+        if fitting and size <= MAX_SUBSTITUTED:
+            part = list_counts([sizes[k] for k in fitting], size)
+            if groups:
+                those = [ParallelConfig(groups[k], sizes[k] // groups[k]) for k in fitting]
+                part = part[packs(part, those, (groups[c],) * (size // groups[c]))]
+            options = np.zeros((len(part), len(sizes)))
             options[:, fitting] = part
         found.append(options)
     return tuple(found)

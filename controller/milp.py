@@ -23,8 +23,8 @@ Latency is convex in load but not linear: a replica's requests are charged at th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from controller.deployments import Counts, Ints, fill
+from controller.library import binds, dominated
 from controller.packing import Nodes, group_sizes, groups, is_chain, packs, patterns, room
 from engine.cluster import ClusterSpec, Deployment, ParallelConfig
 from engine.migration.roles import IDLE, role_table
@@ -187,6 +188,29 @@ def solve_milp(loads: Floats, sizes: Sequence[int], num_devices: int, rho: float
     return found
 
 
+def _reduced(loads: Floats, pool: Pool) -> tuple[Floats, Pool, Callable[[Counts], Counts]]:
+    """The same programme without dominated configurations (`controller.library`), which loses no
+    optimum of what traffic is served, and how to read its counts. loads[S, C, J]."""
+    if pool.changes is not None:
+        return loads, pool, lambda counts: counts
+    binding = binds(pool.configs, pool.nodes)
+    groups = [c.tp for c in pool.configs] if binding else []
+    rates = 1.0 / np.concatenate(list(loads), axis=1)
+    fit = np.flatnonzero(~dominated(pool.sizes, rates, groups)).tolist()
+    smaller = replace(
+        pool,
+        sizes=[pool.sizes[c] for c in fit],
+        configs=tuple(pool.configs[c] for c in fit) if binding else (),
+        nodes=pool.nodes if binding else (),
+    )
+
+    def expand(counts: Counts) -> Counts:
+        known = dict(zip(fit, counts, strict=True))
+        return tuple(known.get(c, 0) for c in range(len(pool.sizes)))
+
+    return loads[:, fit], smaller, expand
+
+
 def most_headroom(
     loads: Floats, pool: Pool, tail: float = 0.0, floors: Sequence[float] = ()
 ) -> Counts | None:
@@ -195,7 +219,8 @@ def most_headroom(
 
     None: the floors, or the changes allowed, leave no deployment.
     """
-    mixes = len(loads)
+    mixes, full = len(loads), pool
+    loads, pool, expand = _reduced(loads, pool)
     scale = loads.mean()
     programme = _Programme(pool)
     thetas = programme.add_columns(mixes)
@@ -203,31 +228,33 @@ def most_headroom(
         programme.add_mix(loads[s] / scale, np.full(loads.shape[2], thetas[s]))
     for s, floor in enumerate(floors):
         programme.add_row(thetas[s : s + 1], 1.0, floor * scale, np.inf)
-    level, below = programme.add_columns(1), programme.add_columns(mixes)
-    for s in range(mixes):  # theta_s + z_s >= eta
-        programme.add_row([thetas[s], below[s], level[0]], [1.0, 1.0, -1.0], 0.0, np.inf)
+    level = programme.add_columns(1)  # eta
+    below = programme.add_columns(mixes if tail * mixes > 1.0 else 0)  # z
+    for s in range(mixes):
+        columns = [level[0], thetas[s], *below[s : s + 1]]
+        programme.add_row(columns, [-1.0, *[1.0] * (len(columns) - 1)], 0.0, np.inf)
     objective = np.zeros(programme.width)
     objective[level] = -1.0
     objective[below] = 1.0 / max(tail * mixes, 1.0) * (1.0 + 1e-9)
     found = programme.solve(objective)
-    return None if found is None else _filled(found, pool)
+    return None if found is None else _filled(expand(found), full)
 
 
 def fewest_devices(loads: Floats, pool: Pool, headroom: float = 1.0) -> Counts | None:
     """Counts on the fewest devices that serve `headroom` times every mix loads[S, C, J], and of
     those the counts with the most headroom in the worst mix. None: the pool is too small."""
-    programme = _Programme(pool)
-    for mix in loads:
+    part, smaller, _ = _reduced(loads, pool)
+    programme = _Programme(smaller)
+    for mix in part:
         served = programme.add_columns(loads.shape[2])
         programme.add_mix(mix * headroom, served)
         for column in served:
             programme.add_row([column], 1.0, 1.0, 1.0)
-    found = programme.solve(np.array(pool.sizes, np.float64))
+    found = programme.solve(np.array(smaller.sizes, np.float64))
     if found is None:
         return None
-    used = sum(n * size for n, size in zip(found, pool.sizes, strict=True))
-    fewer = Pool(pool.sizes, used, pool.rho, pool.configs, pool.nodes, pool.changes)
-    return most_headroom(loads, fewer)
+    used = sum(n * size for n, size in zip(found, smaller.sizes, strict=True))
+    return most_headroom(loads, replace(pool, num_devices=used))
 
 
 def most_served(loads: Floats, values: Floats, pool: Pool) -> Counts:
