@@ -182,7 +182,7 @@ def admit(rates: Floats, service_rates: Floats, capacity: Floats, values: Floats
         -np.tile(values / values.sum(), configs),
         A_ub=np.vstack([busy, np.tile(np.eye(types), configs)]),
         b_ub=np.concatenate([capacity, np.ones(types)]),
-        bounds=np.array([[0.0, float(a)] for a in able.ravel()]),
+        bounds=[(0.0, float(a)) for a in able.ravel()],
     )
     assert found.x is not None, found.message  # nothing admitted is feasible
     return np.asarray(np.clip(found.x.reshape(configs, types).sum(axis=0), 0.0, 1.0))

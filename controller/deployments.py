@@ -6,6 +6,7 @@ device that could still hold a replica is never left idle.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,7 +20,8 @@ Ints = NDArray[np.int64]
 
 def counts_of(configs: Sequence[ParallelConfig], known: Sequence[ParallelConfig]) -> Counts:
     """Counts per configuration of `known`; configurations not in it are dropped."""
-    return tuple(sum(c == k for c in configs) for k in known)
+    numbers = Counter(configs)
+    return tuple(numbers[k] for k in known)
 
 
 def configs_of(counts: Counts, known: Sequence[ParallelConfig]) -> tuple[ParallelConfig, ...]:

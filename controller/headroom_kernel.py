@@ -32,6 +32,7 @@ TOLERANCE = 1e-11
 MAX_PIVOTS = 400
 CUTS = 4  # prices that bound headroom before latency is looked at
 FIRST, ROUND = 8, 128  # deployments solved before bounds are looked at again
+PARTS, MANY = 8, 2000  # of mixes on a replica, told apart where there are many deployments
 LEVELS = 32  # of utilisation, at which what a replica adds is tabulated
 TIE = 1e-9  # relative; of deployments this close the first in the list is the best
 
@@ -210,7 +211,7 @@ def _tail_mean(values: Any, tail: float) -> float:
 
 
 @summing
-def _dot(counts: Any, i: int, worth: Any) -> float:
+def _dot(counts: Any, i: Any, worth: Any) -> float:
     total = 0.0
     for c in range(len(worth)):
         total += counts[i, c] * worth[c]
@@ -251,7 +252,8 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
         _cut(counts, active, loads[s], rho, prices, bounds[:, s], exact)
     best, solved = 0.0, 0
     while True:
-        kept, top = 0, -1
+        kept: Any = 0
+        top: Any = -1
         for i in active:
             if not exact[i]:
                 values[i] = _value(bounds[i], tail)
@@ -273,45 +275,78 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
 
 @compiled
 def _load_floors(model: Any, rho: float) -> Any:
-    """[L, C], by level of utilisation: what the wait multiplies a latency by, and how long a step
-    takes, at least, in a replica of any mix."""
+    """What holds of a replica whatever its mix: busy[C, J], the share of a step that work on a
+    type adds at full utilisation; full_s[C], a step with every place taken, at least; and by level
+    of utilisation waiting[L, C], what the wait multiplies a latency by, at least."""
     base_s, stage_share, pp, steps, added_s, max_running, service = model
     configs, types = service.shape
-    waiting, cycle_s = np.empty((LEVELS, configs)), np.empty((LEVELS, configs))
+    busy, full_s = np.empty((configs, types)), np.empty(configs)
+    waiting = np.empty((LEVELS, configs))
     for c in range(configs):
-        work, added, places, most = np.inf, np.inf, np.inf, 0.0
+        added_full_s, places = np.inf, np.inf
         for j in range(types):
-            work = min(work, stage_share[c] * service[c, j] * steps[j] * added_s[c, j])
-            added = min(added, added_s[c, j])
+            busy[c, j] = stage_share[c] * service[c, j] * steps[j] * added_s[c, j]
+            added_full_s = min(added_full_s, added_s[c, j] * max_running[c, j])
             places = min(places, max_running[c, j])
-            most = max(most, max_running[c, j])
         stretch = max(1.0, stage_share[c] * min(pp[c], max(places, 1.0)))
-        full_s = stretch * base_s[c] + added * max(places / pp[c], 1.0)
-        stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
+        full_s[c] = stretch * base_s[c] + stage_share[c] * added_full_s
+        most = max_running[c].max()
         power = np.sqrt(2.0 * (most + 1.0)) - 1.0
         for level in range(LEVELS):
-            busy = min(rho * level / LEVELS, RHO_KNEE)
-            waiting[level, c] = 1.0 + busy**power / (1.0 - busy) / most
-            cycle_s[level, c] = min(stretched_s / (1.0 - min(busy * work, 1.0 - 1e-9)), full_s)
-    return waiting, cycle_s
+            load = min(rho * level / LEVELS, RHO_KNEE)
+            waiting[level, c] = 1.0 + load**power / (1.0 - load) / most
+    return busy, full_s, waiting
 
 
 @compiled
-def _least_load_s(model: Any, waiting: Any, cycle_s: Any, prices: Any) -> Any:
-    """[L, C] what a replica adds at least to the latencies of its requests less the prices[J] of
-    their types, per second and per unit of utilisation, whatever its mix; see `least_latency`."""
-    base_s, _, _, steps, added_s, _, service = model
-    types, least = service.shape[1], np.empty_like(waiting)
-    for level in range(LEVELS):
+def _hull(where: Any, costs: Any, at: float) -> float:
+    """The lower convex hull of points (where[J], costs[J])."""
+    lowest, slack = np.inf, 1e-12 * abs(at)
+    for j in range(len(where)):
+        for k in range(len(where)):
+            if where[j] <= at + slack and where[k] >= at - slack:
+                gap = where[k] - where[j]
+                share = (at - where[j]) / gap if gap > 0.0 else 0.0
+                lowest = min(lowest, costs[j] + share * (costs[k] - costs[j]))
+    return lowest
+
+
+@compiled
+def _least_load_s(
+    model: Any, floors: Any, rho: float, first: int, parts: int, prices: Any, least: Any
+) -> None:
+    """Fills least[L, C], from level `first` of utilisation: what a replica adds at least to the
+    latencies of its requests less the prices[J] of their types, per second and per unit of
+    utilisation. See `least_latency`.
+
+    A step takes no less than that of a lone sequence, and no less than base / (1 - share of a step
+    added), where the mixes are looked at in `parts` by that share: in each the sum is linear, and
+    least on the hull of the types.
+    """
+    base_s, stage_share, pp, steps, added_s, _, service = model
+    busy, full_s, waiting = floors
+    types, costs = service.shape[1], np.empty(service.shape[1])
+    for level in range(first, len(least)):
+        load = rho * level / len(least)
         for c in range(len(base_s)):
             alone, loaded = np.inf, np.inf
             for j in range(types):
-                own_s = steps[j] * (base_s[c] + added_s[c, j]) * waiting[level, c]
-                step_s = steps[j] * cycle_s[level, c] * waiting[level, c]
-                alone = min(alone, service[c, j] * (own_s - prices[j]))
-                loaded = min(loaded, service[c, j] * (step_s - prices[j]))
+                own_s = steps[j] * (base_s[c] + added_s[c, j])
+                alone = min(alone, service[c, j] * (own_s * waiting[level, c] - prices[j]))
+            low, high = busy[c].min(), busy[c].max()
+            for part in range(parts):
+                start = low + (high - low) * part / parts
+                stop = low + (high - low) * (part + 1) / parts
+                stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
+                step_s = min(stretched_s / (1.0 - min(load * start, 1.0 - 1e-9)), full_s[c])
+                step_s *= waiting[level, c]
+                for j in range(types):
+                    costs[j] = service[c, j] * (step_s * steps[j] - prices[j])
+                    if parts == 1 or start <= busy[c, j] <= stop:
+                        loaded = min(loaded, costs[j])
+                if parts > 1:
+                    loaded = min(loaded, _hull(busy[c], costs, start), _hull(busy[c], costs, stop))
             least[level, c] = max(alone, loaded)
-    return least
 
 
 @compiled
@@ -384,15 +419,17 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -
     everything, total = np.arange(number), rates.sum()
     above, below = _headroom_bounds(counts, loads, rho)
     active, bounds = everything[above >= 1.0], np.zeros(number)
-    waiting, cycle_s = _load_floors(model, rho)
+    floors, least = _load_floors(model, rho), np.empty((LEVELS, configs))
+    parts = PARTS if number > MANY else 1
+    first = int(LEVELS / above.max()) if len(active) else 0
     best, solved = np.inf, 0
     while True:
-        least = _least_load_s(model, waiting, cycle_s, prices)
+        _least_load_s(model, floors, rho, min(first, LEVELS - 1), parts, prices, least)
         base, kept = np.dot(prices, rates), 0
         for i in active:
             if not exact[i]:
                 busy = rho / above[i]
-                load = _dot(counts, i, least[min(int(busy / rho * LEVELS), LEVELS - 1)])
+                load = _dot(counts, i, least[min(int(LEVELS / above[i]), LEVELS - 1)])
                 busy = busy if load > 0.0 else rho / max(below[i], 1.0)
                 bounds[i] = max(bounds[i], (base + load * busy) / total)
             if (values[i] if exact[i] else bounds[i]) <= best * (1.0 + TIE):

@@ -82,7 +82,7 @@ def change_costs(
     roles, held = np.unique(list(role.values()), return_counts=True)
     needed = [table.first_role(c) + r for c in configs for r in range(c.num_devices)]
     owner = np.repeat(np.arange(len(configs)), [c.num_devices for c in configs])
-    missing = table.missing[np.ix_(needed, roles)].astype(np.float64)
+    missing = table.missing[np.ix_(np.array(needed), roles)].astype(np.float64)
     return Changes(missing, held, owner, budget_bytes)
 
 

@@ -47,8 +47,11 @@ class Optima:
 
     def library(self, space: Space) -> Library | None:
         """None where there are too many deployments to list."""
-        known = has_library(self.configs, space)
-        return self._libraries.get(space, lambda: Library(self.configs, space) if known else None)
+
+        def build() -> Library | None:
+            return Library(self.configs, space) if has_library(self.configs, space) else None
+
+        return self._libraries.get(space, build)
 
     def search(
         self,
@@ -65,6 +68,9 @@ class Optima:
             part = self._contenders(library, lengths_key)
             return Search(space, lengths_key, live, library.counts, part)
         optima = [self.milp_headroom(space, (key,), lengths_key) for key in rates_keys]
+        if self.scorer.config.objective == "latency":
+            fast = [self.milp_latency(space, key, lengths_key) for key in rates_keys]
+            optima += [counts for counts in fast if counts]
         around = [n for c in dict.fromkeys([live, *optima]) for n in self._neighbours(c, space)]
         found = dict.fromkeys([*optima, *self.homogeneous(space), *others, *around])
         listed = np.array([c for c in found if any(c)], np.float64)

@@ -49,7 +49,7 @@ class PlanEstimate:
 class _Tick:
     """What the candidates of one tick follow from."""
 
-    current: Deployment
+    switches: SwitchCosts  # from the present deployment
     dead: frozenset[int]  # positions of dead replicas
     space: Space
     q50: Key
@@ -77,7 +77,7 @@ class Planner:
         self._index = {parallel: i for i, parallel in enumerate(self.configs)}
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
         self._estimates, self._plans = Cache(), Cache()
-        self._normals, self._costs, self._parts = Cache(256), Cache(256), Cache(64)
+        self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
 
     # -- public -------------------------------------------------------------------------
 
@@ -127,9 +127,13 @@ class Planner:
         goodput depends on the mix of the rates only."""
         rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
         space = self._space((), num_devices)
-        nothing = (0,) * len(self.configs)
-        search = self.optima.search(space, lengths_key, nothing, (rates_key,))
-        return configs_of(self._best(search, rates_key, rates_key), self.configs)
+        if self.optima.library(space) is None and self.config.objective == "goodput":
+            counts = self.optima.milp_headroom(space, (rates_key,), lengths_key)
+        else:
+            nothing = (0,) * len(self.configs)
+            search = self.optima.search(space, lengths_key, nothing, (rates_key,))
+            counts = self._best(search, rates_key, rates_key)
+        return configs_of(counts, self.configs)
 
     def propose(
         self,
@@ -146,7 +150,7 @@ class Planner:
         """
         now = snapshot.deployment
         tick = _Tick(
-            self._normals.get(id(now), lambda: (now, _normal(now)))[1],
+            self._switches.get(id(now), lambda: (now, self._costs_from(_normal(now))))[1],
             dead_replicas(snapshot),
             self._space(snapshot.dead_devices),
             self.scorer.rates_key(forecast.q50),
@@ -168,20 +172,32 @@ class Planner:
     # -- candidates ---------------------------------------------------------------------
 
     def _propose(self, tick: _Tick) -> tuple[Candidate, ...]:
-        live = counts_of([r.parallel for r in _live(tick.current, tick.dead)], self.configs)
-        present = counts_of(tick.current.configs, self.configs)
-        named = [("undo", tick.last), ("default", self.default_configs)]
-        asked = [(name, counts_of(c, self.configs)) for name, c in named if c]
-        asked = [(name, c) for name, c in asked if any(c) and self.optima.fits([c], tick.space)[0]]
+        present, live = tick.switches.counts, tick.switches.counts
+        if tick.dead:
+            living = _live(tick.switches.current, tick.dead)
+            live = counts_of([r.parallel for r in living], self.configs)
+        named: list[tuple[str, Counts]] = []
+        for name, configs in (("undo", tick.last), ("default", self.default_configs)):
+            counts = self._fitting(configs, tick.space) if configs else None
+            named += [(name, counts)] if counts else []
         search = self.optima.search(
-            tick.space, tick.lengths_key, live, (tick.q50, tick.q90), [c for _, c in asked]
+            tick.space, tick.lengths_key, live, (tick.q50, tick.q90), [c for _, c in named]
         )
         chosen: dict[Counts, list[str]] = {live: []}
-        for name, counts in [*self._picks(tick, search), *asked]:
+        for name, counts in [*self._picks(tick, search), *named]:
             is_keep = counts == present
             chosen.setdefault(live if is_keep else counts, []).append(name)
         rows = list(chosen.items())[: self.config.max_candidates]
         return self._candidates(tick, rows)
+
+    def _fitting(self, configs: Sequence[ParallelConfig], space: Space) -> Counts | None:
+        """Counts of those configurations; None where there is no room for them."""
+
+        def build() -> Counts | None:
+            counts = counts_of(configs, self.configs)
+            return counts if any(counts) and self.optima.fits([counts], space)[0] else None
+
+        return self._parts.get((configs, space), build)
 
     def _best(self, search: Search, q50: Key, q90: Key) -> Counts:
         """By the objective that the config names."""
@@ -203,7 +219,7 @@ class Planner:
             picks.append(("most_headroom", optima.most_headroom(search, mid)))
         alike = np.array(optima.homogeneous(tick.space), np.float64)
         scenarios, share = self._scenarios(tick, mid, high), self.config.worst_share
-        costs, budget = self._costs_from(tick.current), self.config.switch_budget_bytes
+        budget = self.config.switch_budget_bytes
         picks += [
             ("lowest_latency", optima.least_latency(search, q50)),
             ("optimum_q90", optima.most_headroom(search, high)),
@@ -211,7 +227,7 @@ class Planner:
             ("homogeneous", optima.best_of(search, alike, mid[0])),
             ("largest_kv", optima.best_of(search, self._largest_kv(search), mid[0])),
             ("robust", optima.most_headroom(search, scenarios, share)),
-            ("cheap_switch", optima.cheap_switch(search, mid[0], costs, budget)),
+            ("cheap_switch", optima.cheap_switch(search, mid[0], tick.switches, budget)),
         ]
         if self.config.give_back and self.config.objective != "cost":
             fewest = optima.fewest_devices(search, q90)
@@ -246,10 +262,10 @@ class Planner:
         listed = np.array([counts for counts, _ in rows], np.float64)
         at50, at90 = self.scorer.score(listed, (tick.q50, tick.q90), tick.lengths_key)
         kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
-        costs, overhead_s = self._costs_from(tick.current), self.cluster.profile.switch_overhead_s
+        costs, overhead_s = tick.switches, self.cluster.profile.switch_overhead_s
         found = []
         for i, (counts, origins) in enumerate(rows):
-            configs = configs_of(counts, self.configs) if i else tick.current.configs
+            configs = configs_of(counts, self.configs) if i else costs.current.configs
             cost = costs.cost(counts) if i else None
             found.append(
                 Candidate(

@@ -117,7 +117,7 @@ class Scorer:
                 f"{cluster.spec.device_memory_bytes} bytes per device; profile larger ones."
             )
         self._centres, self._prior = centres(typing), _floats(prior(typing))
-        self._models = Cache(64)
+        self._models, self._rates = Cache(64), Cache(256)
         warm_up()
 
     def lengths_key(self, lengths: Floats | None) -> Key:
@@ -141,8 +141,13 @@ class Scorer:
         return quantise([total, *share], self.config.rate_step)
 
     def rates(self, rates_key: Key) -> Floats:
-        total, *share = np.exp(np.array(rates_key) * self.config.rate_step)
-        return np.asarray(total * np.array(share) / sum(share))
+        """[J] requests per second; not to be written to."""
+
+        def build() -> Floats:
+            total, *share = np.exp(np.array(rates_key) * self.config.rate_step)
+            return np.asarray(total * np.array(share) / sum(share))
+
+        return self._rates.get(rates_key, build)
 
     # -- many deployments: counts[N, C], as floats --------------------------------------
 

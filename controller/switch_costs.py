@@ -22,7 +22,8 @@ class SwitchCosts:
     def __init__(
         self, spec: ClusterSpec, current: Deployment, configs: Sequence[ParallelConfig]
     ) -> None:
-        self._spec, self._current, self._configs = spec, current, tuple(configs)
+        self.current, self.counts = current, counts_of(current.configs, configs)
+        self._spec, self._configs = spec, tuple(configs)
         self._costs: dict[Counts, SwitchCost] = {}
         self._within: dict[tuple[Space, int], Floats] = {}
         self._least: Floats | None = None
@@ -32,7 +33,7 @@ class SwitchCosts:
         found = self._costs.get(counts)
         if found is None:
             target = configs_of(counts, self._configs)
-            found = self._costs[counts] = switch_cost(self._spec, self._current, target)
+            found = self._costs[counts] = switch_cost(self._spec, self.current, target)
         return found
 
     def least_bytes(self, counts: Floats) -> Floats:
@@ -40,14 +41,12 @@ class SwitchCosts:
         present of a configuration lie on devices that hold something else."""
         if self._least is None:
             self._least = self._bytes_of_one_more()
-        present = np.array(counts_of(self._current.configs, self._configs), np.float64)
+        present = np.array(self.counts, np.float64)
         return np.asarray(np.maximum(counts - present, 0.0) @ self._least)
 
     def _bytes_of_one_more(self) -> Floats:
-        table = role_table(self._spec.model, {*self._configs, *self._current.configs})
-        held = {
-            table.first_role(c) + r for c in self._current.configs for r in range(c.num_devices)
-        }
+        table = role_table(self._spec.model, {*self._configs, *self.current.configs})
+        held = {table.first_role(c) + r for c in self.current.configs for r in range(c.num_devices)}
         least = np.zeros(len(self._configs))
         for c, parallel in enumerate(self._configs):
             for rank in range(parallel.num_devices):

@@ -243,13 +243,17 @@ def test_dead_devices_shrink_the_pool_and_the_keep_row(
     assert gone[0].headroom == 0.0
 
 
+@pytest.mark.parametrize("devices", [4, 16])
 def test_answers_do_not_depend_on_what_was_asked_before(
-    synthetic_cluster: ProfiledCluster, four_types: WorkloadTyping
+    make_cluster: MakeCluster, four_types: WorkloadTyping, devices: int
 ) -> None:
-    used, fresh = Planner(synthetic_cluster, four_types), Planner(synthetic_cluster, four_types)
+    cluster, rates = make_cluster(devices, 4), RATES * devices / 4
+    used, fresh = Planner(cluster, four_types), Planner(cluster, four_types)
+    key = f"{devices // 2}xtp2pp1"
     for k in range(10):
-        used.propose(_snapshot("4xtp1pp1"), _forecast(RATES * (1.0 + 0.001 * k)))
-    args = (_snapshot("4xtp1pp1"), _forecast(RATES * 1.01))
+        mix = rates * np.linspace(1.0, 1.0 + 0.1 * k, 4)
+        used.propose(_snapshot(key), _forecast(mix), recent=[rates])
+    args = (_snapshot(key), _forecast(rates * 1.01), None, None, [rates[::-1]])
     assert used.propose(*args) == fresh.propose(*args)
 
 
@@ -321,6 +325,24 @@ def test_latency_takes_the_least_of_all_that_hold_the_load(
     assert found.latency_s == pytest.approx(least_s, rel=1e-6)
     if scale == 0.02:  # at light load the fastest token wins
         assert {c.tp for c in planner.optimum(RATES * scale)} == {4}
+
+
+def test_objectives_hold_in_pools_without_a_library(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    cluster = make_cluster(40, 4)
+    plain = Planner(cluster, four_types)
+    costly = Planner(cluster, four_types, PlannerConfig(objective="cost"))
+    fast = Planner(cluster, four_types, PlannerConfig(objective="latency"))
+    rates = 0.6 * plain.estimate(plain.optimum(RATES), RATES).headroom * RATES
+    fewest = costly.optimum(rates)
+    used = sum(c.num_devices for c in fewest)
+    assert used < 40
+    assert plain.estimate(fewest, rates).headroom >= 1.0 - 1e-6
+    assert plain.estimate(plain.optimum(rates, used - 1), rates).headroom < 1.0
+    quick, roomy = (plain.estimate(p.optimum(rates), rates) for p in (fast, plain))
+    assert quick.headroom >= 1.0
+    assert quick.latency_s <= roomy.latency_s
 
 
 def test_devices_are_left_idle_only_where_that_is_asked_for(
