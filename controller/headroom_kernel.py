@@ -33,7 +33,7 @@ MAX_PIVOTS = 400
 CUTS = 4  # prices that bound headroom before latency is looked at
 FIRST, ROUND = 8, 128  # deployments solved before bounds are looked at again
 PARTS, MANY = 8, 2000  # of mixes on a replica, told apart where there are many deployments
-LEVELS = 32  # of utilisation, at which what a replica adds is tabulated
+LEVELS = 16  # of utilisation, at which what a replica adds is tabulated
 TIE = 1e-9  # relative; of deployments this close the first in the list is the best
 
 
@@ -375,11 +375,8 @@ def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -
 def _headroom_bounds(counts: Any, loads: Any, rho: float) -> Any:
     """[N] above and below the headroom: at some prices, and where each replica takes the mix."""
     number, (configs, types) = len(counts), loads.shape
-    above, exact, everything = (
-        np.full(number, np.inf),
-        np.zeros(number, np.bool_),
-        np.arange(number),
-    )
+    above, exact = np.full(number, np.inf), np.zeros(number, np.bool_)
+    everything = np.arange(number)
     below, each = np.empty(number), np.empty(configs)
     for c in range(configs):
         each[c] = rho / loads[c].sum()
