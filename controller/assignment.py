@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linprog
 
 Floats = NDArray[np.float64]
 PERTURBATION = 1e-10
@@ -165,3 +166,23 @@ def assign_rates(rates: ArrayLike, service_rates: ArrayLike, capacity: ArrayLike
     loads = np.where(n > 0.0, lam / np.where(n > 0.0, n, 1.0), np.inf)
     theta, shares = solve_batch(loads[None], np.asarray(capacity, np.float64)[None])
     return Assignment(float(theta[0]), theta[0] * lam * shares[0])
+
+
+def admit(rates: Floats, service_rates: Floats, capacity: Floats, values: Floats) -> Floats:
+    """[J] shares to admit of rates[J], such that the sum of share_j * values[j] is the most that
+    the replicas can serve: the linear programme with share_j <= 1 in place of theta. Arguments as
+    of `assign_rates`, values[J] > 0. Solver: HiGHS."""
+    configs, types = service_rates.shape
+    able = service_rates > 0.0
+    loads = np.where(able, rates / np.where(able, service_rates, 1.0), 0.0)
+    busy = np.zeros((configs, configs * types))
+    for c in range(configs):
+        busy[c, c * types : (c + 1) * types] = loads[c]
+    found = linprog(
+        -np.tile(values / values.sum(), configs),
+        A_ub=np.vstack([busy, np.tile(np.eye(types), configs)]),
+        b_ub=np.concatenate([capacity, np.ones(types)]),
+        bounds=[(0.0, float(a)) for a in able.ravel()],
+    )
+    assert found.x is not None, found.message  # nothing admitted is feasible
+    return np.asarray(np.clip(found.x.reshape(configs, types).sum(axis=0), 0.0, 1.0))

@@ -17,7 +17,7 @@ from controller.observation import Situation, build_observation, observation_spe
 from controller.planner import Planner, dead_replicas
 from controller.predictor import Forecast, Predictor
 from controller.scheduler import DeploymentScheduler, SchedulerConfig
-from controller.scoring import PlannerConfig
+from controller.scoring import Objective, PlannerConfig
 from controller.service_model import kv_cost_params
 from engine.cluster import (
     Candidate,
@@ -52,6 +52,9 @@ class DecisionConfig:
     max_utilisation: float = 0.9  # headroom 1 means the busiest replica is this busy
     min_headroom: float = 1.0  # floor that a choice may not go below while keep is above it
     routing_floor: float = 0.02  # least share of a type that a live replica gets
+    objective: Objective = "goodput"  # what the candidate `optimum` is best at
+    give_back: bool = False  # whether candidates may leave devices idle
+    max_devices: int = 0  # that a new deployment may use; 0: all that are alive
 
     def __post_init__(self) -> None:
         positive = ("grid_s", "window_s", "stale_after_s", "max_utilisation")
@@ -96,7 +99,11 @@ class DecisionPipeline:
         self.predictor = predictor
         self.monitor = Monitor(typing, config.window_s, config.stale_after_s)
         planning = PlannerConfig(
-            max_utilisation=config.max_utilisation, max_candidates=config.max_candidates
+            max_utilisation=config.max_utilisation,
+            max_candidates=config.max_candidates,
+            objective=config.objective,
+            give_back=config.give_back,
+            max_devices=config.max_devices,
         )
         self.planner = Planner(cluster, typing, planning, default_configs)
         self.scheduler = DeploymentScheduler(
@@ -131,7 +138,8 @@ class DecisionPipeline:
             self.predictor.observe(self.monitor.take_interval(snapshot.now_s))
         state, forecast = self.monitor.state(snapshot), self.predictor.forecast()
         lengths = np.array([state.prompt_tokens, state.output_tokens]).T
-        candidates = self.planner.propose(snapshot, forecast, self._last, lengths)
+        recent = self.monitor.recent_counts(snapshot.now_s)
+        candidates = self.planner.propose(snapshot, forecast, self._last, lengths, recent)
         reasons = mask_reasons(
             self.cluster.spec,
             snapshot,

@@ -6,16 +6,22 @@ device that could still hold a replica is never left idle.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.cluster import ParallelConfig
 
 Counts = tuple[int, ...]
+Ints = NDArray[np.int64]
 
 
 def counts_of(configs: Sequence[ParallelConfig], known: Sequence[ParallelConfig]) -> Counts:
     """Counts per configuration of `known`; configurations not in it are dropped."""
-    return tuple(sum(c == k for c in configs) for k in known)
+    numbers = Counter(configs)
+    return tuple(numbers[k] for k in known)
 
 
 def configs_of(counts: Counts, known: Sequence[ParallelConfig]) -> tuple[ParallelConfig, ...]:
@@ -27,21 +33,37 @@ def size_of(counts: Counts, sizes: Sequence[int]) -> int:
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
+def list_counts(sizes: Sequence[int], num_devices: int, maximal: bool = True) -> Ints:
+    """[N, C] every deployment on at most `num_devices`, but for the empty one; `maximal`: that
+    leaves no room for another replica."""
+    found = np.zeros((1, 0), np.int64)
+    left = np.array([num_devices])
+    for size in sizes:
+        options = left // size + 1
+        rows = np.repeat(np.arange(len(found)), options)
+        fewer = np.arange(len(rows)) - np.repeat(np.cumsum(options) - options, options)
+        count = (options - 1)[rows] - fewer
+        found = np.column_stack([found[rows], count])
+        left = left[rows] - size * count
+    keep = found.any(axis=1)
+    if maximal:
+        keep &= left < min(sizes, default=0)
+    return np.asarray(found[keep])
+
+
+def num_maximal(sizes: Sequence[int], num_devices: int) -> int:
+    """How many maximal deployments there are, without listing them."""
+    ways = [1] + [0] * num_devices  # by devices used
+    for size in sizes:
+        for used in range(size, num_devices + 1):
+            ways[used] += ways[used - size]
+    smallest = min(sizes, default=0)
+    return sum(ways[max(num_devices - smallest + 1, 1) :]) if smallest <= num_devices else 0
+
+
 def enumerate_counts(sizes: Sequence[int], num_devices: int) -> Iterator[Counts]:
     """Every maximal deployment on `num_devices` for configurations of these device counts."""
-
-    def extend(index: int, left: int) -> Iterator[Counts]:
-        if index == len(sizes):
-            if left < smallest:
-                yield ()
-            return
-        for count in range(left // sizes[index], -1, -1):
-            for rest in extend(index + 1, left - count * sizes[index]):
-                yield (count, *rest)
-
-    smallest = min(sizes, default=0)
-    if sizes:
-        yield from (c for c in extend(0, num_devices) if any(c))
+    yield from map(tuple, list_counts(sizes, num_devices).tolist())
 
 
 def fill(counts: Counts, sizes: Sequence[int], num_devices: int) -> Counts:

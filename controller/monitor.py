@@ -8,6 +8,7 @@ Unknown is not zero: measurements that are missing, NaN or old are reported as s
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from engine.cluster import (
 Floats = NDArray[np.float64]
 SCALES = (0.25, 1.0, 4.0)  # of window_s: fast, medium and slow rates
 CENTRE_WEIGHT = 20.0  # finished requests that a type's fitted centre counts as
+QUARTER_S = 900.0
 LENGTH_MEMORY = 2000.0  # finished requests per type that its observed lengths remember
 
 
@@ -76,6 +78,7 @@ class Monitor:
         self._interval = np.zeros(num_types)  # expected arrivals since the last interval ended
         self._ended = np.zeros(6)  # decayed: count, latency, count with ttft, ttft, tpot's count,..
         self._num_open = 0
+        self._quarters: deque[tuple[int, Floats]] = deque(maxlen=4)
         self._length_weight = np.full(num_types, CENTRE_WEIGHT)
         self._length_sum = centres(self._typing) * CENTRE_WEIGHT
         self.posterior.reset()
@@ -143,8 +146,17 @@ class Monitor:
         """[J] mean arrival rates since the last call (or reset), in requests per second."""
         elapsed_s = max(now_s - self._interval_start_s, 1e-9)
         rates = self._interval / elapsed_s
+        quarter = int(now_s // QUARTER_S)
+        if not self._quarters or self._quarters[-1][0] != quarter:
+            self._quarters.append((quarter, np.zeros_like(self._interval)))
+        self._quarters[-1][1][:] += self._interval
         self._interval, self._interval_start_s = np.zeros_like(self._interval), now_s
         return np.asarray(rates)
+
+    def recent_counts(self, now_s: float) -> tuple[Floats, ...]:
+        """Arrivals[J] in each quarter of the last hour that had any, intervals taken only."""
+        first = int(now_s // QUARTER_S) - 3
+        return tuple(counts for q, counts in self._quarters if q >= first and counts.any())
 
     def interval_s(self, now_s: float) -> float:
         """Seconds since the last interval was taken."""

@@ -1,30 +1,27 @@
 """From rates to deployments: the exact optimum, estimates of any deployment, and candidates.
 
-Headroom theta is the served multiple of the given rates (`controller.assignment`, `milp`). Types
-too rare to be seen keep a floor of the total rate, so that no plan leaves a type unserved. Small
-pools are enumerated, which gives the MILP's optimum and scores every alternative on the way;
-in larger ones the neighbourhoods of the optima and of the present deployment are scored.
+Headroom theta is the served multiple of the given rates (`controller.assignment`). Types too rare
+to be seen keep a floor of the total rate, so that no plan leaves a type unserved. What is best by
+each objective is found by `controller.optima`: in the library of all deployments up to 32 devices,
+by the MILP beyond.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from controller.deployments import (
-    Counts,
-    configs_of,
-    counts_of,
-    enumerate_counts,
-    neighbours,
-    size_of,
-)
-from controller.milp import solve_milp
+from controller.assignment import admit
+from controller.deployments import Counts, configs_of, counts_of
+from controller.library import Space
+from controller.optima import Optima, Search
+from controller.packing import nodes_of
 from controller.predictor import Forecast
-from controller.scoring import Cache, Key, PlannerConfig, Scorer, Scores
+from controller.scoring import Cache, Key, PlannerConfig, Scorer
+from controller.switch_costs import SwitchCosts
 from engine.cluster import (
     Candidate,
     ClusterSnapshot,
@@ -33,10 +30,10 @@ from engine.cluster import (
     Replica,
     WorkloadTyping,
 )
-from engine.migration.plan import switch_cost
 from engine.profile import ProfiledCluster
 
 Floats = NDArray[np.float64]
+Routes = tuple[tuple[float, ...], ...]  # [type][replica]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,21 @@ class PlanEstimate:
 
     headroom: float
     latency_s: float
-    routing: tuple[tuple[float, ...], ...]  # [type][replica]
+    routing: Routes
+
+
+@dataclass(frozen=True, slots=True)
+class _Tick:
+    """What the candidates of one tick follow from."""
+
+    switches: SwitchCosts  # from the present deployment
+    dead: frozenset[int]  # positions of dead replicas
+    space: Space
+    q50: Key
+    q90: Key
+    lengths_key: Key
+    last: tuple[ParallelConfig, ...] | None
+    recent: tuple[Key, ...]
 
 
 class Planner:
@@ -62,11 +73,11 @@ class Planner:
         self.cluster, self.config = cluster, config or PlannerConfig()
         self.default_configs = tuple(default_configs) if default_configs else None
         self.scorer = Scorer(cluster, typing, self.config)
-        self.configs = self.scorer.configs
-        self._sizes = [c.num_devices for c in self.configs]
+        self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
+        self._index = {parallel: i for i, parallel in enumerate(self.configs)}
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
         self._estimates, self._plans = Cache(), Cache()
-        self._optima, self._pools = Cache(), Cache(64)
+        self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
 
     # -- public -------------------------------------------------------------------------
 
@@ -86,28 +97,43 @@ class Planner:
         counts = counts_of(configs, self.configs)
 
         def build() -> PlanEstimate:
-            (scores,) = self.scorer.score((counts,), [rates_key], lengths_key)
-            routing = self._routing(tuple(configs), counts, scores.rows[0], scores.shares[0])
+            listed = np.array([counts], np.float64)
+            (scores,) = self.scorer.score(listed, [rates_key], lengths_key)
+            routing = self._routing(configs, counts, scores.shares[0])
             return PlanEstimate(float(scores.headroom[0]), float(scores.latency_s[0]), routing)
 
         return self._estimates.get((tuple(configs), rates_key, lengths_key), build)
 
+    def admission(
+        self,
+        configs: Sequence[ParallelConfig],
+        rates: ArrayLike,
+        values: ArrayLike | None = None,
+        lengths: Floats | None = None,
+    ) -> tuple[float, ...]:
+        """[J] the share of each type that replicas `configs` should admit: the most traffic, a
+        request of type j being worth values[j] (1 by default), within the utilisation allowed."""
+        counts = np.array(counts_of(configs, self.configs), np.float64)
+        rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
+        lam, service = self.scorer.rates(rates_key), self.scorer.model(lengths_key).rates
+        worth = np.ones_like(lam) if values is None else np.asarray(values, np.float64)
+        capacity = self.config.max_utilisation * counts
+        return tuple(admit(lam, service, capacity, worth * lam).tolist())
+
     def optimum(
         self, rates: ArrayLike, num_devices: int | None = None, lengths: Floats | None = None
     ) -> tuple[ParallelConfig, ...]:
-        """Configurations of the MILP's optimum; depends on the mix of the rates only."""
-        devices = self.cluster.spec.num_devices if num_devices is None else num_devices
-        counts = self._milp(devices, self.scorer.rates_key(rates), self.scorer.lengths_key(lengths))
+        """Configurations of the exact optimum by the objective that the config names. That of
+        goodput depends on the mix of the rates only."""
+        rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
+        space = self._space((), num_devices)
+        if self.optima.library(space) is None and self.config.objective == "goodput":
+            counts = self.optima.milp_headroom(space, (rates_key,), lengths_key)
+        else:
+            nothing = (0,) * len(self.configs)
+            search = self.optima.search(space, lengths_key, nothing, (rates_key,))
+            counts = self._best(search, rates_key, rates_key)
         return configs_of(counts, self.configs)
-
-    def _milp(self, devices: int, rates_key: Key, lengths_key: Key) -> Counts:
-        mix = (0, *rates_key[1:])
-
-        def build() -> Counts:
-            loads = self.scorer.rates(mix) / self.scorer.model(lengths_key).rates
-            return solve_milp(loads, self._sizes, devices, self.config.max_utilisation)
-
-        return self._optima.get((devices, mix, lengths_key), build)
 
     def propose(
         self,
@@ -115,179 +141,162 @@ class Planner:
         forecast: Forecast,
         last_configs: Sequence[ParallelConfig] | None = None,
         lengths: Floats | None = None,
+        recent: Sequence[ArrayLike] = (),
     ) -> tuple[Candidate, ...]:
         """Candidates for this tick: keep first, then what each rule proposes, without doubles.
 
-        Where several rules name the same deployment, `origin` joins their names with '+'.
+        Where several rules name the same deployment, `origin` joins their names with '+'. `recent`
+        are rates[J] seen lately, whose mixes may come again.
         """
-        key = (
-            _normal(snapshot.deployment),
+        now = snapshot.deployment
+        tick = _Tick(
+            self._switches.get(id(now), lambda: (now, self._costs_from(_normal(now))))[1],
             dead_replicas(snapshot),
-            len(set(snapshot.dead_devices)),
+            self._space(snapshot.dead_devices),
             self.scorer.rates_key(forecast.q50),
             self.scorer.rates_key(forecast.q90),
             self.scorer.lengths_key(lengths),
             tuple(last_configs) if last_configs else None,
+            tuple(map(self.scorer.rates_key, recent)),
         )
-        return self._plans.get(key, lambda: self._propose(*key))
+        return self._plans.get(tick, lambda: self._propose(tick))
+
+    def _space(self, dead_devices: Sequence[int], num_devices: int | None = None) -> Space:
+        def build() -> Space:
+            nodes = nodes_of(self.cluster.spec, dead_devices)
+            budget = num_devices or self.config.max_devices or sum(nodes)
+            return Space(nodes, min(budget, sum(nodes)))
+
+        return self._parts.get((tuple(dead_devices), num_devices), build)
 
     # -- candidates ---------------------------------------------------------------------
 
-    def _propose(
-        self,
-        current: Deployment,
-        dead: frozenset[int],
-        num_dead_devices: int,
-        q50: Key,
-        q90: Key,
-        lengths_key: Key,
-        last: tuple[ParallelConfig, ...] | None,
+    def _propose(self, tick: _Tick) -> tuple[Candidate, ...]:
+        present, live = tick.switches.counts, tick.switches.counts
+        if tick.dead:
+            living = _live(tick.switches.current, tick.dead)
+            live = counts_of([r.parallel for r in living], self.configs)
+        named: list[tuple[str, Counts]] = []
+        for name, configs in (("undo", tick.last), ("default", self.default_configs)):
+            counts = self._fitting(configs, tick.space) if configs else None
+            named += [(name, counts)] if counts else []
+        search = self.optima.search(
+            tick.space, tick.lengths_key, live, (tick.q50, tick.q90), [c for _, c in named]
+        )
+        chosen: dict[Counts, list[str]] = {live: []}
+        for name, counts in [*self._picks(tick, search), *named]:
+            is_keep = counts == present
+            chosen.setdefault(live if is_keep else counts, []).append(name)
+        rows = list(chosen.items())[: self.config.max_candidates]
+        return self._candidates(tick, rows)
+
+    def _fitting(self, configs: Sequence[ParallelConfig], space: Space) -> Counts | None:
+        """Counts of those configurations; None where there is no room for them."""
+
+        def build() -> Counts | None:
+            counts = counts_of(configs, self.configs)
+            return counts if any(counts) and self.optima.fits([counts], space)[0] else None
+
+        return self._parts.get((configs, space), build)
+
+    def _best(self, search: Search, q50: Key, q90: Key) -> Counts:
+        """By the objective that the config names."""
+        if self.config.objective == "latency":
+            return self.optima.least_latency(search, q50)
+        if self.config.objective == "cost":
+            fewest = self.optima.fewest_devices(search, q90)
+            return fewest or self.optima.most_headroom(search, self.scorer.rates(q90)[None])
+        return self.optima.most_headroom(search, self.scorer.rates(q50)[None])
+
+    def _picks(self, tick: _Tick, search: Search) -> list[tuple[str, Counts]]:
+        """(rule, deployment), in order of importance."""
+        if not len(search.listed):  # too few devices are alive for any replica
+            return []
+        optima, q50, q90 = self.optima, tick.q50, tick.q90
+        mid, high = self.scorer.rates(q50)[None], self.scorer.rates(q90)[None]
+        picks = [("optimum", self._best(search, q50, q90))]
+        if self.config.objective != "goodput":
+            picks.append(("most_headroom", optima.most_headroom(search, mid)))
+        alike = np.array(optima.homogeneous(tick.space), np.float64)
+        scenarios, share = self._scenarios(tick, mid, high), self.config.worst_share
+        budget = self.config.switch_budget_bytes
+        picks += [
+            ("lowest_latency", optima.least_latency(search, q50)),
+            ("optimum_q90", optima.most_headroom(search, high)),
+            ("lowest_latency_q90", optima.least_latency(search, q90)),
+            ("homogeneous", optima.best_of(search, alike, mid[0])),
+            ("largest_kv", optima.best_of(search, self._largest_kv(search), mid[0])),
+            ("robust", optima.most_headroom(search, scenarios, share)),
+            ("cheap_switch", optima.cheap_switch(search, mid[0], tick.switches, budget)),
+        ]
+        if self.config.give_back and self.config.objective != "cost":
+            fewest = optima.fewest_devices(search, q90)
+            picks += [] if fewest is None else [("fewest_devices", fewest)]
+        return picks
+
+    def _largest_kv(self, search: Search) -> Floats:
+        def build() -> Floats:
+            tokens = search.listed @ self._kv_tokens
+            return np.asarray(search.listed[tokens >= tokens.max(initial=0.0)])
+
+        if self.optima.library(search.space) is None:
+            return build()
+        return self._parts.get(("kv", search.space), build)
+
+    def _scenarios(self, tick: _Tick, mid: Floats, high: Floats) -> Floats:
+        """[S, J] what the next interval may be like: one type at a time is as high as its forecast
+        allows, or the mix is that of a quarter of the last hour."""
+        peaks = np.where(np.eye(mid.shape[1], dtype=np.bool_), np.maximum(high, mid), mid)
+        seen = [self.scorer.rates(key) for key in tick.recent]
+        return np.array([*peaks, *(mid.sum() * rates / rates.sum() for rates in seen)])
+
+    def _costs_from(self, current: Deployment) -> SwitchCosts:
+        return self._costs.get(
+            current, lambda: SwitchCosts(self.cluster.spec, current, self.configs)
+        )
+
+    def _candidates(
+        self, tick: _Tick, rows: Sequence[tuple[Counts, list[str]]]
     ) -> tuple[Candidate, ...]:
-        devices = self.cluster.spec.num_devices - num_dead_devices
-        live = counts_of([r.parallel for r in _live(current, dead)], self.configs)
-        pool = self._pool(devices, live, (q50, q90), lengths_key, last)
-        at50, at90 = self.scorer.score(pool, (q50, q90), lengths_key)
-        chosen = self._choose(pool, at50, at90, devices, last)
-        rows = [self._candidate(current, None, dead, pool, 0, at50, at90, chosen.get(0, ()))]
-        present = counts_of(current.configs, self.configs)
-        for index, origins in chosen.items():
-            is_keep = index == 0 or pool[index] == present
-            if not is_keep and len(rows) < self.config.max_candidates:
-                target = configs_of(pool[index], self.configs)
-                rows.append(
-                    self._candidate(current, target, dead, pool, index, at50, at90, origins)
+        """The first row is keep, whose dead replicas get no traffic."""
+        listed = np.array([counts for counts, _ in rows], np.float64)
+        at50, at90 = self.scorer.score(listed, (tick.q50, tick.q90), tick.lengths_key)
+        kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
+        costs, overhead_s = tick.switches, self.cluster.profile.switch_overhead_s
+        found = []
+        for i, (counts, origins) in enumerate(rows):
+            configs = configs_of(counts, self.configs) if i else costs.current.configs
+            cost = costs.cost(counts) if i else None
+            found.append(
+                Candidate(
+                    configs=configs,
+                    origin="+".join(origins if i else ["keep", *origins]),
+                    routing=self._routing(configs, counts, at50.shares[i], () if i else tick.dead),
+                    headroom=float(at50.headroom[i]),
+                    headroom_q90=float(at90.headroom[i]),
+                    latency_s=float(at50.latency_s[i]),
+                    kv_capacity_tokens=kv_tokens[i],
+                    weight_bytes=cost.weight_bytes if cost else 0,
+                    switch_s=cost.seconds + overhead_s if cost else 0.0,
+                    num_devices_changed=cost.devices_changed if cost else 0,
                 )
-        return tuple(rows)
-
-    def _pool(
-        self,
-        devices: int,
-        live: Counts,
-        rates_keys: Iterable[Key],
-        lengths_key: Key,
-        last: tuple[ParallelConfig, ...] | None,
-    ) -> tuple[Counts, ...]:
-        """Deployments to score: the live replicas first, then the others without doubles."""
-        named = [counts_of(c, self.configs) for c in (last, self.default_configs) if c]
-        fitting = [c for c in named if any(c) and size_of(c, self._sizes) <= devices]
-        if devices <= self.config.exhaustive_devices:
-            return self._pools.get(
-                (devices, live, tuple(fitting)),
-                lambda: tuple(dict.fromkeys([live, *self._all(devices), *fitting])),
             )
-        optima = [self._milp(devices, key, lengths_key) for key in rates_keys]
-        around = [n for c in dict.fromkeys([live, *optima]) for n in self._near(c, devices)]
-        return tuple(dict.fromkeys([live, *optima, *self._homogeneous(devices), *fitting, *around]))
-
-    def _near(self, counts: Counts, devices: int) -> tuple[Counts, ...]:
-        return self._pools.get(
-            ("near", counts, devices), lambda: tuple(neighbours(counts, self._sizes, devices))
-        )
-
-    def _all(self, devices: int) -> tuple[Counts, ...]:
-        return (*enumerate_counts(self._sizes, devices), *self._homogeneous(devices))
-
-    def _homogeneous(self, devices: int) -> list[Counts]:
-        fitting = [i for i, size in enumerate(self._sizes) if size <= devices]
-        return [
-            tuple(devices // self._sizes[i] if j == i else 0 for j in range(len(self._sizes)))
-            for i in fitting
-        ]
-
-    def _choose(
-        self,
-        pool: tuple[Counts, ...],
-        at50: Scores,
-        at90: Scores,
-        devices: int,
-        last: tuple[ParallelConfig, ...] | None,
-    ) -> dict[int, list[str]]:
-        """Index in the pool -> rules that name it, in order of importance."""
-        kv_tokens = np.array(pool) @ self._kv_tokens
-        where = {counts: i for i, counts in enumerate(pool)}
-        alike = [where[c] for c in self._homogeneous(devices)]
-        picks = [
-            ("optimum", _best(at50.headroom)),
-            ("lowest_latency", _fastest(at50)),
-            ("optimum_q90", _best(at90.headroom)),
-            ("lowest_latency_q90", _fastest(at90)),
-            ("homogeneous", alike[_best(at50.headroom[alike])] if alike else 0),
-            ("largest_kv", _best(np.where(kv_tokens >= kv_tokens.max(), at50.headroom, -1.0))),
-        ]
-        for name, configs in (("undo", last), ("default", self.default_configs)):
-            index = where.get(counts_of(configs, self.configs)) if configs else None
-            if index is not None:
-                picks.append((name, index))
-        chosen: dict[int, list[str]] = {}
-        for name, index in picks:
-            chosen.setdefault(index, []).append(name)
-        return chosen
-
-    def _candidate(
-        self,
-        current: Deployment,
-        target: tuple[ParallelConfig, ...] | None,
-        dead: frozenset[int],
-        pool: tuple[Counts, ...],
-        index: int,
-        at50: Scores,
-        at90: Scores,
-        origins: Sequence[str],
-    ) -> Candidate:
-        """A row; target None is keep, whose dead replicas get no traffic."""
-        spec, counts = self.cluster.spec, pool[index]
-        configs = current.configs if target is None else target
-        routing = self._routing(
-            configs, counts, at50.rows[index], at50.shares[index], dead if target is None else ()
-        )
-        cost = None if target is None else switch_cost(spec, current, target)
-        overhead_s = self.cluster.profile.switch_overhead_s
-        kv_tokens = self._kv_tokens
-        return Candidate(
-            configs=configs,
-            origin="+".join((["keep"] if target is None else []) + list(origins)),
-            routing=routing,
-            headroom=float(at50.headroom[index]),
-            headroom_q90=float(at90.headroom[index]),
-            latency_s=float(at50.latency_s[index]),
-            kv_capacity_tokens=int(np.array(counts) @ kv_tokens),
-            weight_bytes=cost.weight_bytes if cost else 0,
-            switch_s=cost.seconds + overhead_s if cost else 0.0,
-            num_devices_changed=cost.devices_changed if cost else 0,
-        )
+        return tuple(found)
 
     def _routing(
         self,
-        configs: tuple[ParallelConfig, ...],
+        configs: Sequence[ParallelConfig],
         counts: Counts,
-        rows: NDArray[np.int64],
         shares: Floats,
-        dead: Iterable[int] = (),
-    ) -> tuple[tuple[float, ...], ...]:
+        dead: Collection[int] = (),
+    ) -> Routes:
         """[type][replica]: the share of a configuration, split evenly over its live replicas."""
-        lost = set(dead)
-        of_config = {}
-        for row, share in zip(rows.tolist(), shares, strict=True):
-            if counts[row] and row not in of_config:
-                of_config[row] = share / counts[row]
+        each = shares / np.maximum(np.array(counts, np.float64), 1.0)[:, None]
         columns = np.zeros((len(configs), shares.shape[1]))
         for i, parallel in enumerate(configs):
-            if i not in lost and parallel in self.configs:
-                columns[i] = of_config.get(self.configs.index(parallel), 0.0)
+            if i not in dead and parallel in self._index:
+                columns[i] = each[self._index[parallel]]
         return tuple(map(tuple, columns.T.tolist()))
-
-
-def _best(values: Floats) -> int:
-    """Index of the largest value; among equals (to 1e-9) the first, so that keep wins ties."""
-    return int(np.argmax(values >= values.max() * (1.0 - 1e-9)))
-
-
-def _fastest(scores: Scores) -> int:
-    """Least latency among those with headroom >= 1; the most headroom when there are none."""
-    if not (scores.headroom >= 1.0).any():
-        return _best(scores.headroom)
-    latency_s = np.where(scores.headroom >= 1.0, scores.latency_s, np.inf)
-    return int(np.argmax(latency_s <= latency_s.min() * (1.0 + 1e-9)))
 
 
 def _normal(deployment: Deployment) -> Deployment:

@@ -6,16 +6,17 @@ whatever was asked before.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from controller.assignment import solve_batch
-from controller.deployments import Counts
+from controller.headroom_kernel import least_latency, most_headroom, score, warm_up
+from controller.milp import LATENCY_LEVELS
 from controller.service_model import (
     ServiceModel,
     build_service_model,
@@ -24,14 +25,17 @@ from controller.service_model import (
 )
 from controller.workload import centres, prior
 from engine.cluster import WorkloadTyping
-from engine.errors import InfeasibleError
+from engine.errors import InfeasibleError, InvalidRequestError
 from engine.profile import ProfiledCluster
 
 Floats = NDArray[np.float64]
 Key = tuple[int, ...]  # of rounded logarithms
 Value = TypeVar("Value")
+# the most headroom; the least latency with headroom 1; the fewest devices with headroom 1 at q90
+Objective = Literal["goodput", "latency", "cost"]
 MAX_LATENCY_S = 1e4  # what is reported where nothing is served
 MAX_HEADROOM = 1e6
+MAX_RATE = 1e12  # per second
 CACHE_SIZE = 4096
 
 
@@ -44,18 +48,30 @@ class PlannerConfig:
     min_rate_per_s: float = 0.01  # total rate assumed when nothing is known
     rate_step: float = 0.02  # rates are rounded to multiples of it in ln, to be cached
     length_step: float = 0.1  # the same for observed mean lengths
-    exhaustive_devices: int = 8  # pools up to this size are enumerated
     max_candidates: int = 12  # rows, keep included
+    objective: Objective = "goodput"  # what `optimum` is: see `Objective`
+    max_devices: int = 0  # that a new deployment may use; 0: all that are alive
+    give_back: bool = False  # whether candidates may leave devices idle (with "cost": always)
+    worst_share: float = 0.0  # of the scenarios that a robust plan looks at; 0: the worst alone
+    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach
+
+    def __post_init__(self) -> None:
+        known = get_args(Objective)
+        if self.objective not in known or not 0 <= self.worst_share <= 1 or self.max_devices < 0:
+            raise InvalidRequestError(
+                f"planning needs an objective of {', '.join(known)}, a worst_share in [0, 1] and "
+                f"max_devices >= 0, got {self.objective!r}, {self.worst_share} and "
+                f"{self.max_devices}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Figures of B deployments at one rate vector; `shares[B, K, J]` go to rows[B, K]."""
+    """Figures of N deployments at one rate vector; shares[N, C, J] of the types' traffic."""
 
     headroom: Floats
     latency_s: Floats
     shares: Floats
-    rows: NDArray[np.int64]
 
 
 class Cache:
@@ -78,20 +94,12 @@ class Cache:
         return made
 
 
-def quantise(values: Floats, step: float) -> tuple[int, ...]:
-    return tuple(np.rint(np.log(values) / step).astype(int).tolist())
+def quantise(values: Iterable[float], step: float) -> Key:
+    return tuple(round(math.log(value) / step) for value in values)
 
 
-def _layout(counts: Sequence[Counts]) -> tuple[NDArray[np.int64], Floats]:
-    """rows[B, K], replicas[B, K]: the configurations each deployment uses, padded with zeros."""
-    width = max(1, max(sum(n > 0 for n in c) for c in counts))
-    rows = np.zeros((len(counts), width), np.int64)
-    replicas = np.zeros((len(counts), width))
-    for b, count in enumerate(counts):
-        used = [i for i, n in enumerate(count) if n]
-        rows[b, : len(used)] = used
-        replicas[b, : len(used)] = [count[i] for i in used]
-    return rows, replicas
+def _floats(values: ArrayLike) -> list[float]:
+    return list(np.asarray(values, np.float64).ravel().tolist())
 
 
 class Scorer:
@@ -108,12 +116,13 @@ class Scorer:
                 f"for the weights and {cluster.spec.model.max_model_len} KV tokens in "
                 f"{cluster.spec.device_memory_bytes} bytes per device; profile larger ones."
             )
-        self._centres, self._prior = centres(typing), prior(typing)
-        self._models, self._layouts = Cache(64), Cache()
+        self._centres, self._prior = centres(typing), _floats(prior(typing))
+        self._models, self._rates = Cache(64), Cache(256)
+        warm_up()
 
     def lengths_key(self, lengths: Floats | None) -> Key:
-        given = self._centres if lengths is None else lengths
-        return quantise(np.maximum(given, 1.0).ravel(), self.config.length_step)
+        given = _floats(self._centres if lengths is None else lengths)
+        return quantise((max(tokens, 1.0) for tokens in given), self.config.length_step)
 
     def model(self, lengths_key: Key) -> ServiceModel:
         def build() -> ServiceModel:
@@ -124,40 +133,63 @@ class Scorer:
 
     def rates_key(self, rates: ArrayLike) -> Key:
         """Total and shares of the rates, with the coverage floor, rounded in ln."""
-        given = np.nan_to_num(np.maximum(np.asarray(rates, np.float64), 0.0))
-        total = float(given.sum())
+        given = [min(max(r, 0.0), MAX_RATE) if r == r else 0.0 for r in _floats(rates)]
+        total = sum(given)
         if total < self.config.min_rate_per_s:
             total, given = self.config.min_rate_per_s, self._prior
-        share = np.maximum(given / given.sum(), self.config.floor_share)
-        return quantise(np.array([total, *share]), self.config.rate_step)
+        share = [max(r / sum(given), self.config.floor_share) for r in given]
+        return quantise([total, *share], self.config.rate_step)
 
     def rates(self, rates_key: Key) -> Floats:
-        total, *share = np.exp(np.array(rates_key) * self.config.rate_step)
-        return np.asarray(total * np.array(share) / sum(share))
+        """[J] requests per second; not to be written to."""
 
-    def score(
-        self,
-        counts: tuple[Counts, ...],
-        rates_keys: Sequence[Key],
-        lengths_key: Key,
-    ) -> list[Scores]:
-        """Headroom, latency and shares of many deployments at each rate vector, in one batch."""
+        def build() -> Floats:
+            total, *share = np.exp(np.array(rates_key) * self.config.rate_step)
+            return np.asarray(total * np.array(share) / sum(share))
+
+        return self._rates.get(rates_key, build)
+
+    # -- many deployments: counts[N, C], as floats --------------------------------------
+
+    def score(self, counts: ArrayLike, rates_keys: Sequence[Key], lengths_key: Key) -> list[Scores]:
+        """Headroom, latency and shares of every deployment at each rate vector."""
         model = self.model(lengths_key)
-        rows, replicas = self._layouts.get(counts, lambda: _layout(counts))
-        rates = np.repeat([self.rates(k) for k in rates_keys], len(rows), axis=0)[:, None, :]
-        rows, replicas = (
-            np.tile(rows, (len(rates_keys), 1)),
-            np.tile(replicas, (len(rates_keys), 1)),
-        )
-        capacity = replicas * self.config.max_utilisation
-        theta, shares = solve_batch(rates / model.rates[rows], capacity)
-        latency_s = mean_latency_s(model, rows, replicas, shares * rates)
-        served = theta > 0.0
-        figures = (
-            np.minimum(theta, MAX_HEADROOM),
-            np.where(served, np.minimum(latency_s, MAX_LATENCY_S), MAX_LATENCY_S),
-            shares,
-            rows,
-        )
-        parts = (np.split(a, len(rates_keys)) for a in figures)
-        return [Scores(*part) for part in zip(*parts, strict=True)]
+        counts = np.asarray(counts, np.float64)
+        return [self._score(counts, self.rates(key), model) for key in rates_keys]
+
+    def _score(self, counts: Floats, rates: Floats, model: ServiceModel) -> Scores:
+        rho = self.config.max_utilisation
+        theta, latency_s, shares = score(counts, rates / model.rates, rates, rho, model.arrays)
+        latency_s = np.where(theta > 0.0, np.minimum(latency_s, MAX_LATENCY_S), MAX_LATENCY_S)
+        return Scores(np.minimum(theta, MAX_HEADROOM), latency_s, shares)
+
+    def most_headroom(
+        self, counts: Floats, rates: Floats, lengths_key: Key, tail: float = 0.0
+    ) -> tuple[int, float]:
+        """Which has the most headroom, in the mean of the lowest share `tail` of equally likely
+        rates[S, J] (0: the lowest alone); among equals the first. And its value."""
+        loads = rates[:, None] / self.model(lengths_key).rates
+        index, value, _ = most_headroom(counts, loads, self.config.max_utilisation, tail)
+        return int(index), float(value)
+
+    def least_latency(self, counts: Floats, rates: Floats, lengths_key: Key) -> int | None:
+        """Which has the least mean latency of those with headroom 1 or more at rates[J]; None:
+        there is none. Among equals the first."""
+        model = self.model(lengths_key)
+        rho = self.config.max_utilisation
+        index, _ = least_latency(counts, rates / model.rates, rates, rho, model.arrays)
+        return int(index) if index >= 0 else None
+
+    def latency_levels(self, lengths_key: Key) -> Floats:
+        """[L, C, J] mean latency of each type alone on a replica that is rho * LATENCY_LEVELS
+        busy, in seconds."""
+        model = self.model(lengths_key)
+        configs, types = model.rates.shape
+        rows = np.repeat(np.arange(configs), types)
+        alone = np.tile(np.eye(types), (configs, 1)) * model.rates.ravel()[:, None]
+        one = np.ones((len(rows), 1))
+        found = [
+            mean_latency_s(model, rows[:, None], one, busy * alone[:, None])
+            for busy in self.config.max_utilisation * np.array(LATENCY_LEVELS)
+        ]
+        return np.array(found).reshape(-1, configs, types)

@@ -60,6 +60,12 @@ class ServiceModel:
     max_running: Floats  # [C, J] n_max
     rates: Floats  # [C, J] requests per second that one replica sustains alone
 
+    @property
+    def arrays(self) -> tuple[Floats, ...]:
+        """For `controller.headroom_kernel`."""
+        own = (self.base_s, self.share, self.pp, self.steps, self.added_s)
+        return (*own, self.max_running, self.rates)
+
 
 def feasible_configs(cluster: ProfiledCluster) -> tuple[ParallelConfig, ...]:
     """Profiled configurations that fit devices, heads, layers and memory; largest first."""

@@ -110,3 +110,15 @@ def test_a_hundred_events_are_cheap(four_types: WorkloadTyping) -> None:
         monitor.observe(events)
         took_s.append(time.perf_counter() - start_s)
     assert min(took_s) < 2e-3  # typically 0.3 ms; wide for busy machines
+
+
+def test_mixes_of_the_last_hour_come_by_quarters(four_types: WorkloadTyping) -> None:
+    monitor = Monitor(four_types, window_s=20.0, stale_after_s=5.0)
+    monitor.reset(0.0)
+    for at_s in (100.0, 1000.0, 1700.0, 3500.0):
+        monitor.observe([_arrival(at_s, 40)])
+        monitor.take_interval(at_s)
+    for now_s, expected in ((3599.0, [1.0, 2.0, 1.0]), (4000.0, [2.0, 1.0]), (9000.0, [])):
+        assert [float(c.sum()) for c in monitor.recent_counts(now_s)] == pytest.approx(expected)
+    monitor.reset(0.0)
+    assert monitor.recent_counts(0.0) == ()

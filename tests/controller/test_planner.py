@@ -12,12 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.assignment import assign_rates
-from controller.deployments import enumerate_counts, fill, neighbours, size_of
+from controller.deployments import (
+    configs_of,
+    enumerate_counts,
+    fill,
+    list_counts,
+    neighbours,
+    num_maximal,
+    size_of,
+)
 from controller.milp import solve_milp
 from controller.planner import Planner
 from controller.predictor import Forecast
-from controller.scoring import Cache
-from controller.service_model import mean_latency_s, service_rates
+from controller.scoring import Cache, PlannerConfig
+from controller.service_model import kv_cost_params, mean_latency_s, service_rates
 from engine.cluster import (
     ClusterSnapshot,
     ParallelConfig,
@@ -27,9 +35,11 @@ from engine.cluster import (
     dense_deployment,
     parse_deployment_key,
 )
-from engine.errors import InfeasibleError
+from engine.errors import InfeasibleError, InvalidRequestError
+from engine.migration.plan import plan_switch, switch_cost
 from engine.profile import ProfiledCluster
 from engine.shards import num_kv_blocks
+from envs.surrogate.cluster import SurrogateCluster
 
 MakeCluster = Callable[[int, int], ProfiledCluster]
 RATES = np.array([4.0, 2.5, 2.5, 1.0])
@@ -123,6 +133,7 @@ def test_enumeration_lists_every_maximal_deployment_once(
     listed = list(enumerate_counts(sizes, devices))
     assert len(listed) == len(set(listed))
     assert set(listed) == _brute_force(sizes, devices)
+    assert len(listed) == num_maximal(sizes, devices)
     for counts in listed:
         near = set(neighbours(counts, sizes, devices))
         assert all(size_of(n, sizes) <= devices for n in near)
@@ -232,25 +243,209 @@ def test_dead_devices_shrink_the_pool_and_the_keep_row(
     assert gone[0].headroom == 0.0
 
 
+@pytest.mark.parametrize("devices", [4, 16])
 def test_answers_do_not_depend_on_what_was_asked_before(
-    synthetic_cluster: ProfiledCluster, four_types: WorkloadTyping
+    make_cluster: MakeCluster, four_types: WorkloadTyping, devices: int
 ) -> None:
-    used, fresh = Planner(synthetic_cluster, four_types), Planner(synthetic_cluster, four_types)
+    cluster, rates = make_cluster(devices, 4), RATES * devices / 4
+    used, fresh = Planner(cluster, four_types), Planner(cluster, four_types)
+    key = f"{devices // 2}xtp2pp1"
     for k in range(10):
-        used.propose(_snapshot("4xtp1pp1"), _forecast(RATES * (1.0 + 0.001 * k)))
-    args = (_snapshot("4xtp1pp1"), _forecast(RATES * 1.01))
+        mix = rates * np.linspace(1.0, 1.0 + 0.1 * k, 4)
+        used.propose(_snapshot(key), _forecast(mix), recent=[rates])
+    args = (_snapshot(key), _forecast(rates * 1.01), None, None, [rates[::-1]])
     assert used.propose(*args) == fresh.propose(*args)
 
 
 def test_large_pools_search_around_the_exact_optimum(
     make_cluster: MakeCluster, four_types: WorkloadTyping
 ) -> None:
-    planner = Planner(make_cluster(16, 8), four_types)
-    rows = planner.propose(_snapshot("16xtp1pp1"), _forecast(RATES * 5))
+    planner = Planner(make_cluster(40, 8), four_types)
+    rows = planner.propose(_snapshot("40xtp1pp1"), _forecast(RATES * 10))
     by_rule = {name: r for r in rows for name in r.origin.split("+")}
-    exact = planner.estimate(planner.optimum(RATES * 5), RATES * 5).headroom
-    assert by_rule["optimum"].headroom >= exact * (1 - 1e-9)
+    exact = planner.estimate(planner.optimum(RATES * 10), RATES * 10).headroom
+    assert by_rule["optimum"].headroom >= exact * (1 - 1e-6)
     assert len(rows) <= planner.config.max_candidates
+
+
+def test_library_and_milp_agree_on_a_middling_pool(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    planner = Planner(make_cluster(16, 8), four_types)
+    key, lengths_key = planner.scorer.rates_key(RATES), planner.scorer.lengths_key(None)
+    counts = planner.optima.milp_headroom(planner._space(()), (key,), lengths_key)
+    by_milp = planner.estimate(configs_of(counts, planner.configs), RATES).headroom
+    by_library = planner.estimate(planner.optimum(RATES), RATES).headroom
+    assert by_library == pytest.approx(by_milp, rel=1e-6)
+    assert by_library >= by_milp * (1 - 1e-9)
+
+
+# -- objectives -------------------------------------------------------------------------
+
+
+def _every(planner: Planner, devices: int) -> list[tuple[ParallelConfig, ...]]:
+    sizes = [c.num_devices for c in planner.configs]
+    listed = list_counts(sizes, devices, maximal=False).tolist()
+    return [configs_of(tuple(counts), planner.configs) for counts in listed]
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.5, 2.0])
+def test_cost_takes_the_fewest_devices_that_hold_the_high_forecast(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, scale: float
+) -> None:
+    planner = Planner(make_cluster(8, 4), four_types, PlannerConfig(objective="cost"))
+    rows = planner.propose(_snapshot("8xtp1pp1"), _forecast(RATES * scale))
+    by_rule = {name: r for r in rows for name in r.origin.split("+")}
+    estimates = {c: planner.estimate(c, RATES * scale * 1.3) for c in _every(planner, 8)}
+    least = min(sum(k.num_devices for k in c) for c, e in estimates.items() if e.headroom >= 1.0)
+    found = by_rule["optimum"]
+    assert sum(c.num_devices for c in found.configs) == least
+    assert found.headroom_q90 >= 1.0
+    assert "most_headroom" in by_rule
+
+
+def test_cost_beyond_the_pool_takes_the_most_headroom(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    costly = Planner(make_cluster(8, 4), four_types, PlannerConfig(objective="cost"))
+    plain = Planner(make_cluster(8, 4), four_types)
+    assert costly.optimum(RATES * 100) == plain.optimum(RATES * 100)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.4, 1.0])
+def test_latency_takes_the_least_of_all_that_hold_the_load(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, scale: float
+) -> None:
+    planner = Planner(make_cluster(8, 4), four_types, PlannerConfig(objective="latency"))
+    sizes = [c.num_devices for c in planner.configs]
+    every = [configs_of(counts, planner.configs) for counts in enumerate_counts(sizes, 8)]
+    estimates = [planner.estimate(c, RATES * scale) for c in every]
+    least_s = min(e.latency_s for e in estimates if e.headroom >= 1.0)
+    found = planner.estimate(planner.optimum(RATES * scale), RATES * scale)
+    assert found.latency_s == pytest.approx(least_s, rel=1e-6)
+    if scale == 0.02:  # at light load the fastest token wins
+        assert {c.tp for c in planner.optimum(RATES * scale)} == {4}
+
+
+def test_objectives_hold_in_pools_without_a_library(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    cluster = make_cluster(40, 4)
+    plain = Planner(cluster, four_types)
+    costly = Planner(cluster, four_types, PlannerConfig(objective="cost"))
+    fast = Planner(cluster, four_types, PlannerConfig(objective="latency"))
+    rates = 0.6 * plain.estimate(plain.optimum(RATES), RATES).headroom * RATES
+    fewest = costly.optimum(rates)
+    used = sum(c.num_devices for c in fewest)
+    assert used < 40
+    assert plain.estimate(fewest, rates).headroom >= 1.0 - 1e-6
+    assert plain.estimate(plain.optimum(rates, used - 1), rates).headroom < 1.0
+    quick, roomy = (plain.estimate(p.optimum(rates), rates) for p in (fast, plain))
+    assert quick.headroom >= 1.0
+    assert quick.latency_s <= roomy.latency_s
+
+
+def test_devices_are_left_idle_only_where_that_is_asked_for(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    cluster, light = make_cluster(8, 4), _forecast(RATES * 0.1)
+    rows = Planner(cluster, four_types).propose(_snapshot("8xtp1pp1"), light)
+    assert all(sum(c.num_devices for c in r.configs) == 8 for r in rows)
+    asked = Planner(cluster, four_types, PlannerConfig(give_back=True))
+    fewest = asked.propose(_snapshot("8xtp1pp1"), light)[-1]
+    assert fewest.origin == "fewest_devices"
+    assert sum(c.num_devices for c in fewest.configs) < 8
+    current = dense_deployment(parse_deployment_key("8xtp1pp1"))
+    plan = plan_switch(
+        cluster.spec, current, 0, fewest.configs, kv_cost_params(cluster, fewest.configs)
+    )
+    surrogate = SurrogateCluster(cluster, current)
+    surrogate.apply(plan)
+    surrogate.advance(60.0)
+    idling = surrogate.snapshot()
+    assert idling.deployment.key == fewest.key
+    back = asked.propose(idling, _forecast(RATES * 2.0))
+    full = next(r for r in back[1:] if sum(c.num_devices for c in r.configs) == 8)
+    kv = kv_cost_params(cluster, full.configs)
+    surrogate.apply(plan_switch(cluster.spec, idling.deployment, idling.epoch, full.configs, kv))
+    surrogate.advance(120.0)
+    assert surrogate.snapshot().deployment.key == full.key
+
+
+def test_a_device_budget_is_kept(make_cluster: MakeCluster, four_types: WorkloadTyping) -> None:
+    planner = Planner(make_cluster(8, 4), four_types, PlannerConfig(max_devices=5))
+    rows = planner.propose(_snapshot("4xtp1pp1"), _forecast(RATES))
+    assert len(rows) > 1
+    assert all(sum(c.num_devices for c in r.configs) <= 5 for r in rows)
+    smaller = Planner(make_cluster(5, 4), four_types)
+    assert planner.optimum(RATES) == smaller.optimum(RATES)
+
+
+def test_candidates_fit_into_what_is_left_of_the_nodes(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    cluster = make_cluster(8, 4)
+    halves = replace(cluster, spec=replace(cluster.spec, devices_per_node=4))
+    planner = Planner(halves, four_types)
+    rows = planner.propose(_snapshot("4xtp2pp1", dead_devices=(0, 4)), _forecast(RATES * 0.05))
+    assert len(rows) > 1
+    assert not any(c.tp == 4 for r in rows[1:] for c in r.configs)  # three devices a node
+    assert all(sum(c.tp == 2 for c in r.configs for _ in range(c.pp)) <= 2 for r in rows[1:])
+
+
+def test_the_cheap_switch_is_the_best_that_moves_no_weights(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    cluster = make_cluster(8, 4)
+    planner = Planner(cluster, four_types)
+    sizes = [c.num_devices for c in planner.configs]
+    every = [configs_of(counts, planner.configs) for counts in enumerate_counts(sizes, 8)]
+    for key in ("8xtp1pp1", "4xtp2pp1", "2xtp2pp2", "1xtp4pp1+4xtp1pp1"):
+        current = dense_deployment(parse_deployment_key(key))
+        free = [c for c in every if switch_cost(cluster.spec, current, c).weight_bytes == 0]
+        best = max(planner.estimate(c, RATES).headroom for c in free)
+        for _ in range(2):  # what was looked up before changes nothing
+            rows = planner.propose(_snapshot(key), _forecast(RATES))
+            found = next(r for r in rows if "cheap_switch" in r.origin.split("+"))
+            assert found.headroom == pytest.approx(best, rel=1e-8)
+            assert found.weight_bytes == 0
+
+
+def test_the_robust_plan_has_the_best_worst_case(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    planner = Planner(make_cluster(8, 4), four_types)
+    rates, high = np.array([3.0, 0.6, 0.6, 0.2]), np.array([3.3, 2.4, 2.4, 1.2])
+    forecast = Forecast(tuple(rates), tuple(rates), tuple(high), (0.0,) * 4)
+    rows = planner.propose(_snapshot("8xtp1pp1"), forecast)
+    peaks = [np.where(np.arange(4) == j, high, rates) for j in range(4)]
+
+    def worst(configs: tuple[ParallelConfig, ...]) -> float:
+        return min(planner.estimate(configs, peak).headroom for peak in peaks)
+
+    robust = next(r for r in rows if "robust" in r.origin.split("+"))
+    sizes = [c.num_devices for c in planner.configs]
+    every = [configs_of(counts, planner.configs) for counts in enumerate_counts(sizes, 8)]
+    assert worst(robust.configs) == pytest.approx(max(map(worst, every)), rel=1e-3)
+
+
+def test_admission_follows_the_worth_of_requests(
+    synthetic_cluster: ProfiledCluster, four_types: WorkloadTyping
+) -> None:
+    planner, configs = Planner(synthetic_cluster, four_types), parse_deployment_key("4xtp1pp1")
+    light = planner.admission(configs, RATES * 0.1)
+    assert light == pytest.approx((1.0,) * 4)
+    heavy = planner.admission(configs, RATES * 10, (1.0, 1.0, 1.0, 1e3))
+    assert heavy[3] > planner.admission(configs, RATES * 10)[3]
+    assert sum(heavy) < 4.0
+
+
+def test_objectives_are_checked() -> None:
+    with pytest.raises(InvalidRequestError, match="goodput, latency, cost"):
+        PlannerConfig(objective="speed")  # type: ignore[arg-type]
+
+
+# -- speed ------------------------------------------------------------------------------
 
 
 def test_proposals_are_quick(

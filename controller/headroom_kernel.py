@@ -1,0 +1,464 @@
+"""Headroom and latency of deployments, compiled: one programme each, and the best of very many.
+
+The programme of one deployment is that of `controller.assignment`, in units f_cj of a type's
+traffic and a_cj = lambda_j / n_cj, over the configurations it uses. Where every a_cj is finite all
+its rows are tight at the optimum (a configuration with room could relieve all others), so a slack
+that has left the basis need never come back and capacity rows carry no slack column.
+
+The best of many is found by cuts. By duality the headroom of counts y is the least, over prices w
+with sum_j w_j = 1, of sum_c y_c rho max_j w_j / a_cj: any prices bound all deployments by one
+product, and those of a solved programme meet its own headroom. So the deployment with the highest
+bound is solved, its prices lower the bounds of the others, and those below the best found are
+dropped, until nothing is left (Benders' decomposition, its master problem a list).
+
+All compiled functions are in this one file, since numba's files of compiled code are renewed when
+the file of a function changes, not when that of a function it calls does.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from controller.service_model import RHO_KNEE
+
+compiled = numba.njit(cache=True, nogil=True)
+summing = numba.njit(fastmath={"reassoc", "nsz"})  # in any order, for bounds only
+PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
+TOLERANCE = 1e-11
+MAX_PIVOTS = 400
+CUTS = 4  # prices that bound headroom before latency is looked at
+FIRST, ROUND = 8, 128  # deployments solved before bounds are looked at again
+PARTS, MANY = 8, 2000  # of mixes on a replica, told apart where there are many deployments
+LEVELS = 16  # of utilisation, at which what a replica adds is tabulated
+TIE = 1e-9  # relative; of deployments this close the first in the list is the best
+
+
+@compiled
+def _fill_table(loads: Any, capacity: Any, used: Any, num_used: int, table: Any) -> None:
+    """Columns: theta, flows by configuration and type, slacks of demand, right-hand side.
+    Loads are divided by their mean."""
+    types = loads.shape[1]
+    rows, width = types + num_used, 2 + num_used * types + types
+    scale = 0.0
+    for k in range(num_used):
+        for j in range(types):
+            scale += loads[used[k], j]
+    scale /= num_used * types
+    table[: rows + 1, :width] = 0.0
+    for j in range(types):
+        table[j, 0] = 1.0
+        table[j, 1 + num_used * types + j] = 1.0
+        table[j, width - 1] = PERTURBATION * (1.0 + j / types)
+    for k in range(num_used):
+        for j in range(types):
+            column = 1 + k * types + j
+            table[j, column] = -1.0
+            table[types + k, column] = max(loads[used[k], j] / scale, 1e-9)
+        table[types + k, width - 1] = capacity[used[k]]
+    table[rows, 0] = -1.0
+
+
+@compiled
+def _pivot(table: Any, basis: Any, rows: int, width: int) -> bool:
+    """One step of the primal simplex; False at the optimum."""
+    entering, least = -1, -TOLERANCE
+    for column in range(width - 1):
+        if table[rows, column] < least:
+            least, entering = table[rows, column], column
+    if entering < 0:
+        return False
+    leaving, ratio = -1, np.inf
+    for row in range(rows):
+        if table[row, entering] > TOLERANCE:
+            found = table[row, width - 1] / table[row, entering]
+            if found < ratio:
+                ratio, leaving = found, row
+    if leaving < 0:
+        return False
+    pivot = 1.0 / table[leaving, entering]
+    for column in range(width):
+        table[leaving, column] *= pivot
+    for row in range(rows + 1):
+        factor = table[row, entering]
+        if row != leaving and factor != 0.0:
+            for column in range(width):
+                table[row, column] -= factor * table[leaving, column]
+    basis[leaving] = entering
+    return True
+
+
+@compiled
+def _solve(
+    loads: Any, capacity: Any, used: Any, table: Any, basis: Any, shares: Any, prices: Any
+) -> float:
+    """theta of one deployment; fills shares[C, J] (zero where unused) and prices[J].
+
+    loads[C, J] > 0 and finite, capacity[C] (0: unused). `used`, `table`, `basis` are scratch.
+    """
+    configs, types = loads.shape
+    num_used = 0
+    for c in range(configs):
+        if capacity[c] > 0.0:
+            used[num_used] = c
+            num_used += 1
+    shares[:] = 0.0
+    prices[:] = 0.0
+    if num_used == 0:
+        prices[:] = 1.0 / types
+        return 0.0
+    rows, width = types + num_used, 2 + num_used * types + types
+    _fill_table(loads, capacity, used, num_used, table)
+    basis[:rows] = -1
+    for _ in range(MAX_PIVOTS):
+        if not _pivot(table, basis, rows, width):
+            break
+    for row in range(rows):
+        column = basis[row] - 1
+        if 0 <= column < num_used * types:
+            k, j = divmod(column, types)
+            if table[row, width - 1] > 1e-9:
+                shares[used[k], j] = table[row, width - 1]
+    peak = 0.0
+    for j in range(types):
+        total = 0.0
+        for k in range(num_used):
+            total += shares[used[k], j]
+        for k in range(num_used):
+            shares[used[k], j] = shares[used[k], j] / total if total > 0.0 else 1.0 / num_used
+        prices[j] = max(table[rows, 1 + num_used * types + j], 0.0)
+    for k in range(num_used):
+        busy = 0.0
+        for j in range(types):
+            busy += loads[used[k], j] * shares[used[k], j]
+        peak = max(peak, busy / capacity[used[k]])
+    prices /= prices.sum()
+    return float(1.0 / peak)
+
+
+@compiled
+def _scratch(configs: int, types: int) -> Any:
+    table = np.empty((configs + types + 1, configs * types + types + 2))
+    return np.empty(configs, np.int64), table, np.empty(configs + types, np.int64)
+
+
+@compiled
+def _latency_s(model: Any, counts: Any, rates: Any, shares: Any) -> float:
+    """`controller.service_model.mean_latency_s` of one deployment; shares[C, J] of rates[J]."""
+    base_s, stage_share, pp, steps, added_s, max_running, service = model
+    configs, types = shares.shape
+    latency, served = 0.0, 0.0
+    for c in range(configs):
+        if counts[c] <= 0.0:
+            continue
+        rate, step_rate, added, places, rho = 0.0, 0.0, 0.0, 0.0, 0.0
+        for j in range(types):
+            flow = shares[c, j] * rates[j] / counts[c]
+            rate += flow
+            step_rate += flow * steps[j]
+            added += flow * steps[j] * added_s[c, j]
+            places += flow * steps[j] / max_running[c, j]
+            rho += flow / service[c, j]
+        if rate <= 0.0:
+            continue
+        added /= step_rate
+        running = step_rate / places
+        alone_s = base_s[c] + added
+        batches = min(pp[c], max(running, 1.0))
+        stretch = max(1.0, stage_share[c] * batches)
+        full_s = stretch * (base_s[c] + added * max(running, 1.0) / batches)
+        busy = min(stage_share[c] * step_rate * added, 1.0 - 1e-9)
+        cycle_s = max(alone_s, max(1.0, stage_share[c] * pp[c]) * base_s[c] / (1.0 - busy))
+        service_s = step_rate / rate * min(cycle_s, max(full_s, alone_s))
+        power = np.sqrt(2.0 * (running + 1.0)) - 1.0
+        below = min(rho, RHO_KNEE)
+        wait = below**power / (1.0 - below)
+        slope = wait * (power / RHO_KNEE + 1.0 / (1.0 - RHO_KNEE))
+        wait += slope * max(rho - RHO_KNEE, 0.0)
+        latency += rate * counts[c] * service_s * (1.0 + wait / running)
+        served += rate * counts[c]
+    return float(latency / max(served, 1e-12))
+
+
+@compiled
+def score(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
+    """theta[N], latency_s[N] and shares[N, C, J] of counts[N, C] at rates[J]."""
+    number, (configs, types) = len(counts), loads.shape
+    used, table, basis = _scratch(configs, types)
+    prices = np.empty(types)
+    theta, latency_s = np.zeros(number), np.zeros(number)
+    shares = np.zeros((number, configs, types))
+    for i in range(number):
+        theta[i] = _solve(loads, rho * counts[i], used, table, basis, shares[i], prices)
+        latency_s[i] = _latency_s(model, counts[i], rates, shares[i])
+    return theta, latency_s, shares
+
+
+@compiled
+def _tail_mean(values: Any, tail: float) -> float:
+    """Mean of the least share `tail` of equally likely values[S] (their CVaR): the smallest when
+    tail <= 1 / S, the mean when it is 1."""
+    ordered, left, total = np.sort(values), tail * len(values), 0.0
+    for value in ordered:
+        total += value * min(1.0, left)
+        left -= 1.0
+        if left <= 0.0:
+            break
+    return float(total / max(1.0, tail * len(values)) if tail * len(values) > 1.0 else ordered[0])
+
+
+@summing
+def _dot(counts: Any, i: Any, worth: Any) -> float:
+    total = 0.0
+    for c in range(len(worth)):
+        total += counts[i, c] * worth[c]
+    return total
+
+
+@compiled
+def _cut(
+    counts: Any, active: Any, loads: Any, rho: float, prices: Any, bounds: Any, exact: Any
+) -> None:
+    """Lower the bounds of the active deployments to what these prices allow."""
+    configs, types = loads.shape
+    worth = np.zeros(configs)
+    for c in range(configs):
+        for j in range(types):
+            worth[c] = max(worth[c], rho * prices[j] / loads[c, j])
+    for i in active:
+        if not exact[i]:
+            bounds[i] = min(bounds[i], _dot(counts, i, worth))
+
+
+@compiled
+def _value(bounds: Any, tail: float) -> float:
+    return bounds[0] if len(bounds) == 1 else _tail_mean(bounds, tail)
+
+
+@compiled
+def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
+    """Index of the deployment of counts[N, C] with the highest tail mean of headroom over mixes
+    loads[S, C, J], that value, and how many were solved. N > 0."""
+    mixes, configs, types = loads.shape
+    number = len(counts)
+    used, table, basis = _scratch(configs, types)
+    shares, prices = np.empty((configs, types)), np.full(types, 1.0 / types)
+    bounds, exact = np.full((number, mixes), np.inf), np.zeros(number, np.bool_)
+    values, active = np.empty(number), np.arange(number)
+    for s in range(mixes):
+        _cut(counts, active, loads[s], rho, prices, bounds[:, s], exact)
+    best, solved = 0.0, 0
+    while True:
+        kept: Any = 0
+        top: Any = -1
+        for i in active:
+            if not exact[i]:
+                values[i] = _value(bounds[i], tail)
+            if values[i] >= best * (1.0 - TIE):
+                active[kept] = i
+                kept += 1
+                if not exact[i] and (top < 0 or values[i] > values[top]):
+                    top = i
+        active = active[:kept]
+        if top < 0:
+            return active[0], values[active[0]], solved
+        exact[top], solved = True, solved + 1
+        for s in range(mixes):
+            bounds[top, s] = _solve(loads[s], rho * counts[top], used, table, basis, shares, prices)
+            _cut(counts, active, loads[s], rho, prices, bounds[:, s], exact)
+        values[top] = _value(bounds[top], tail)
+        best = max(best, values[top])
+
+
+@compiled
+def _load_floors(model: Any, rho: float) -> Any:
+    """What holds of a replica whatever its mix: busy[C, J], the share of a step that work on a
+    type adds at full utilisation; full_s[C], a step with every place taken, at least; and by level
+    of utilisation waiting[L, C], what the wait multiplies a latency by, at least."""
+    base_s, stage_share, pp, steps, added_s, max_running, service = model
+    configs, types = service.shape
+    busy, full_s = np.empty((configs, types)), np.empty(configs)
+    waiting = np.empty((LEVELS, configs))
+    for c in range(configs):
+        added_full_s, places = np.inf, np.inf
+        for j in range(types):
+            busy[c, j] = stage_share[c] * service[c, j] * steps[j] * added_s[c, j]
+            added_full_s = min(added_full_s, added_s[c, j] * max_running[c, j])
+            places = min(places, max_running[c, j])
+        stretch = max(1.0, stage_share[c] * min(pp[c], max(places, 1.0)))
+        full_s[c] = stretch * base_s[c] + stage_share[c] * added_full_s
+        most = max_running[c].max()
+        power = np.sqrt(2.0 * (most + 1.0)) - 1.0
+        for level in range(LEVELS):
+            load = min(rho * level / LEVELS, RHO_KNEE)
+            waiting[level, c] = 1.0 + load**power / (1.0 - load) / most
+    return busy, full_s, waiting
+
+
+@compiled
+def _hull(where: Any, costs: Any, at: float) -> float:
+    """The lower convex hull of points (where[J], costs[J])."""
+    lowest, slack = np.inf, 1e-12 * abs(at)
+    for j in range(len(where)):
+        for k in range(len(where)):
+            if where[j] <= at + slack and where[k] >= at - slack:
+                gap = where[k] - where[j]
+                share = (at - where[j]) / gap if gap > 0.0 else 0.0
+                lowest = min(lowest, costs[j] + share * (costs[k] - costs[j]))
+    return lowest
+
+
+@compiled
+def _least_load_s(
+    model: Any, floors: Any, rho: float, first: int, parts: int, prices: Any, least: Any
+) -> None:
+    """Fills least[L, C], from level `first` of utilisation: what a replica adds at least to the
+    latencies of its requests less the prices[J] of their types, per second and per unit of
+    utilisation. See `least_latency`.
+
+    A step takes no less than that of a lone sequence, and no less than base / (1 - share of a step
+    added), where the mixes are looked at in `parts` by that share: in each the sum is linear, and
+    least on the hull of the types.
+    """
+    base_s, stage_share, pp, steps, added_s, _, service = model
+    busy, full_s, waiting = floors
+    types, costs = service.shape[1], np.empty(service.shape[1])
+    for level in range(first, len(least)):
+        load = rho * level / len(least)
+        for c in range(len(base_s)):
+            alone, loaded = np.inf, np.inf
+            for j in range(types):
+                own_s = steps[j] * (base_s[c] + added_s[c, j])
+                alone = min(alone, service[c, j] * (own_s * waiting[level, c] - prices[j]))
+            low, high = busy[c].min(), busy[c].max()
+            for part in range(parts):
+                start = low + (high - low) * part / parts
+                stop = low + (high - low) * (part + 1) / parts
+                stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
+                step_s = min(stretched_s / (1.0 - min(load * start, 1.0 - 1e-9)), full_s[c])
+                step_s *= waiting[level, c]
+                for j in range(types):
+                    costs[j] = service[c, j] * (step_s * steps[j] - prices[j])
+                    if parts == 1 or start <= busy[c, j] <= stop:
+                        loaded = min(loaded, costs[j])
+                if parts > 1:
+                    loaded = min(loaded, _hull(busy[c], costs, start), _hull(busy[c], costs, stop))
+            least[level, c] = max(alone, loaded)
+
+
+@compiled
+def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -> None:
+    """Fills latency[J]: what a request of each type takes in this deployment, in the mean."""
+    steps = model[3]
+    configs, types = shares.shape
+    latency[:] = 0.0
+    for c in range(configs):
+        if counts[c] <= 0.0 or shares[c].sum() <= 0.0:
+            continue
+        only = np.zeros(configs)
+        only[c] = counts[c]
+        part = np.zeros((configs, types))
+        part[c] = shares[c]
+        mean_s = _latency_s(model, only, rates, part)
+        number, step_rate = 0.0, 0.0
+        for j in range(types):
+            number += shares[c, j] * rates[j]
+            step_rate += shares[c, j] * rates[j] * steps[j]
+        for j in range(types):
+            latency[j] += shares[c, j] * steps[j] * mean_s * number / step_rate
+
+
+@compiled
+def _headroom_bounds(counts: Any, loads: Any, rho: float) -> Any:
+    """[N] above and below the headroom: at some prices, and where each replica takes the mix."""
+    number, (configs, types) = len(counts), loads.shape
+    above, exact = np.full(number, np.inf), np.zeros(number, np.bool_)
+    everything = np.arange(number)
+    below, each = np.empty(number), np.empty(configs)
+    for c in range(configs):
+        each[c] = rho / loads[c].sum()
+    for i in everything:
+        below[i] = _dot(counts, i, each)
+    used, table, basis = _scratch(configs, types)
+    shares, prices = np.empty((configs, types)), np.full(types, 1.0 / types)
+    for _ in range(CUTS):  # the prices of those with the highest bounds
+        _cut(counts, everything, loads, rho, prices, above, exact)
+        top = np.argmax(above)
+        _solve(loads, rho * counts[top], used, table, basis, shares, prices)
+    return above, below
+
+
+@compiled
+def _lowest(bounds: Any, left: Any, number: int) -> Any:
+    """About so many of them: those with the lowest bounds, in ascending order."""
+    if len(left) > number:
+        left = left[bounds[left] <= np.partition(bounds[left], number)[number]]
+    return left[np.argsort(bounds[left])]
+
+
+@compiled
+def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
+    """Index of the deployment of counts[N, C] with the least mean latency among those with headroom
+    1 or more at rates[J], loads[C, J]; how many were solved. The index is -1 where there is none.
+
+    A replica's utilisation is rho over the headroom, the same for all (see above), and lies between
+    bounds that need no solving. By Little's law the sum of latencies is that of requests in the
+    replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
+    `_least_load_s` says for each replica at the least utilisation.
+    """
+    number, (configs, types) = len(counts), loads.shape
+    used, table, basis = _scratch(configs, types)
+    shares, prices, duals = np.empty((configs, types)), np.zeros(types), np.empty(types)
+    exact, values = np.zeros(number, np.bool_), np.full(number, np.inf)
+    everything, total = np.arange(number), rates.sum()
+    above, below = _headroom_bounds(counts, loads, rho)
+    active, bounds = everything[above >= 1.0], np.zeros(number)
+    floors, least = _load_floors(model, rho), np.empty((LEVELS, configs))
+    parts = PARTS if number > MANY else 1
+    first = int(LEVELS / above.max()) if len(active) else 0
+    best, solved = np.inf, 0
+    while True:
+        _least_load_s(model, floors, rho, min(first, LEVELS - 1), parts, prices, least)
+        base, kept = np.dot(prices, rates), 0
+        for i in active:
+            if not exact[i]:
+                busy = rho / above[i]
+                load = _dot(counts, i, least[min(int(LEVELS / above[i]), LEVELS - 1)])
+                busy = busy if load > 0.0 else rho / max(below[i], 1.0)
+                bounds[i] = max(bounds[i], (base + load * busy) / total)
+            if (values[i] if exact[i] else bounds[i]) <= best * (1.0 + TIE):
+                active[kept] = i
+                kept += 1
+        active = active[:kept]
+        left = active[~exact[active]]
+        if len(left) == 0:
+            return (active[0] if best < np.inf else -1), solved
+        prices[:] = 0.0
+        order = _lowest(bounds, left, FIRST if best == np.inf else ROUND)
+        for i in order:
+            if bounds[i] > best * (1.0 + TIE):
+                break
+            theta = _solve(loads, rho * counts[i], used, table, basis, shares, duals)
+            exact[i], solved = True, solved + 1
+            if theta >= 1.0:
+                values[i] = _latency_s(model, counts[i], rates, shares)
+                if values[i] < best:
+                    best = values[i]
+                    _prices_of(model, counts[i], rates, shares, prices)
+                    break
+        if len(left) > FIRST:
+            _cut(counts, active, loads, rho, duals, above, exact)
+            active = active[above[active] >= 1.0]
+
+
+@lru_cache(maxsize=1)
+def warm_up() -> None:
+    """Compiles everything, or loads it, so that no decision waits for it."""
+    one, square = np.ones(1), np.ones((1, 1))
+    model = (one, one, one, one, square, square, square)
+    score(square, square, one, 0.9, model)
+    most_headroom(square, square[None], 0.9, 0.0)
+    least_latency(square, square, one, 0.9, model)

@@ -1,0 +1,222 @@
+"""The best deployment by each objective: in the library of a small pool, by the MILP in others.
+
+In the library every answer is exact. Beyond it, counts come from the exact programmes of
+`controller.milp`; of those for latency, which charge it step by step, and of the neighbourhoods of
+several optima, the best by exact figures is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from controller.deployments import Counts, neighbours
+from controller.library import Floats, Library, Space, has_library
+from controller.milp import Pool, fewest_devices, least_latency, most_headroom
+from controller.packing import packs, spread
+from controller.scoring import Cache, Key, Scorer
+from controller.switch_costs import SwitchCosts
+
+TIE = 1e-9  # relative; the present deployment wins ties of this
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One pool and traffic to find the best for. `live` are the present replicas."""
+
+    space: Space
+    lengths_key: Key
+    live: Counts
+    listed: Floats  # [N, C] deployments to choose from
+    contenders: Floats  # [M, C] of those, enough where headroom decides
+
+
+class Optima:
+    """Owns the libraries of one cluster; everything in its caches follows from the key alone."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.configs = spread(scorer.configs, scorer.cluster.spec)
+        self.sizes = [c.num_devices for c in self.configs]
+        self._libraries, self._milps = Cache(16), Cache()
+        self._near, self._parts = Cache(64), Cache(256)
+
+    # -- what to choose from --------------------------------------------------------------
+
+    def library(self, space: Space) -> Library | None:
+        """None where there are too many deployments to list."""
+
+        def build() -> Library | None:
+            return Library(self.configs, space) if has_library(self.configs, space) else None
+
+        return self._libraries.get(space, build)
+
+    def search(
+        self,
+        space: Space,
+        lengths_key: Key,
+        live: Counts,
+        rates_keys: Sequence[Key] = (),
+        others: Sequence[Counts] = (),
+    ) -> Search:
+        """In a pool with a library, that; else the neighbourhoods of the live deployment and of
+        the optima at these rates, and `others`."""
+        library = self.library(space)
+        if library is not None:
+            part = self._contenders(library, lengths_key)
+            return Search(space, lengths_key, live, library.counts, part)
+        optima = [self.milp_headroom(space, (key,), lengths_key) for key in rates_keys]
+        if self.scorer.config.objective == "latency":
+            fast = [self.milp_latency(space, key, lengths_key) for key in rates_keys]
+            optima += [counts for counts in fast if counts]
+        around = [n for c in dict.fromkeys([live, *optima]) for n in self._neighbours(c, space)]
+        found = dict.fromkeys([*optima, *self.homogeneous(space), *others, *around])
+        listed = np.array([c for c in found if any(c)], np.float64)
+        listed = listed.reshape(-1, len(self.sizes))
+        return Search(space, lengths_key, live, listed, listed)
+
+    def _contenders(self, library: Library, lengths_key: Key) -> Floats:
+        rates = self.scorer.model(lengths_key).rates
+        key = (library.space, lengths_key)
+        return self._parts.get(key, lambda: library.contenders(rates))
+
+    def _neighbours(self, counts: Counts, space: Space) -> tuple[Counts, ...]:
+        def build() -> tuple[Counts, ...]:
+            found = tuple(neighbours(counts, self.sizes, space.devices))
+            return tuple(c for c, ok in zip(found, self.fits(found, space), strict=True) if ok)
+
+        return self._near.get((counts, space), build)
+
+    def fits(self, deployments: Sequence[Counts], space: Space) -> list[bool]:
+        """Which of them the devices and nodes have room for."""
+        counts = np.array(deployments, np.int64).reshape(-1, len(self.sizes))
+        few = counts @ np.array(self.sizes) <= space.devices
+        return list((few & packs(counts, self.configs, space.nodes)).tolist())
+
+    def homogeneous(self, space: Space) -> tuple[Counts, ...]:
+        """As many replicas of one configuration as fit, for each that fits."""
+        return self._near.get(("homogeneous", space), lambda: self._homogeneous(space))
+
+    def _homogeneous(self, space: Space) -> tuple[Counts, ...]:
+        found = []
+        for index, size in enumerate(self.sizes):
+            rows = np.zeros((space.devices // size, len(self.sizes)), np.int64)
+            rows[:, index] = np.arange(len(rows), 0, -1)
+            fitting = rows[packs(rows, self.configs, space.nodes)]
+            found += [tuple(fitting[0].tolist())] if len(fitting) else []
+        return tuple(found)
+
+    # -- the best of them -----------------------------------------------------------------
+
+    def most_headroom(self, search: Search, rates: Floats, tail: float = 0.0) -> Counts:
+        """The most headroom, in the mean of the lowest share `tail` of equally likely rates[S, J]
+        (0: the lowest alone). The live deployment wins ties."""
+        return self._or_live(search, search.contenders, rates, tail)
+
+    def best_of(self, search: Search, listed: Floats, rates: Floats) -> Counts:
+        """The most headroom of listed[N, C] at rates[J]."""
+        index, _ = self.scorer.most_headroom(listed, rates[None], search.lengths_key)
+        return _counts(listed[index])
+
+    def _or_live(self, search: Search, listed: Floats, rates: Floats, tail: float = 0.0) -> Counts:
+        if not len(listed):
+            return search.live
+        live = np.array([search.live], np.float64)
+        index, value = self.scorer.most_headroom(listed, rates, search.lengths_key, tail)
+        _, present = self.scorer.most_headroom(live, rates, search.lengths_key, tail)
+        return search.live if present >= value * (1.0 - TIE) else _counts(listed[index])
+
+    def least_latency(self, search: Search, rates_key: Key) -> Counts:
+        """The least mean latency of those with headroom 1; the most headroom where none has it.
+        The live deployment wins ties."""
+        rates = self.scorer.rates(rates_key)
+        index = None
+        if len(search.listed):
+            index = self.scorer.least_latency(search.listed, rates, search.lengths_key)
+        if index is None:
+            return self.most_headroom(search, rates[None])
+        both = np.array([search.live, search.listed[index]], np.float64)
+        (scores,) = self.scorer.score(both, (rates_key,), search.lengths_key)
+        present_s, best_s = scores.latency_s.tolist()
+        if scores.headroom[0] >= 1.0 and present_s <= best_s * (1.0 + TIE):
+            return search.live
+        return _counts(search.listed[index])
+
+    def fewest_devices(self, search: Search, rates_key: Key) -> Counts | None:
+        """Headroom 1 on the fewest devices, of those the most headroom; the rest idle. None: the
+        pool is too small for that."""
+        library = self.library(search.space)
+        service, rates = (
+            self.scorer.model(search.lengths_key).rates,
+            self.scorer.rates(rates_key),
+        )
+        if library is None:
+            return fewest_devices((rates / service)[None], self._pool(search.space))
+        every = library.contenders(service, maximal=False)
+        used = every @ np.array(self.sizes, np.float64)
+        low, high, best = 1, search.space.devices, None
+        while low <= high:  # the most headroom rises with the devices
+            middle = (low + high) // 2
+            listed = every[: int(np.searchsorted(used, middle, side="right"))]
+            value, index = 0.0, 0
+            if len(listed):
+                index, value = self.scorer.most_headroom(listed, rates[None], search.lengths_key)
+            if value >= 1.0:
+                best, high = _counts(listed[index]), middle - 1
+            else:
+                low = middle + 1
+        return best
+
+    def cheap_switch(
+        self, search: Search, rates: Floats, costs: SwitchCosts, budget_bytes: int
+    ) -> Counts:
+        """The most headroom at rates[J] of what moves no more than `budget_bytes` of weights; the
+        live deployment is among that. Bounds leave out what must move more; of the rest the best is
+        taken whose exact cost is within the budget."""
+        has_library = self.library(search.space) is not None
+        part = costs.possible(search.space if has_library else None, search.listed, budget_bytes)
+        while True:
+            best = self._or_live(search, part, rates[None])
+            if best == search.live or costs.cost(best).weight_bytes <= budget_bytes:
+                return best
+            part = part[(part != np.array(best)).any(axis=1)]
+            if has_library:
+                costs.remember(search.space, budget_bytes, part)
+
+    # -- by the MILP ----------------------------------------------------------------------
+
+    def _pool(self, space: Space) -> Pool:
+        rho = self.scorer.config.max_utilisation
+        return Pool(self.sizes, space.devices, rho, self.configs, space.nodes)
+
+    def milp_headroom(
+        self, space: Space, rates_keys: tuple[Key, ...], lengths_key: Key, tail: float = 0.0
+    ) -> Counts:
+        """The exact optimum of the programme; of one rate vector only the mix matters."""
+        if len(rates_keys) == 1:
+            rates_keys = ((0, *rates_keys[0][1:]),)
+
+        def build() -> Counts:
+            service = self.scorer.model(lengths_key).rates
+            loads = np.array([self.scorer.rates(key) for key in rates_keys])[:, None] / service
+            found = most_headroom(loads, self._pool(space), tail)
+            assert found is not None  # no floors, no budget
+            return found
+
+        return self._milps.get((space, rates_keys, lengths_key, tail), build)
+
+    def milp_latency(self, space: Space, rates_key: Key, lengths_key: Key) -> Counts | None:
+        """Least latency, charged step by step; None where headroom 1 is out of reach."""
+
+        def build() -> Counts | None:
+            rates, service = self.scorer.rates(rates_key), self.scorer.model(lengths_key).rates
+            cost_s = rates * self.scorer.latency_levels(lengths_key)
+            return least_latency(rates / service, cost_s, self._pool(space))
+
+        return self._milps.get(("latency", space, rates_key, lengths_key), build)
+
+
+def _counts(row: Floats) -> Counts:
+    return tuple(int(n) for n in row)

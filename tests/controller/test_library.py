@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controller.assignment import simplex_batch
+from controller.headroom_kernel import least_latency, most_headroom, score
+from controller.library import Library, Space, dominated, has_library
+from controller.milp import Pool
+from controller.milp import most_headroom as by_milp
+from controller.planner import Planner
+from controller.service_model import ServiceModel, mean_latency_s
+from engine.cluster import ParallelConfig, WorkloadTyping
+from engine.profile import ProfiledCluster
+
+MakeCluster = Callable[[int, int], ProfiledCluster]
+CONFIGS = tuple(
+    ParallelConfig(tp, pp) for tp, pp in ((4, 2), (4, 1), (2, 2), (1, 3), (2, 1), (1, 1))
+)
+RHO = 0.9
+
+
+def _random_rates(rng: np.random.Generator, types: int) -> np.ndarray:
+    sizes = np.array([c.num_devices for c in CONFIGS])[:, None]
+    return sizes ** rng.uniform(0.8, 1.2) * np.exp(rng.normal(0.0, 0.3, (len(CONFIGS), types)))
+
+
+def _plain(counts: np.ndarray, loads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return simplex_batch(np.broadcast_to(loads, (len(counts), *loads.shape)).copy(), RHO * counts)
+
+
+def _tail_mean(thetas: np.ndarray, tail: float) -> np.ndarray:
+    """[N] of thetas[N, S]: mean of the lowest max(tail S, 1), the last of them in part."""
+    number = max(tail * thetas.shape[1], 1.0)
+    weight = np.clip(number - np.arange(thetas.shape[1]), 0.0, 1.0)
+    return np.asarray(np.sort(thetas, axis=1) @ weight / number)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 8), st.integers(3, 10))
+def test_best_of_the_library_equals_the_best_of_the_milp(
+    seed: int, types: int, devices: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rates, mix = _random_rates(rng, types), rng.dirichlet(np.full(types, 0.5)) + 0.01
+    library, loads = Library(CONFIGS, Space((devices,), devices)), mix / rates
+    contenders = library.contenders(rates)
+    index, value, _ = most_headroom(contenders, loads[None], RHO, 0.0)
+    sizes = [c.num_devices for c in CONFIGS]
+    exact = by_milp(loads[None], Pool(sizes, devices, RHO))
+    assert exact is not None
+    theta, _ = _plain(np.array([exact, contenders[index]]), loads)
+    assert value == pytest.approx(theta[0], rel=1e-6)
+    assert value == pytest.approx(theta[1], rel=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([0.0, 0.5, 0.8, 1.0]))
+def test_search_and_dominance_lose_nothing(seed: int, types: int, tail: float) -> None:
+    rng = np.random.default_rng(seed)
+    rates, mixes = _random_rates(rng, types), rng.dirichlet(np.ones(types), 4) + 0.01
+    library = Library(CONFIGS, Space((8,), 8))
+    thetas = np.array([_plain(library.counts, mix / rates)[0] for mix in mixes]).T
+    values = _tail_mean(thetas, tail)
+    for listed in (library.counts, library.contenders(rates)):
+        found = most_headroom(listed, mixes[:, None] / rates, RHO, tail)
+        assert found[1] == pytest.approx(values.max(), rel=1e-8)
+    first = int(np.argmax(values >= values.max() * (1.0 - 1e-10)))
+    index = most_headroom(library.counts, mixes[:, None] / rates, RHO, tail)[0]
+    assert index <= first
+    assert values[index] == pytest.approx(values[first], rel=1e-8)
+
+
+def test_dominated_by_hand() -> None:
+    """Two of size 2 do more of everything than one of size 4; one of size 3 is good at one type."""
+    rates = np.array([[3.9, 3.9], [9.0, 0.1], [2.0, 2.0]])
+    assert dominated((4, 3, 2), rates).tolist() == [True, False, False]
+    rates[0] = 4.1, 3.0
+    assert dominated((4, 3, 2), rates).tolist() == [False, False, False]
+
+
+def test_of_equal_configurations_the_first_stays() -> None:
+    assert dominated((2, 2), np.ones((2, 3))).tolist() == [False, True]
+
+
+def test_where_nodes_bind_a_group_cannot_take_the_place_of_stages() -> None:
+    sizes, groups, rates = (2, 2), (1, 2), np.array([[1.0], [2.0]])
+    assert dominated(sizes, rates).tolist() == [True, False]
+    assert dominated(sizes, rates, groups).tolist() == [False, False]
+    assert dominated(sizes, rates[::-1], groups).tolist() == [False, True]
+
+
+def test_contenders_on_fewer_devices_are_all_deployments_of_what_is_not_dominated() -> None:
+    library = Library(CONFIGS, Space((6,), 6))
+    rates = _random_rates(np.random.default_rng(0), 3)
+    unfit, every = (
+        dominated([c.num_devices for c in CONFIGS], rates),
+        library.contenders(rates, maximal=False),
+    )
+    assert not every[:, unfit].any()
+    used = every @ np.array([c.num_devices for c in CONFIGS])
+    assert used.min() == 1
+    assert used.max() == 6
+    assert (np.diff(used) >= 0).all()
+    assert len(np.unique(every, axis=0)) == len(every)
+
+
+# -- latency ------------------------------------------------------------------------------
+
+
+def _service(planner: Planner) -> ServiceModel:
+    return planner.scorer.model(planner.scorer.lengths_key(None))
+
+
+@pytest.mark.parametrize("devices", [4, 8, 16])
+@pytest.mark.parametrize("load", [0.05, 0.3, 0.6, 0.9, 0.99, 1.1])
+def test_least_latency_equals_scoring_the_whole_library(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, devices: int, load: float
+) -> None:
+    planner = Planner(make_cluster(devices, 4), four_types)
+    model, rng = _service(planner), np.random.default_rng(devices)
+    library = Library(planner.configs, Space((devices,), devices))
+    rows = np.broadcast_to(np.arange(len(planner.configs)), library.counts.shape)
+    for _ in range(3):
+        mix = rng.dirichlet(np.ones(4)) + 0.02
+        theta, _ = _plain(library.counts, mix / model.rates)
+        rates = load * theta.max() * mix
+        theta, shares = _plain(library.counts, rates / model.rates)
+        latency_s = mean_latency_s(model, rows, library.counts, shares * rates)
+        index, solved = least_latency(library.counts, rates / model.rates, rates, RHO, model.arrays)
+        if load > 1.0:
+            assert index == -1
+            continue
+        allowed = np.where(theta >= 1.0, latency_s, np.inf)
+        assert theta[index] >= 1.0
+        assert latency_s[index] == pytest.approx(allowed.min(), rel=1e-6)
+        assert solved <= len(library.counts)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31))
+def test_scores_equal_the_plain_simplex_and_latency(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    planner = Planner(make_cluster(8, 4), four_types)
+    model = _service(planner)
+    counts = rng.integers(0, 3, (12, len(planner.configs))).astype(np.float64)
+    counts[:, -1] += 1
+    rates = rng.dirichlet(np.ones(4)) * rng.uniform(0.5, 10.0) + 0.05
+    theta, latency_s, shares = score(counts, rates / model.rates, rates, RHO, model.arrays)
+    plain, _ = _plain(counts, rates / model.rates)
+    rows = np.broadcast_to(np.arange(len(planner.configs)), counts.shape)
+    assert theta == pytest.approx(plain, rel=1e-8)
+    assert shares.sum(axis=1) == pytest.approx(np.ones((12, 4)))
+    assert latency_s == pytest.approx(mean_latency_s(model, rows, counts, shares * rates))
+
+
+def test_large_pools_have_no_library() -> None:
+    assert has_library(CONFIGS, Space((8, 8), 16))
+    assert not has_library(CONFIGS, Space((8,) * 5, 40))
+    many = tuple(ParallelConfig(tp, pp) for tp in range(1, 9) for pp in range(1, 9))
+    assert not has_library(many, Space((32,), 32))
