@@ -240,7 +240,10 @@ class SurrogateState:
         while it has nothing to do."""
         replica = self.replicas[row]
         if replica["num_batches"]:
-            return self._seen_s(float(self.batches[row, replica["first_batch"]]["end_s"]), now_s)
+            end_s = float(self.batches[row, replica["first_batch"]]["end_s"])
+            if replica["step"]["leader_computes"]:
+                end_s = max(end_s, float(replica["ready_s"]))  # as `kernel._next_end`
+            return self._seen_s(end_s, now_s)
         return now_s + LOOK_S if replica["may_start"] else inf
 
     def _seen_s(self, work_s: float, now_s: float) -> float:

@@ -251,3 +251,31 @@ def test_rounds_equal_those_of_the_engine(
     for id_, row in pair.rows.items():
         made = pair.leaders.plain[id_].steps_made
         assert steps_of(pair.surrogate, row, pair.names) == made
+
+
+def test_rounds_of_a_pipeline_wait_for_ends_that_are_seen(
+    small_cluster: ProfiledCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the leader computes, a step's end is seen late; a switch looks then, not all the time
+    from the end on."""
+    spans = 0
+    simulate = SurrogateCluster._simulate
+
+    def counted(surrogate: SurrogateCluster, until_s: float) -> None:
+        nonlocal spans
+        spans += 1
+        assert spans < 300, "it looks again and again"
+        simulate(surrogate, until_s)
+
+    monkeypatch.setattr(SurrogateCluster, "_simulate", counted)
+    deployment = dense_deployment(parse_deployment_key("1xtp2pp2"))
+    surrogate = SurrogateCluster(small_cluster, deployment)
+    assert small_cluster.profile.step_model(deployment.configs[0]).leader_computes
+    for i in range(300):
+        surrogate.submit(Request(f"r{i}", 0.015 * i, (3, 150)[i % 2], 30))
+    surrogate.advance(1.0)
+    kv = KvCostParams(1.0, 1.0, 0.02)
+    target = parse_deployment_key("2xtp2pp1")
+    surrogate.apply(plan_switch(surrogate.spec, deployment, 0, target, kv, 0.2))
+    surrogate.advance(10.0)
+    assert surrogate.snapshot().epoch == 1
