@@ -8,8 +8,9 @@ replicas times the utilisation allowed. Identical replicas are exchangeable, so 
 per distinct configuration. OServe (arXiv 2602.12151, section 4) solves this by max-flow, which is
 exact only if n_cj / n_cj' is the same for every c; the linear programme is exact always.
 
-Many small programmes are solved at once by a primal simplex on stacked tableaux: planning scores
-every deployment of a pool in one call. In units f_cj = x_cj / lambda_j and a_cj = lambda_j / n_cj
+This is the plain path: planning itself solves them compiled (`controller.headroom_kernel`), and
+tests hold both equal. Many small programmes are solved at once by a primal simplex on stacked
+tableaux. In units f_cj = x_cj / lambda_j and a_cj = lambda_j / n_cj
 the rows are theta - sum_c f_cj <= eps_j and sum_j a_cj f_cj <= capacity_c; all slacks basic is a
 feasible start, and small distinct eps_j keep ties (and cycling) away. With one or two
 configurations the optimum is known in closed form and no pivot is made.

@@ -1,7 +1,7 @@
 """Sets of deployments to score: all of a small pool, or the neighbourhood of some in a large one.
 
-A deployment is a tuple of counts, one per feasible configuration. Only maximal ones are listed: a
-device that could still hold a replica is never left idle.
+A deployment is a tuple of counts, one per feasible configuration. It is maximal when it leaves no
+device idle that could still hold a replica; others are listed only where that is asked for.
 """
 
 from __future__ import annotations
