@@ -118,7 +118,7 @@ class Pair:
         self.leaders = Leaders(cluster.spec, self.plain.replicas | fresh)
         self.move = SequenceMove(self.leaders, self.plan, self.leaving, self.coming)  # type: ignore[arg-type]
         self.surrogate = SurrogateCluster(cluster, self.current, trace_items=200_000)
-        self.surrogate.add_rows(self.coming)
+        self.surrogate.rows.add(self.surrogate.state, self.coming)
         self.rounds = KvRounds(self.plan, self.leaving)
         self.rows = {
             r.replica_id: self.surrogate.rows.of(r) for r in (*self.current.replicas, *self.coming)
@@ -190,7 +190,7 @@ class Pair:
         self.plain.replicas = {
             r.replica_id: self.leaders.plain[r.replica_id] for r in target.replicas
         }
-        self.surrogate.drop_rows(self.leaving)
+        self.surrogate.rows.drop(self.surrogate.state, self.leaving)
         self.surrogate.commit(target)
         self.rounds.hand_over(self.surrogate, now_s)
         for replica in target.replicas:
