@@ -28,7 +28,7 @@ from controller.build import build_pipeline, load_profiled_cluster
 from controller.decision import DecisionConfig
 from controller.workload import fit_typing
 from engine.cluster import ParallelConfig, WorkloadTyping, dense_deployment
-from engine.profile import ProfiledCluster, StepTimeModel
+from engine.profile import Crowding, ProfiledCluster, StepTimeModel
 from envs.build import DEFAULT_PROFILE, surrogate_parts
 from envs.serving_env import ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
@@ -62,7 +62,7 @@ class Setup:
     def pool(self, devices: int) -> ProfiledCluster:
         """The profiled cluster with another number of devices, which share nothing."""
         spec = replace(self.cluster.spec, num_devices=devices, devices_per_node=devices)
-        profile = replace(self.cluster.profile, crowding=())
+        profile = replace(self.cluster.profile, crowding=Crowding())
         return ProfiledCluster(spec, profile)
 
     def surrogate(self, replicas: int) -> SurrogateCluster:
