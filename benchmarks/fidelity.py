@@ -4,12 +4,12 @@ A random-weight Llama of 63M parameters in bfloat16 on four workers that share t
 processors. The surrogate knows the engine by a profile, measured in several passes before, between
 and after the runs, one replica busy at a time and several together, under a load that resembles
 none of the workloads; how replicas slow one another it computes from the processors that each keeps
-busy (`ServingProfile.slowdown`). Every deployment serves every workload at every load, `repeats`
+busy (`ServingProfile.crowding`). Every deployment serves every workload at every load, `repeats`
 times, and some switch to another in the middle.
 
 Errors are those of the surrogate against the mean of the engine's runs; `noise_` are those of the
-engine's second run against its first, which no simulator can undercut. A contrast is the difference
-of the mean latencies of two deployments on the same arrivals. All this is on processor cores: it
+engine's second run against its first. A contrast is the difference of the mean latencies of two
+deployments on the same arrivals. All this is on processor cores: it
 validates the mechanics, not the figures of accelerators.
 
 By default it is a small part of what is published, --full all of it. --json FILE keeps all that was

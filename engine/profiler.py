@@ -244,9 +244,10 @@ def crowd(model: StepTimeModel, observed: Observed, processors: int) -> Crowding
     by_memory = 1.0 - _compared_s(model, observed, 0.0) / _compared_s(model, observed, 1.0)
     busy = model.busy_cores * at_work(model) * np.arange(1.0, 1.0 + len(observed.slowdowns))
     sharing = np.maximum(1.0, busy / processors)
+    sharing /= sharing[0]
     rest = np.array(observed.slowdowns) / sharing
     memory = np.maximum.accumulate(np.append(1.0, 1.0 + (rest[1:] - 1.0) / by_memory))
-    return Crowding(_knots(busy, sharing / sharing[0]), _knots(busy, memory))
+    return Crowding(_knots(busy, sharing), _knots(busy, memory))
 
 
 def _knots(busy: Iterable[float], slowdowns: Iterable[float]) -> tuple[tuple[float, float], ...]:
@@ -329,7 +330,7 @@ def build_profile(
         f"switch: {1e-6 * bandwidth:.0f} MB/s, {overhead_s:.2f} s and a pause of "
         f"{1e3 * pause_s:.0f} ms ({len(tickets)} switches)"
     )
-    measured = ServingProfile(
+    found = ServingProfile(
         model=spec.model.name,
         device=f"cpu {platform.machine()}",
         steps=tuple(models),
@@ -338,7 +339,7 @@ def build_profile(
         pause_overhead_s=pause_s,
         crowding=crowding,
     )
-    return ProfiledCluster(replace(spec, link_bytes_per_s=bandwidth), measured)
+    return ProfiledCluster(replace(spec, link_bytes_per_s=bandwidth), found)
 
 
 async def profile(runtime: EngineRuntime, isolated: bool = False) -> ProfiledCluster:

@@ -85,6 +85,9 @@ def test_crowding_is_what_steps_show() -> None:
     assert crowding.processors == ((1.0, 1.0), (2.0, 1.0), (3.0, 1.5))
     assert [busy for busy, _ in crowding.memory] == [1.0, 2.0, 3.0]
     assert [slower for _, slower in crowding.memory] == pytest.approx([1.0, 1.5, 5 / 3])
+    alone = crowd(*half_of_memory(2.0, (1.0, 2.5)), processors=1)
+    assert alone.processors == ((2.0, 1.0), (4.0, 2.0)), "one alone has too few already"
+    assert alone.memory == ((2.0, 1.0), (4.0, 1.5))
     crowding = crowd(*half_of_memory(1.0, (1.0, 0.9)), processors=2)
     assert crowding.memory == ((1.0, 1.0), (2.0, 1.0)), "nothing is faster beside others"
 
