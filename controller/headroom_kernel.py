@@ -146,33 +146,59 @@ def _scratch(configs: int, types: int) -> Any:
 
 
 @compiled
+def _cycle_s(pipeline: Any, running: float, rate: float) -> float:
+    """`controller.service_model`: T at `rate` sequence steps per second, at most that of `running`
+    sequences; of the pipeline's terms q is times the rate."""
+    base, share, pp, added, held, prompt = pipeline
+    alone_s, running = base + added, max(running, 1.0)
+    batches = min(pp, running)
+    step_s = base + added * running / batches
+    full_s = max(1.0, share * batches) * step_s + held / rate * running / (step_s + prompt)
+    full_s = min(full_s, max(1.0, share) * batches * step_s)
+    few_s = np.inf
+    if alone_s + prompt > held:
+        few_s = alone_s * (alone_s + prompt) / (alone_s + prompt - held)
+    if few_s * rate <= pp:
+        return max(alone_s, min(few_s, full_s))
+    stretch, work, many_s = max(1.0, share * pp), added * rate, np.inf
+    free = pp - stretch * work
+    if free > 0.0:
+        half = 0.5 * (pp * (base - prompt + held) + stretch * work * prompt)
+        root = np.sqrt(max(half * half + free * pp * base * (prompt - held), 0.0))
+        many_s = ((half + root) / free - base) * pp / max(work, 1e-12)
+    many_s = max(many_s, stretch * base)
+    if work < 1.0:
+        many_s = min(many_s, max(1.0, share) * pp * base / (1.0 - work))
+    return max(alone_s, min(many_s, full_s))
+
+
+@compiled
 def _latency_s(model: Any, counts: Any, rates: Any, shares: Any) -> float:
     """`controller.service_model.mean_latency_s` of one deployment; shares[C, J] of rates[J]."""
-    base_s, stage_share, pp, steps, added_s, max_running, service = model
+    base_s, stage_share, pp, steps, added_s, held_s2, prompt_s, max_running, service = model
     configs, types = shares.shape
     latency, served = 0.0, 0.0
     for c in range(configs):
         if counts[c] <= 0.0:
             continue
         rate, step_rate, added, places, rho = 0.0, 0.0, 0.0, 0.0, 0.0
+        held, prompts = 0.0, 0.0
         for j in range(types):
             flow = shares[c, j] * rates[j] / counts[c]
             rate += flow
             step_rate += flow * steps[j]
             added += flow * steps[j] * added_s[c, j]
+            held += flow * steps[j] * held_s2[c, j]
+            prompts += flow * steps[j] * held_s2[c, j] * prompt_s[c, j]
             places += flow * steps[j] / max_running[c, j]
             rho += flow / service[c, j]
         if rate <= 0.0:
             continue
-        added /= step_rate
         running = step_rate / places
-        alone_s = base_s[c] + added
-        batches = min(pp[c], max(running, 1.0))
-        stretch = max(1.0, stage_share[c] * batches)
-        full_s = stretch * (base_s[c] + added * max(running, 1.0) / batches)
-        busy = min(stage_share[c] * step_rate * added, 1.0 - 1e-9)
-        cycle_s = max(alone_s, max(1.0, stage_share[c] * pp[c]) * base_s[c] / (1.0 - busy))
-        service_s = step_rate / rate * min(cycle_s, max(full_s, alone_s))
+        prompts /= max(held, 1e-18 * step_rate)
+        pipeline = (base_s[c], stage_share[c], pp[c], added / step_rate, held, prompts)
+        cycle_s = _cycle_s(pipeline, running, step_rate)
+        service_s = step_rate / rate * cycle_s
         power = np.sqrt(2.0 * (running + 1.0)) - 1.0
         below = min(rho, RHO_KNEE)
         wait = below**power / (1.0 - below)
@@ -278,7 +304,7 @@ def _load_floors(model: Any, rho: float) -> Any:
     """What holds of a replica whatever its mix: busy[C, J], the share of a step that work on a
     type adds at full utilisation; full_s[C], a step with every place taken, at least; and by level
     of utilisation waiting[L, C], what the wait multiplies a latency by, at least."""
-    base_s, stage_share, pp, steps, added_s, max_running, service = model
+    base_s, stage_share, pp, steps, added_s, _, _, max_running, service = model
     configs, types = service.shape
     busy, full_s = np.empty((configs, types)), np.empty(configs)
     waiting = np.empty((LEVELS, configs))
@@ -323,7 +349,7 @@ def _least_load_s(
     added), where the mixes are looked at in `parts` by that share: in each the sum is linear, and
     least on the hull of the types.
     """
-    base_s, stage_share, pp, steps, added_s, _, service = model
+    base_s, stage_share, pp, steps, added_s, _, _, _, service = model
     busy, full_s, waiting = floors
     types, costs = service.shape[1], np.empty(service.shape[1])
     for level in range(first, len(least)):
@@ -458,7 +484,7 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -
 def warm_up() -> None:
     """Compiles everything, or loads it, so that no decision waits for it."""
     one, square = np.ones(1), np.ones((1, 1))
-    model = (one, one, one, one, square, square, square)
+    model = (one, one, one, one, square, square, square, square, square)
     score(square, square, one, 0.9, model)
     most_headroom(square, square[None], 0.9, 0.0)
     least_latency(square, square, one, 0.9, model)
