@@ -192,7 +192,7 @@ class DecisionPipeline:
         plan: SwitchPlan | None = None
         if found.executed != KEEP:
             try:
-                plan = self._plan(prepared, found.executed, name)
+                plan = self.plan(prepared, found.executed, name)
             except InfeasibleError as error:
                 blocked = tuple(
                     f"infeasible: {error}" if row == found.executed else reason
@@ -205,7 +205,8 @@ class DecisionPipeline:
         text = f"{prepared.at_s!r}|{prepared.snapshot.epoch}|{self._num_decisions}"
         return f"d{self._num_decisions:06d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-    def _plan(self, prepared: PreparedDecision, row: int, decision_id: str) -> SwitchPlan:
+    def plan(self, prepared: PreparedDecision, row: int, decision_id: str) -> SwitchPlan:
+        """How to reach that candidate. Raises InfeasibleError."""
         snapshot, target = prepared.snapshot, prepared.candidates[row].configs
         return plan_switch(
             self.cluster.spec,

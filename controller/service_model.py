@@ -14,7 +14,8 @@ H = b min(P, max_num_batched_tokens) longer, holds up the pp - 1 others behind i
 let batches circling through pp stages wait like customers of a closed network: not at all where all
 steps take the same time, pp - 1 times a stage's mean time per cycle where they are exponential, in
 between in proportion to their squared coefficient of variation; a long one holds each of the others
-up for HELD_UP times its own, no more. Both limits hold with g = s H / HELD_UP and, per sequence step,
+up for HELD_UP times its own, no more. Both limits hold with g = s H / HELD_UP and, per sequence
+step,
     q = s (pp - 1) / pp * b^2 P min(P, max_num_batched_tokens) / m,
 P times SPREAD2 for what lengths of a type vary. Both constants were chosen on simulated runs of 71
 replicas, five pairs of profile and trace, at loads of 0.15, 0.4 and 0.7: there mean latency is off

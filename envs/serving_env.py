@@ -101,16 +101,16 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         """A new window of traffic on a new cluster; deterministic by seed on the surrogate."""
         super().reset(seed=seed)
         self.close()
-        trace = self.parts.make_trace(self.np_random)
+        self.trace = trace = self.parts.make_trace(self.np_random)
         self.cluster = self.parts.make_cluster(self.np_random)
         snapshot = self.cluster.snapshot()
-        self._start_s = snapshot.now_s
+        self.start_s = snapshot.now_s
         self._num_steps, self._num_intervals = 0, max(1, round(trace.duration_s / self.grid_s))
         self._disturb(self.cluster, trace.duration_s)
         self._cursor = self.cluster.events(0).next_cursor
         feed = ColumnTraffic if self.parts.columns else EventTraffic
         self._feed: TrafficFeed = feed(
-            self.cluster, self.pipeline, trace, self._start_s, self.parts.reward
+            self.cluster, self.pipeline, trace, self.start_s, self.parts.reward
         )
         self._counts = IntervalCounts()
         self._rewards: list[float] = []
@@ -129,8 +129,8 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         decision = self.pipeline.resolve(self.prepared, int(action), probabilities, policy_name)
         ticket = self._apply(self.cluster, decision)
         self._num_steps += 1
-        arrived = self._feed.submit_until(self._until_s)
-        self.cluster.advance(self._until_s)
+        arrived = self._feed.submit_until(self.end_s)
+        self.cluster.advance(self.end_s)
         self._feed.observe(self._take_events(self.cluster))
         self._counts = self._feed.counts(arrived, self.parts.slo)
         snapshot = self.cluster.snapshot()
@@ -152,9 +152,14 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         return self._num_steps >= self._num_intervals
 
     @property
-    def _until_s(self) -> float:
+    def end_s(self) -> float:
         """When the last interval begun ends, on the cluster's clock."""
-        return self._start_s + self._num_steps * self.grid_s
+        return self.start_s + self._num_steps * self.grid_s
+
+    @property
+    def tickets(self) -> tuple[SwitchTicket, ...]:
+        """The latest ticket of each switch of the episode."""
+        return tuple(self._tickets.values())
 
     def action_masks(self) -> Mask:
         """[max_candidates] True where a row may be chosen; row 0 (keep) always may."""
@@ -172,7 +177,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             )
         reward = self._rewards[-1] if self._rewards else 0.0
         snapshot, spec = self.prepared.snapshot, self.pipeline.cluster.spec
-        frame = Frame(snapshot, spec, self._counts, self.grid_s, self._start_s, reward)
+        frame = Frame(snapshot, spec, self._counts, self.grid_s, self.start_s, reward)
         return show_text(frame) if self.render_mode == "ansi" else draw(frame)
 
     def close(self) -> None:
@@ -208,7 +213,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
                 f"{type(cluster).__name__} cannot be told to lose devices; set the scenario's "
                 "failure_gap_s to [0, 0]."
             )
-        start_s = self._start_s
+        start_s = self.start_s
         cluster.schedule_failures(
             [
                 DeviceFailure(f.at_s + start_s, f.device, f.back_at_s + start_s)
@@ -218,7 +223,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
 
     def _as_seen(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
         """The snapshot; in a stale span the last one before it, at the present time."""
-        if not any(span.covers(snapshot.now_s - self._start_s) for span in self._stale):
+        if not any(span.covers(snapshot.now_s - self.start_s) for span in self._stale):
             self._seen = snapshot
         return replace(self._seen, now_s=snapshot.now_s)
 
@@ -248,11 +253,11 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         """What the episode has left so far."""
         feed = self._feed
         assert isinstance(feed, EventTraffic), "columns keep no outcomes; build without them"
-        done = [t for t in self._tickets.values() if t.phase.is_terminal]
+        done = [t for t in self.tickets if t.phase.is_terminal]
         return EpisodeRecord(
             outcomes=tuple(feed.outcomes),
             unfinished_arrivals_s=tuple(feed.open_arrivals_s.values()),
-            end_s=self._until_s,
+            end_s=self.end_s,
             rewards=tuple(self._rewards),
             num_switches=len(self._tickets),
             switch_s=sum(t.duration_s for t in done),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, Self
 
@@ -165,3 +165,29 @@ class Simulator(Protocol):
         Raises what `Cluster.apply` and `Cluster.set_routing` raise.
         """
         ...
+
+
+class Outlook(Protocol):
+    """The decision at hand, and what may come of it."""
+
+    def simulator(self) -> Simulator:
+        """The cluster as it is now; each call gives a copy of its own."""
+        ...
+
+    def plan(self, row: int) -> SwitchPlan | None:
+        """How that row of the observation would be reached; None: it is kept, or cannot be."""
+        ...
+
+    def futures(self, horizon_s: float, number: int) -> Sequence[Future]:
+        """Requests of the next seconds: the true ones, or as many draws as asked for."""
+        ...
+
+
+def request_seconds(before: ClusterSnapshot, after: Rollout) -> float:
+    """The time that all requests together were in the system between two snapshots: by Little's
+    law what mean latency is made of."""
+    end_s, traffic = after.snapshot.now_s, after.traffic
+    present = before.num_arrived - before.num_finished - before.num_rejected
+    stayed_s = present * (end_s - before.now_s)
+    arrived_s = float((end_s - traffic.arrival_s).sum())
+    return stayed_s + arrived_s - float((end_s - traffic.finish_s).sum())

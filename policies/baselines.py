@@ -1,17 +1,18 @@
-"""Rules that need no training: keep, static, OServe's myopic rule, break-even hysteresis.
+"""Rules that need no training: keep, static, myopic, greedy, scaling, hysteresis, work function.
 
 They read candidate features by name; `controller.observation` defines names and units.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidRequestError
-from policies.base import Observation, ObservationSpec
+from policies.base import Observation, ObservationSpec, Policy
 
 KEEP_ROW = 0
 
@@ -23,6 +24,16 @@ def _one_hot(observation: Observation, row: int) -> NDArray[np.float64]:
     probabilities = np.zeros(len(observation.mask), np.float64)
     probabilities[chosen] = 1.0
     return probabilities
+
+
+def state_column(spec: ObservationSpec, name: str) -> int:
+    """Index of a state feature. Raises InvalidRequestError naming those that exist."""
+    if name not in spec.state_features:
+        raise InvalidRequestError(
+            f"the observation has no state feature {name!r}, only "
+            f"{', '.join(spec.state_features)}; this baseline cannot run on it."
+        )
+    return spec.state_features.index(name)
 
 
 def feature_column(spec: ObservationSpec, name: str) -> int:
@@ -78,6 +89,86 @@ class MyopicPolicy:
         return _one_hot(observation, int(np.argmax(marked)) if marked.any() else KEEP_ROW)
 
 
+class EveryPolicy:
+    """Another policy asked at each n-th decision only; in between it keeps."""
+
+    def __init__(self, policy: Policy, decisions: int) -> None:
+        self.policy, self.decisions, self.name = policy, decisions, policy.name
+        self._count = 0
+
+    def reset(self) -> None:
+        self._count = 0
+        self.policy.reset()
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        due, self._count = self._count % self.decisions == 0, self._count + 1
+        return self.policy.probabilities(observation) if due else _one_hot(observation, KEEP_ROW)
+
+
+class GreedyPolicy:
+    """As Nitsum (arXiv 2605.05467) takes parallelism as something to turn every second: always the
+    fastest of the deployments that hold the high forecast; where none does, the one that holds
+    most of it."""
+
+    name = "greedy"
+
+    def __init__(self, spec: ObservationSpec) -> None:
+        self._latency = feature_column(spec, "log_latency")
+        self._headroom = feature_column(spec, "headroom_q90")
+
+    def reset(self) -> None:
+        """Nothing to clear."""
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        rows = observation.candidates[: len(observation.keys)].astype(np.float64)
+        legal, holds = observation.mask[: len(rows)], rows[:, self._headroom] >= 1.0
+        if (legal & holds).any():
+            worth = np.where(legal & holds, -rows[:, self._latency], -np.inf)
+        else:
+            worth = np.where(legal, rows[:, self._headroom], -np.inf)
+        return _one_hot(observation, int(np.argmax(worth)))
+
+
+class ScalingPolicy:
+    """As Dynamo's planner counts replicas: the fewest devices that hold the high forecast times a
+    correction, the latency seen over the latency expected; where none does, the most headroom."""
+
+    name = "scaling"
+    LIMITS = (0.8, 2.0)  # of the correction
+
+    def __init__(self, spec: ObservationSpec) -> None:
+        self._headroom = feature_column(spec, "headroom_q90")
+        self._latency = feature_column(spec, "log_latency")
+        self._devices = feature_column(spec, "devices_used")
+        self._seen = state_column(spec, "log_latency")
+        self._known = state_column(spec, "latency_known")
+
+    def reset(self) -> None:
+        """Nothing to clear."""
+
+    def _correction(self, observation: Observation) -> float:
+        if observation.state[self._known] < 0.5:
+            return 1.0
+        seen_s = math.expm1(float(observation.state[self._seen]))
+        expected_s = math.exp(float(observation.candidates[KEEP_ROW, self._latency]))
+        return float(np.clip(seen_s / expected_s, *self.LIMITS))
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        rows = observation.candidates[: len(observation.keys)].astype(np.float64)
+        legal, headroom = observation.mask[: len(rows)], rows[:, self._headroom]
+        enough = legal & (headroom >= self._correction(observation))
+        if enough.any():
+            order = np.lexsort((-headroom, np.where(enough, rows[:, self._devices], np.inf)))
+            return _one_hot(observation, int(order[0]))
+        return _one_hot(observation, int(np.argmax(np.where(legal, headroom, -np.inf))))
+
+
+def switch_cost_s(stop_s: NDArray[np.float64], latency_s: float) -> NDArray[np.float64]:
+    """What a stop costs, in request-seconds per arrival rate: the requests in flight, latency_s of
+    arrivals, wait for all of it, and those that arrive in it half of it on average."""
+    return stop_s * (latency_s + stop_s / 2.0)
+
+
 @dataclass(frozen=True, slots=True)
 class HysteresisConfig:
     """When a gain counts as real."""
@@ -112,7 +203,7 @@ class HysteresisPolicy:
         rows = observation.candidates[: len(observation.keys)].astype(np.float64)
         latency_s, stop_s = np.exp(rows[:, self._latency]), rows[:, self._switch]
         gain_s = self._config.horizon_s * (1.0 - latency_s / latency_s[KEEP_ROW])
-        cost_s = stop_s * (1.0 + stop_s / (2.0 * latency_s[KEEP_ROW]))
+        cost_s = switch_cost_s(stop_s, latency_s[KEEP_ROW]) / latency_s[KEEP_ROW]
         advantage_s = gain_s - self._config.margin * cost_s
         advantage_s[KEEP_ROW] = 0.0
         return np.where(observation.mask[: len(rows)], advantage_s, -np.inf)
@@ -126,3 +217,41 @@ class HysteresisPolicy:
         self._streak = self._streak + 1 if key == self._pending else 1
         self._pending = key
         return _one_hot(observation, row if self._streak >= self._config.num_ticks else KEEP_ROW)
+
+
+class WorkFunctionPolicy:
+    """The work-function algorithm for metrical task systems (Borodin, Linial and Saks 1992).
+
+    w(k) is the least cost of any course of switches that has met the traffic so far and ends in k.
+    With the traffic's cost of an interval c(k) = grid * latency(k), per arrival rate,
+        w(k) <- min_j (w(j) + c(j) + d(j, k)),   and the rule goes to  argmin_k w(k) + d(now, k).
+    A deployment that is no candidate for a while is forgotten; one that comes new is as if reached
+    just now. Only switches from the present one are priced in an observation; between two others
+    the dearer of them counts.
+    """
+
+    name = "work function"
+
+    def __init__(self, spec: ObservationSpec) -> None:
+        self._grid_s = spec.grid_s
+        self._latency = feature_column(spec, "log_latency")
+        self._switch = feature_column(spec, "switch_s")
+        self._work: dict[str, float] = {}
+
+    def reset(self) -> None:
+        self._work = {}
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        keys = observation.keys
+        rows = observation.candidates[: len(keys)].astype(np.float64)
+        latency_s = np.exp(rows[:, self._latency])
+        price = switch_cost_s(rows[:, self._switch], latency_s[KEEP_ROW])
+        between = np.maximum(price[:, None], price[None, :])  # [j, k]
+        np.fill_diagonal(between, 0.0)
+        known = self._work.get(keys[KEEP_ROW], 0.0)
+        work = np.array([self._work.get(k, known + p) for k, p in zip(keys, price, strict=True)])
+        work = ((work + self._grid_s * latency_s)[:, None] + between).min(axis=0)
+        work -= work.min()
+        self._work = dict(zip(keys, work.tolist(), strict=True))
+        total = np.where(observation.mask[: len(keys)], work + price, np.inf)
+        return _one_hot(observation, int(np.argmin(total)))

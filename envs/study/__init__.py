@@ -1,0 +1,1 @@
+"""The headroom study: how much unequal replicas and switching can win, where, and who takes it."""

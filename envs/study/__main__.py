@@ -1,0 +1,100 @@
+"""`python -m envs.study`: runs the cells of configs/headroom.yaml; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from engine.config import load_config
+from engine.errors import TidewrightError
+from envs.study.cell import run_cell
+from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "headroom.json.gz"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """By name of the cell; none where there is no file."""
+    if not path.exists():
+        return {}
+    with gzip.open(path, "rt") as file:
+        return {str(result["cell"]["name"]): result for result in json.load(file)}
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Byte for byte the same for the same results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([results[name] for name in sorted(results)], separators=(",", ":"))
+    part = path.with_suffix(".part")
+    part.write_bytes(gzip.compress(text.encode(), mtime=0))
+    part.replace(path)
+
+
+def _run(config: StudyConfig, cell: Cell, traces: Path, shows: bool) -> dict[str, Any]:
+    def report(what: str) -> None:
+        if shows:
+            print(f"  {cell.name}: {what}", file=sys.stderr, flush=True)
+
+    return run_cell(config, cell, traces, report)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m envs.study", description=__doc__)
+    parser.add_argument("--config", type=Path, default=DEFAULT_STUDY, help="study (YAML)")
+    parser.add_argument("--traces", type=Path, help="folder of trace files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results (gzipped JSON)")
+    parser.add_argument("--cells", nargs="*", help="names of cells; default: those without results")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--verbose", action="store_true", help="say which rule is running")
+    return parser.parse_args(arguments)
+
+
+def _chosen(args: argparse.Namespace, config: StudyConfig, done: dict[str, Any]) -> list[Cell]:
+    known = {cell.name: cell for cell in config.cells}
+    unknown = sorted(set(args.cells or ()) - set(known))
+    if unknown:
+        raise SystemExit(f"cells {unknown} are not in {args.config}; it has {', '.join(known)}.")
+    if args.cells:
+        return [known[name] for name in args.cells]
+    wanted = [c for c in config.cells if done.get(c.name, {}).get("cell") != c.model_dump(mode="json")]
+    if args.traces is None:
+        skipped = [c.name for c in wanted if c.trace != GENERATED]
+        if skipped:
+            print(f"without --traces {len(skipped)} cells are left out.", file=sys.stderr)
+        wanted = [c for c in wanted if c.trace == GENERATED]
+    return wanted
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parse(arguments)
+    try:
+        config: StudyConfig = load_config(StudyConfig, args.config, {})
+    except TidewrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results = read_results(args.out)
+    cells, traces = _chosen(args, config, results), args.traces or Path()
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("forkserver")) as pool:
+        running = {pool.submit(_run, config, c, traces, args.verbose): c for c in cells}
+        try:
+            for number, future in enumerate(as_completed(running), 1):
+                result = future.result()
+                results[running[future].name] = result
+                write_results(args.out, results)
+                name, took_s = running[future].name, result["took_s"]
+                print(f"{number}/{len(cells)} {name}: {took_s:.0f} s", file=sys.stderr, flush=True)
+        except TidewrightError as error:
+            pool.shutdown(cancel_futures=True)
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

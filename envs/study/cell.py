@@ -1,0 +1,214 @@
+"""Runs one cell: statics, tuning, the ladder, the beam and the bounds; gives JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controller.service_model import kv_cost_params
+from controller.workload import assign
+from engine.cluster import (
+    ClusterSnapshot,
+    SwitchPlan,
+    deployment_key,
+    dense_deployment,
+    parse_deployment_key,
+)
+from engine.errors import InfeasibleError
+from engine.migration.plan import plan_switch
+from envs.lookahead import future_of
+from envs.study.bounds import bounds
+from envs.study.config import Cell, StudyConfig
+from envs.study.rules import (
+    hysteresis_policy,
+    hysteresis_settings,
+    ladder,
+    static_pipeline,
+    static_policy,
+)
+from envs.study.scores import RunScore, WindowRecord, score_run
+from envs.study.world import World, build_world, homogeneous_keys, run_windows, shares_of_types
+from envs.surrogate.cluster import SurrogateCluster
+from envs.workload import Trace
+from policies.base import TrafficColumns
+from policies.baselines import HysteresisConfig
+from policies.oracle import World as Beam
+from policies.oracle import beam_search
+
+PART_S = 1800.0  # of a window, whose mean rates name deployments worth simulating
+Report = Callable[[str], None]
+
+
+def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> dict[str, Any]:
+    """Everything that the study says about a cell. Raises TidewrightErrors."""
+    began_s = time.perf_counter()
+    world = build_world(config, cell, traces)
+    statics = _statics(world, report)
+    tuned = _tune(world, report)
+    runs = list(statics)
+    for rule in ladder(world, tuned):
+        report(rule.name)
+        pipeline = rule.pipeline(world)
+        records = run_windows(world, world.test, rule.policy, pipeline)
+        runs.append(_score(world, rule.name, records, {"meaning": rule.meaning}))
+    if cell.ladder == "full":
+        report("beam")
+        runs.append(_beam(world, statics))
+    return {
+        "cell": cell.model_dump(mode="json"),
+        "capacity_per_s": round(world.capacity_per_s, 4),
+        "peak_per_s": round(world.peak_per_s, 4),
+        "requests": sum(map(len, world.test)),
+        "seconds": sum(w.duration_s for w in world.test),
+        "types": [asdict(t) for t in world.typing.types],
+        "shares": shares_of_types(world, world.test),
+        "initial": world.initial_key,
+        "hysteresis": asdict(tuned),
+        "bounds": bounds(world),
+        "runs": [run.to_json() for run in runs],
+        "took_s": round(time.perf_counter() - began_s, 1),
+    }
+
+
+def _score(
+    world: World, name: str, records: Sequence[WindowRecord], detail: dict[str, Any] | None = None
+) -> RunScore:
+    return score_run(name, records, world.objectives, world.typing, detail)
+
+
+# --------------------------------------------------------------------------------------
+# Static deployments
+
+
+def _parts(world: World) -> list[tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """(seconds, rates[J], lengths[J, 2]) of each half hour that is scored."""
+    found = []
+    for window in world.test:
+        for first_s in np.arange(0.0, window.duration_s, PART_S):
+            part = window.window(float(first_s), min(PART_S, window.duration_s - float(first_s)))
+            if not len(part):
+                continue
+            types = assign(world.typing, part.prompt_tokens, part.output_tokens)
+            rates = np.bincount(types, minlength=len(world.typing.types)) / part.duration_s
+            found.append((part.duration_s, rates, world.lengths))
+    return found
+
+
+def promising(world: World) -> tuple[list[str], list[str]]:
+    """Deployments worth simulating, the least estimated latency over all half hours first: equal
+    ones, and unequal ones that are best for some half hour or for the mean of the training days."""
+    parts, equal = _parts(world), homogeneous_keys(world.planner)
+    mean = (1.0, world.mean_rates, world.lengths)
+    found = {deployment_key(c) for part in [mean, *parts] for c in _best_for(world, *part[1:])}
+
+    def cost(key: str) -> float:
+        configs = parse_deployment_key(key)
+        each = [world.planner.estimate(configs, rates, lengths) for _, rates, lengths in parts]
+        weight = [s * rates.sum() for s, rates, _ in parts]
+        return float(np.average([e.latency_s for e in each], weights=weight))
+
+    unequal = sorted(found - set(equal), key=cost)[: world.config.num_unequal]
+    return sorted(equal, key=cost)[: world.config.num_equal], unequal
+
+
+def _best_for(world: World, rates: Any, lengths: Any) -> list[Any]:
+    """By headroom and by latency."""
+    return [p.optimum(rates, lengths=lengths) for p in (world.planner, world.fast_planner)]
+
+
+def _statics(world: World, report: Report) -> list[RunScore]:
+    """The promising deployments, kept throughout; the best unequal one also without routing by type."""
+    scores = []
+    for kind, keys in zip(("equal", "unequal"), promising(world), strict=True):
+        for key in keys:
+            report(f"static {key}")
+            records = run_windows(world, world.test, static_policy(), static_pipeline(world), key)
+            scores.append(_score(world, f"static {key}", records, {"static": kind, "key": key}))
+    best = min(
+        (s for s in scores if s.detail["static"] == "unequal"),
+        key=lambda s: s.latency_s,
+        default=None,
+    )
+    if best is not None:
+        key = best.detail["key"]
+        pipeline = static_pipeline(world, by_load=True)
+        records = run_windows(world, world.test, static_policy(), pipeline, key)
+        detail = {"static": "by_load", "key": key}
+        scores.append(_score(world, f"static {key} by load", records, detail))
+    return scores
+
+
+def _tune(world: World, report: Report) -> HysteresisConfig:
+    """The settings of hysteresis with the least mean latency on the tuning windows."""
+    found = []
+    for setting in hysteresis_settings(world):
+        report(f"tuning hysteresis {setting.horizon_s:g} s, {setting.num_ticks}")
+        pipeline = static_pipeline(world)
+        records = run_windows(world, world.training, hysteresis_policy(setting), pipeline)
+        found.append((_score(world, "", records).latency_s, setting))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+# --------------------------------------------------------------------------------------
+# The beam
+
+
+def _beam(world: World, statics: Sequence[RunScore]) -> RunScore:
+    """Over the best static deployments and the fastest at every load."""
+    ranked = sorted(statics, key=lambda s: s.latency_s)
+    keys = [str(s.detail["key"]) for s in ranked if s.detail["static"] != "by_load"]
+    fastest = [str(world.initial_key), _fastest(world)]
+    keys = list(dict.fromkeys([*fastest, *keys]))[: world.config.beam_deployments]
+    records = [_beam_window(world, window, tuple(keys)) for window in world.test if len(window)]
+    return _score(world, "beam", records, {"meaning": "with hindsight", "keys": keys})
+
+
+def _fastest(world: World) -> str:
+    """At almost no load."""
+    found = _best_for(world, 0.05 * world.mean_rates, world.lengths)[1]
+    return deployment_key(found)
+
+
+def _beam_window(world: World, window: Trace, keys: tuple[str, ...]) -> WindowRecord:
+    start = SurrogateCluster(
+        world.cluster, dense_deployment(parse_deployment_key(world.initial_key)), columns=True
+    )
+    course = beam_search(start, _beam_world(world, window, keys), window.duration_s, world.config.beam)
+    switches = ((0.0, world.initial_key), *course.switches)
+    return WindowRecord(
+        window,
+        TrafficColumns.join(list(course.traffic)),
+        window.duration_s,
+        world.cell.devices * window.duration_s,
+        len(course.switches),
+        0.0,
+        switches,
+    )
+
+
+def _beam_world(world: World, window: Trace, keys: tuple[str, ...]) -> Beam:
+    spec, profile = world.cluster.spec, world.cluster.profile
+
+    def plan(snapshot: ClusterSnapshot, key: str) -> SwitchPlan | None:
+        target = parse_deployment_key(key)
+        try:
+            return plan_switch(
+                spec,
+                snapshot.deployment,
+                snapshot.epoch,
+                target,
+                kv_cost_params(world.cluster, target),
+                profile.switch_overhead_s,
+                f"beam-{snapshot.now_s:g}",
+                snapshot.dead_devices,
+                kv_blocks_used=snapshot.kv_blocks_used,
+            )
+        except InfeasibleError:
+            return None
+
+    return Beam(keys, plan, lambda a, b: future_of(window, 0.0, a, b), lambda s, f: None)

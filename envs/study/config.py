@@ -1,0 +1,76 @@
+"""StudyConfig: configs/headroom.yaml, the cells of the study, listed before they are run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from policies.mpc import MpcConfig
+from policies.oracle import BeamConfig
+
+GENERATED = "generated"  # the embedded generator in place of a trace file
+Ladder = Literal["full", "rules", "failures"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Windows(_Section):
+    """What rules are tuned on, and what is scored: evenly spaced, never the same days."""
+
+    training_share: float = Field(gt=0, lt=1, description="of the trace's days, or of its time")
+    number: int = Field(ge=1, description="windows that are scored")
+    tuning: int = Field(ge=1, description="windows that rules are tuned on")
+    window_s: float = Field(gt=0, description="seconds of a window")
+    peak_s: float = Field(gt=0, description="the peak is the highest mean rate of so many seconds of them")
+
+
+class Cell(_Section):
+    """One pool under one load."""
+
+    name: str = Field(pattern=r"^[a-z0-9_.-]+$")
+    trace: str = Field(description=f"file in the folder of traces, or {GENERATED!r}")
+    profile: str = Field(description="file in configs/profiles")
+    devices: int = Field(ge=1)
+    load: float = Field(gt=0, description="peak over the best static capacity")
+    length_factor: float = Field(default=1.0, gt=0, description="multiplies lengths in tokens")
+    lost_devices: int = Field(default=0, ge=0, description="lost a third into each window")
+    ladder: Ladder = Field(
+        default="rules",
+        description="full: also those that look ahead; failures: keep and those that re-plan",
+    )
+    windows: Windows | None = Field(default=None, description="in place of the study's own")
+
+
+class Tuning(_Section):
+    """What hysteresis may be set to; the best on the tuning windows is taken."""
+
+    horizon_s: tuple[float, ...] = Field(min_length=1)
+    num_ticks: tuple[int, ...] = Field(min_length=1)
+    margin: tuple[float, ...] = Field(min_length=1)
+
+
+class StudyConfig(_Section):
+    """One study."""
+
+    windows: Windows
+    num_types: int = Field(ge=1)
+    replan_decisions: int = Field(ge=1, description="decisions between plans of periodic rules")
+    num_equal: int = Field(ge=1, description="static deployments of equal replicas, simulated")
+    num_unequal: int = Field(ge=0, description="and of unequal ones")
+    reload_s: float = Field(gt=0, description="seconds a replica is away in a cold reload")
+    seed: int = Field(ge=0)
+    tuning: Tuning
+    mpc: MpcConfig
+    beam: BeamConfig
+    beam_deployments: int = Field(ge=1, description="deployments that the beam chooses from")
+    cells: tuple[Cell, ...] = Field(min_length=1)
+
+    def windows_of(self, cell: Cell) -> Windows:
+        return cell.windows or self.windows
+
+
+DEFAULT_STUDY = Path(__file__).parents[2] / "configs" / "headroom.yaml"

@@ -1,0 +1,124 @@
+"""What one rule's windows came to: figures from columns of traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from controller.workload import assign
+from engine.cluster import SloSpec, WorkloadTyping
+from envs.reward import slo_met
+from envs.workload import Trace
+from policies.base import TrafficColumns
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRecord:
+    """One window under one rule."""
+
+    trace: Trace
+    traffic: TrafficColumns
+    end_s: float
+    device_s: float  # devices in the deployment times seconds
+    num_switches: int
+    switch_s: float
+    timeline: tuple[tuple[float, str], ...] = ()  # (second, key) at each change
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """The levels of service that a run is scored by; `mixed`: types of long requests are batch."""
+
+    interactive: SloSpec
+    batch: SloSpec
+    is_batch: tuple[bool, ...]  # [J]
+
+    def attainment(self, records: Sequence[WindowRecord], typing: WorkloadTyping) -> dict[str, int]:
+        """Requests that meet each."""
+        met = {"interactive": 0, "batch": 0, "mixed": 0}
+        for record in records:
+            ended = record.traffic
+            tight, loose = slo_met(self.interactive, ended), slo_met(self.batch, ended)
+            types = assign(typing, ended.prompt_tokens, ended.output_tokens)
+            mixed = np.where(np.array(self.is_batch)[types], loose, tight)
+            for name, good in (("interactive", tight), ("batch", loose), ("mixed", mixed)):
+                met[name] += int(good.sum())
+        return met
+
+
+@dataclass(frozen=True, slots=True)
+class RunScore:
+    """A rule over all windows. Latency counts every request that was not rejected, with its age at
+    the end where it has not finished; attainment counts every arrival."""
+
+    rule: str
+    arrived: int
+    latency_s: float  # mean
+    latency_p50_s: float
+    latency_p99_s: float
+    ttft_p99_s: float
+    tpot_p99_s: float
+    attainment: dict[str, float]
+    unfinished: int
+    rejected: int
+    device_hours: float
+    switches: int
+    switch_s: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        def short(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: short(v) for k, v in value.items()}
+            return round(value, 5) if isinstance(value, float) else value
+
+        return {key: short(value) for key, value in asdict(self).items()}
+
+
+def _open_ages_s(record: WindowRecord) -> np.ndarray[Any, np.dtype[np.float64]]:
+    is_open = np.ones(len(record.trace), np.bool_)
+    is_open[record.traffic.index] = False
+    return np.asarray(record.end_s - record.trace.arrival_s[is_open])
+
+
+def score_run(
+    rule: str,
+    records: Sequence[WindowRecord],
+    objectives: Objectives,
+    typing: WorkloadTyping,
+    detail: dict[str, Any] | None = None,
+) -> RunScore:
+    ended = TrafficColumns.join([r.traffic for r in records])
+    done = ended.finished
+    ages_s = np.concatenate([_open_ages_s(r) for r in records])
+    latency_s = np.concatenate([(ended.finish_s - ended.ended_arrival_s)[done], ages_s])
+    ttft_s = (ended.first_token_s - ended.ended_arrival_s)[done]
+    several = done & (ended.output_tokens > 1)
+    tpot_s = ((ended.finish_s - ended.first_token_s) / np.maximum(ended.output_tokens - 1, 1))[
+        several
+    ]
+    arrived = sum(len(r.trace) for r in records)
+    met = objectives.attainment(records, typing)
+
+    def percentile(values: Any, q: float) -> float:
+        return float(np.percentile(values, q)) if len(values) else 0.0
+
+    return RunScore(
+        rule=rule,
+        arrived=arrived,
+        latency_s=float(latency_s.mean()),
+        latency_p50_s=percentile(latency_s, 50),
+        latency_p99_s=percentile(latency_s, 99),
+        ttft_p99_s=percentile(ttft_s, 99),
+        tpot_p99_s=percentile(tpot_s, 99),
+        attainment={name: count / arrived for name, count in met.items()},
+        unfinished=len(ages_s),
+        rejected=int((~done).sum()),
+        device_hours=sum(r.device_s for r in records) / 3600.0,
+        switches=sum(r.num_switches for r in records),
+        switch_s=sum(r.switch_s for r in records),
+        detail=detail or {},
+    )

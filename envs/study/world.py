@@ -1,0 +1,238 @@
+"""One cell of the study made real: pool, traffic at its load, and windows run under a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from controller.build import build_pipeline, load_profiled_cluster
+from controller.decision import DecisionConfig, DecisionPipeline
+from controller.planner import Planner
+from controller.scoring import Objective
+from controller.workload import assign, centres, fit_typing
+from engine.cluster import SloSpec, WorkloadTyping, deployment_key
+from engine.profile import ProfiledCluster
+from envs.build import surrogate_parts
+from envs.lookahead import EnvOutlook
+from envs.scenarios import DeviceFailure, Disturbances
+from envs.serving_env import ServingEnv
+from envs.slo import read_slo
+from envs.study.config import GENERATED, Cell, StudyConfig
+from envs.study.scores import Objectives, WindowRecord
+from envs.traces import load_trace
+from envs.traffic import DAY_S, mean_mix
+from envs.workload import Trace, WorkloadConfig, generate
+from policies.base import Policy, TrafficColumns
+
+PROFILES = Path(__file__).parents[2] / "configs" / "profiles"
+GENERATED_S = 4 * DAY_S
+GENERATED_TRAFFIC = WorkloadConfig(mean_rate_per_s=2.0, cycle_s=DAY_S, regime_s=3600.0)
+MAX_FITTED = 50_000  # requests that the typing is fitted on
+PREDICTOR = "ewma4"
+OBJECTIVES: tuple[Objective, Objective] = ("goodput", "latency")
+MakePolicy = Callable[[DecisionPipeline, ServingEnv], Policy]
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all rules of a cell share."""
+
+    config: StudyConfig
+    cell: Cell
+    cluster: ProfiledCluster
+    typing: WorkloadTyping
+    planner: Planner  # by headroom
+    fast_planner: Planner  # by latency
+    training: tuple[Trace, ...]  # windows, loaded
+    test: tuple[Trace, ...]
+    mean_rates: np.ndarray[tuple[int], np.dtype[np.float64]]  # [J] of the training part, loaded
+    lengths: np.ndarray[tuple[int, int], np.dtype[np.float64]]  # [J, 2]
+    capacity_per_s: float  # of the best static deployment on the mean mix, fully used
+    peak_per_s: float
+    objectives: Objectives
+    initial_key: str  # where all but the static ones start
+
+    def pipeline(self, decision: DecisionConfig | None = None) -> DecisionPipeline:
+        return build_pipeline(self.cluster, self.typing, decision or DecisionConfig(), PREDICTOR)
+
+
+def _read(cell: Cell, traces: Path, seed: int) -> Trace:
+    if cell.trace == GENERATED:
+        return generate(GENERATED_TRAFFIC, GENERATED_S, np.random.default_rng(seed))
+    return load_trace(traces / cell.trace)
+
+
+def split_s(trace: Trace, share: float) -> float:
+    """Where training ends: at the end of a day where there are several, else after that share."""
+    days = trace.duration_s / DAY_S
+    return float(round(days * share)) * DAY_S if days >= 2 else share * trace.duration_s
+
+
+def spaced(trace: Trace, number: int, window_s: float) -> list[Trace]:
+    """Windows in the middle of `number` equal parts; shorter where the parts are."""
+    part_s = trace.duration_s / number
+    window_s = min(window_s, part_s)
+    starts = [(i + 0.5) * part_s - window_s / 2 for i in range(number)]
+    return [trace.window(start_s, window_s) for start_s in starts]
+
+
+def peak_rate_per_s(windows: Sequence[Trace], peak_s: float) -> float:
+    """The highest mean rate of `peak_s` seconds of the windows, on a grid in each."""
+    peaks = []
+    for window in windows:
+        parts = max(1, int(window.duration_s // peak_s))
+        edges = np.linspace(0.0, window.duration_s, parts + 1)
+        peaks.append(np.histogram(window.arrival_s, edges)[0].max() / (edges[1] - edges[0]))
+    return float(max(peaks))
+
+
+def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
+    """Raises TidewrightErrors."""
+    cluster = load_profiled_cluster(PROFILES / cell.profile)
+    cluster = replace(cluster, spec=replace(cluster.spec, num_devices=cell.devices))
+    windows = config.windows_of(cell)
+    whole = _read(cell, traces, config.seed)
+    whole = whole.scale_lengths(cell.length_factor, cluster.spec.model.max_model_len)
+    cut_s = split_s(whole, windows.training_share)
+    training, test = whole.window(0.0, cut_s), whole.window(cut_s, whole.duration_s - cut_s)
+    step = max(1, len(training) // MAX_FITTED)
+    lengths = training.prompt_tokens[::step], training.output_tokens[::step]
+    typing = fit_typing(*lengths, config.num_types, config.seed)
+    planner, fast_planner = (
+        build_pipeline(cluster, typing, DecisionConfig(objective=objective), PREDICTOR).planner
+        for objective in OBJECTIVES
+    )
+    shares, means = mean_mix(training, typing)
+    best = planner.optimum(shares, lengths=means)
+    headroom = planner.estimate(best, shares, means).headroom
+    capacity_per_s = headroom / planner.config.max_utilisation
+    scored = spaced(test, windows.number, windows.window_s)
+    factor = cell.load * capacity_per_s / peak_rate_per_s(scored, windows.peak_s)
+
+    def loaded(found: Sequence[Trace], stream: int) -> tuple[Trace, ...]:
+        rngs = [np.random.default_rng((config.seed, stream, i)) for i in range(len(found))]
+        return tuple(
+            w.resample(factor * w.mean_rate_per_s, rng) if len(w) else w
+            for w, rng in zip(found, rngs, strict=True)
+        )
+
+    mean_rates = shares * factor * training.mean_rate_per_s
+    peak_per_s = cell.load * capacity_per_s
+    return World(
+        config,
+        cell,
+        cluster,
+        typing,
+        planner,
+        fast_planner,
+        loaded(spaced(training, windows.tuning, windows.window_s), 0),
+        loaded(scored, 1),
+        mean_rates,
+        means,
+        capacity_per_s,
+        peak_per_s,
+        _objectives(cluster, typing),
+        _first_key(planner, shares * peak_per_s, mean_rates, means),
+    )
+
+
+def _objectives(cluster: ProfiledCluster, typing: WorkloadTyping) -> Objectives:
+    """Of the types those with the longer half of requests are batch in the mixed objective."""
+    slo, device = read_slo(), cluster.profile.device
+    tokens = centres(typing).sum(axis=1)
+    is_batch = tuple(bool(t > np.median(tokens)) for t in tokens)
+    return Objectives(slo.spec(device, "interactive"), slo.spec(device, "batch"), is_batch)
+
+
+def homogeneous_keys(planner: Planner) -> list[str]:
+    """Equal replicas of every configuration, as many as there is room for."""
+    devices = planner.cluster.spec.num_devices
+    return [deployment_key([c] * (devices // c.num_devices)) for c in planner.configs]
+
+
+def _first_key(planner: Planner, peak: np.ndarray, mean: np.ndarray, lengths: np.ndarray) -> str:
+    """Equal replicas that hold the training days' peak, the fastest at their mean."""
+    devices = planner.cluster.spec.num_devices
+
+    def cost(config: int) -> tuple[float, float]:
+        parallel = planner.configs[config]
+        configs = [parallel] * (devices // parallel.num_devices)
+        at_peak = planner.estimate(configs, peak, lengths)
+        return -min(at_peak.headroom, 1.0), planner.estimate(configs, mean, lengths).latency_s
+
+    best = planner.configs[min(range(len(planner.configs)), key=cost)]
+    return deployment_key([best] * (devices // best.num_devices))
+
+
+# --------------------------------------------------------------------------------------
+# Running
+
+
+def run_windows(
+    world: World,
+    windows: Sequence[Trace],
+    make_policy: MakePolicy,
+    pipeline: DecisionPipeline,
+    initial_key: str | None = None,
+) -> tuple[WindowRecord, ...]:
+    """Each window from its start under a fresh policy."""
+    return tuple(
+        _run_window(world, window, make_policy, pipeline, initial_key or world.initial_key)
+        for window in windows
+        if len(window)
+    )
+
+
+def make_env(world: World, window: Trace, pipeline: DecisionPipeline, key: str) -> ServingEnv:
+    parts = surrogate_parts(pipeline, lambda rng: window, key, slo=SloSpec(), columns=True)
+    lost = world.cell.lost_devices
+    failures = tuple(
+        DeviceFailure(window.duration_s / 3.0, device, 2.0 * window.duration_s)
+        for device in range(lost)
+    )
+    return ServingEnv(replace(parts, make_disturbances=lambda rng, s: Disturbances(failures)))
+
+
+def _run_window(
+    world: World, window: Trace, make_policy: MakePolicy, pipeline: DecisionPipeline, key: str
+) -> WindowRecord:
+    env = make_env(world, window, pipeline, key)
+    env.reset(seed=world.config.seed)
+    policy, traffic, timeline = make_policy(pipeline, env), [], []
+    outlook = getattr(policy, "outlook", None)
+    policy.reset()
+    device_s = 0.0
+    while not env.is_over:
+        prepared = env.prepared
+        assert prepared is not None
+        present = prepared.snapshot.deployment
+        name = deployment_key(present.configs)
+        if not timeline or timeline[-1][1] != name:
+            timeline.append((prepared.at_s, name))
+        device_s += env.grid_s * len(present.devices)
+        action = int(np.argmax(policy.probabilities(prepared.observation)))
+        *_, info = env.step(action)
+        traffic.append(TrafficColumns(**info["traffic"]))
+        if isinstance(outlook, EnvOutlook):
+            outlook.observe(traffic[-1])
+    tickets = env.tickets
+    env.close()
+    return WindowRecord(
+        window,
+        TrafficColumns.join(traffic),
+        env.end_s,
+        device_s,
+        len(tickets),
+        sum(t.duration_s for t in tickets if t.phase.is_terminal),
+        tuple(timeline),
+    )
+
+
+def shares_of_types(world: World, windows: Sequence[Trace]) -> list[float]:
+    """[J] of the windows' requests together."""
+    types = [assign(world.typing, w.prompt_tokens, w.output_tokens) for w in windows]
+    counts = np.bincount(np.concatenate(types), minlength=len(world.typing.types))
+    return list((counts / max(counts.sum(), 1)).tolist())

@@ -1,0 +1,161 @@
+"""What is possible with hindsight: a beam search that can be carried out, and bounds that cannot
+be beaten.
+
+The beam knows all arrivals and output lengths, tries courses of switches in the simulator and keeps
+the best few of each step: an achievable reference, not an optimum. The bounds are proven, and say
+how much there is above it at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cluster import ClusterSnapshot, Routing, SwitchPlan, deployment_key
+from engine.errors import InvalidRequestError, TidewrightError
+from policies.base import Future, Simulator, TrafficColumns, request_seconds
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class BeamConfig:
+    """Frozen before anything is compared."""
+
+    width: int = 4  # courses kept after each step
+    step_s: float = 60.0  # between decisions
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.step_s <= 0:
+            raise InvalidRequestError(
+                f"a beam needs width >= 1 and step_s > 0, got {self.width} and {self.step_s}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the beam knows: deployments to choose from, and the future."""
+
+    keys: tuple[str, ...]
+    plan: Callable[[ClusterSnapshot, str], SwitchPlan | None]  # None: it cannot be reached
+    future: Callable[[float, float], Future]  # the arrivals in (from, to]
+    routing: Callable[[ClusterSnapshot, Future], Routing | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One course of switches up to some moment: (second, key) of each switch, and its traffic."""
+
+    simulator: Simulator
+    snapshot: ClusterSnapshot
+    spent_s: float  # by all requests in the system
+    switches: tuple[tuple[float, str], ...] = ()
+    traffic: tuple[TrafficColumns, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of what it serves with, or is on its way to."""
+        going = self.snapshot.switch_in_flight and self.switches
+        return self.switches[-1][1] if going else deployment_key(self.snapshot.deployment.configs)
+
+    @property
+    def cost_s(self) -> float:
+        """What is still in the system is charged once more for the mean time in it so far."""
+        now = self.snapshot
+        left = now.num_arrived - now.num_finished - now.num_rejected
+        return self.spent_s * (1.0 + left / max(now.num_arrived, 1))
+
+
+def beam_search(start: Simulator, world: World, until_s: float, config: BeamConfig) -> Course:
+    """The course with the least request-seconds that the beam finds."""
+    beam = [Course(start.fork(), start.snapshot(), 0.0)]
+    now_s = beam[0].snapshot.now_s
+    while now_s < until_s - 1e-9:
+        end_s = min(now_s + config.step_s, until_s)
+        future = world.future(now_s, end_s)
+        grown = [after for course in beam for after in _grow(course, world, future, end_s)]
+        beam, now_s = _best(grown, config.width), end_s
+    return beam[0]
+
+
+def _grow(course: Course, world: World, future: Future, end_s: float) -> list[Course]:
+    """The course one step on, without a switch and with each that can be started now."""
+    found = [_roll(course, world, future, end_s, None)]
+    if course.snapshot.switch_in_flight:
+        return found
+    for key in world.keys:
+        plan = None if key == course.key else world.plan(course.snapshot, key)
+        if plan is None:
+            continue
+        try:
+            found.append(_roll(course, world, future, end_s, plan))
+        except TidewrightError:  # it cannot be started from here
+            continue
+    return found
+
+
+def _roll(
+    course: Course, world: World, future: Future, end_s: float, plan: SwitchPlan | None
+) -> Course:
+    simulator, before = course.simulator.fork(), course.snapshot
+    routing = None if before.switch_in_flight or plan else world.routing(before, future)
+    after = simulator.rollout(end_s, future, plan, routing)
+    switches = course.switches
+    if plan is not None:
+        switches = (*switches, (before.now_s, deployment_key(plan.target.configs)))
+    return Course(
+        simulator,
+        after.snapshot,
+        course.spent_s + request_seconds(before, after),
+        switches,
+        (*course.traffic, after.traffic),
+    )
+
+
+def _best(courses: list[Course], width: int) -> list[Course]:
+    """The best of each deployment, and of those the best: a beam of equals sees one future."""
+    kept: dict[str, Course] = {}
+    for course in sorted(courses, key=lambda c: c.cost_s):
+        kept.setdefault(course.key, course)
+    return list(kept.values())[:width]
+
+
+# --------------------------------------------------------------------------------------
+# Bounds
+
+
+def goodput_bound(
+    arrival_s: Floats,
+    work_s: Floats,
+    patience_s: Floats,
+    can_meet: NDArray[np.bool_],
+    num_devices: int,
+    window_s: float = 60.0,
+) -> int:
+    """No policy on `num_devices` devices lets more requests meet their objectives than this.
+
+    work_s[N]: device-seconds that a request takes at least, whatever the configuration and however
+    well it is batched; patience_s[N]: seconds after its arrival by which one that meets has ended;
+    can_meet[N]: whether it could alone on an idle replica. Those that arrive in one window and meet
+    have all their work done between its beginning and its end plus the longest patience among
+    them, in which the pool has so many device-seconds: at most the requests of least work that fill
+    these. Windows are bounded each for itself (a relaxation, hence still a bound).
+    """
+    served = 0
+    window = np.floor(arrival_s / window_s).astype(np.int64)
+    for number in np.unique(window):
+        here = np.flatnonzero((window == number) & can_meet)
+        if not len(here):
+            continue
+        room_s = num_devices * (window_s + float(patience_s[here].max()))
+        filled = np.cumsum(np.sort(work_s[here]))
+        served += int(np.searchsorted(filled, room_s, side="right"))
+    return served
+
+
+def latency_bound(alone_s: Sequence[float] | Floats) -> float:
+    """Mean latency is no less than that of each request alone on its fastest configuration."""
+    return float(np.mean(alone_s)) if len(alone_s) else 0.0
