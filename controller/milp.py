@@ -237,7 +237,7 @@ def most_headroom(
     objective[level] = -1.0
     objective[below] = 1.0 / max(tail * mixes, 1.0) * (1.0 + 1e-9)
     found = programme.solve(objective)
-    return None if found is None else _filled(expand(found), full)
+    return None if found is None else filled(expand(found), full)
 
 
 def fewest_devices(loads: Floats, pool: Pool, headroom: float = 1.0) -> Counts | None:
@@ -267,7 +267,7 @@ def most_served(loads: Floats, values: Floats, pool: Pool) -> Counts:
     objective[served] = -values / values.sum()
     found = programme.solve(objective)
     assert found is not None  # nothing deployed is feasible
-    return _filled(found, pool)
+    return filled(found, pool)
 
 
 def least_latency(loads: Floats, latency_s: Floats, pool: Pool) -> Counts | None:
@@ -289,22 +289,23 @@ def least_latency(loads: Floats, latency_s: Floats, pool: Pool) -> Counts | None
     objective = np.zeros(programme.width)
     objective[flows] = latency_s / latency_s.mean()
     found = programme.solve(objective)
-    return None if found is None else _filled(found, pool)
+    return None if found is None else filled(found, pool)
 
 
-def _filled(counts: Counts, pool: Pool) -> Counts:
-    """With idle devices given to further replicas; not where a change must be paid for."""
+def filled(counts: Counts, pool: Pool) -> Counts:
+    """With idle devices given to further replicas, the largest that fits first; not where a change
+    must be paid for."""
     if pool.changes is not None:
         return counts
     if len(pool.nodes) < 2:
         return fill(counts, pool.sizes, pool.num_devices)
-    filled, order = np.array(counts), sorted(range(len(counts)), key=lambda i: -pool.sizes[i])
+    found, order = np.array(counts), sorted(range(len(counts)), key=lambda i: -pool.sizes[i])
     for index in order:
         while True:
-            more = filled.copy()
+            more = found.copy()
             more[index] += 1
             within = more @ np.array(pool.sizes) <= pool.num_devices
             if not (within and packs(more[None], pool.configs, pool.nodes)[0]):
                 break
-            filled = more
-    return tuple(int(n) for n in filled)
+            found = more
+    return tuple(int(n) for n in found)

@@ -8,6 +8,7 @@ load is inf; the exact programme takes finite loads only. Nodes are not looked a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,7 @@ def solve_exhaustive(loads: Floats, sizes: Sequence[int], num_devices: int, rho:
     return best
 
 
+SolverName = Literal["exact", "oserve", "oserve_exact", "exhaustive"]
 SOLVERS: dict[str, Solver] = {
     "exact": solve_milp,
     "oserve": solve_flow,
