@@ -19,6 +19,7 @@ from controller.predictor import Forecast, Predictor
 from controller.scheduler import DeploymentScheduler, SchedulerConfig
 from controller.scoring import Objective, PlannerConfig
 from controller.service_model import kv_cost_params
+from controller.solvers import SolverName
 from engine.cluster import (
     Candidate,
     ClusterEvent,
@@ -53,6 +54,8 @@ class DecisionConfig:
     min_headroom: float = 1.0  # floor that a choice may not go below while keep is above it
     routing_floor: float = 0.02  # least share of a type that a live replica gets
     objective: Objective = "goodput"  # what the candidate `optimum` is best at
+    planner: SolverName = "exact"  # what finds `optimum`: see `controller.solvers`
+    homogeneous: bool = False  # whether all replicas of a new deployment are alike
     give_back: bool = False  # whether candidates may leave devices idle
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
 
@@ -102,6 +105,8 @@ class DecisionPipeline:
             max_utilisation=config.max_utilisation,
             max_candidates=config.max_candidates,
             objective=config.objective,
+            planner=config.planner,
+            homogeneous=config.homogeneous,
             give_back=config.give_back,
             max_devices=config.max_devices,
         )

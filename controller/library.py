@@ -62,6 +62,18 @@ def list_deployments(configs: Sequence[ParallelConfig], space: Space, maximal: b
     return np.asarray(every[~roomy])
 
 
+def list_homogeneous(configs: Sequence[ParallelConfig], space: Space, maximal: bool = True) -> Ints:
+    """[N, C] the deployments of equal replicas that fit; `maximal`: as many replicas as fit, for
+    each configuration that fits at all."""
+    found = [np.zeros((0, len(configs)), np.int64)]
+    for index, parallel in enumerate(configs):
+        alike = np.zeros((space.devices // parallel.num_devices, len(configs)), np.int64)
+        alike[:, index] = np.arange(len(alike), 0, -1)
+        fitting = alike[packs(alike, configs, space.nodes)]
+        found.append(fitting[:1] if maximal else fitting)
+    return np.concatenate(found)
+
+
 def binds(configs: Sequence[ParallelConfig], nodes: Nodes) -> bool:
     """Whether nodes exclude deployments that have devices enough."""
     if len(nodes) < 2:
@@ -71,29 +83,39 @@ def binds(configs: Sequence[ParallelConfig], nodes: Nodes) -> bool:
 
 
 class Library:
-    """The deployments of one space; `counts`[N, C] are those that leave nothing idle, as floats."""
+    """The deployments of one space, or the `homogeneous` alone; `counts`[N, C] are those that leave
+    nothing idle, as floats: no room for another replica, of the same configuration if so."""
 
-    def __init__(self, configs: Sequence[ParallelConfig], space: Space) -> None:
-        self.configs, self.space = tuple(configs), space
-        self.counts = list_deployments(configs, space).astype(np.float64)
+    def __init__(
+        self, configs: Sequence[ParallelConfig], space: Space, homogeneous: bool = False
+    ) -> None:
+        self.configs, self.space, self.homogeneous = tuple(configs), space, homogeneous
+        self._list = list_homogeneous if homogeneous else list_deployments
+        self.counts = self._list(configs, space).astype(np.float64)
         self._parts: dict[tuple[bytes, bool], Floats] = {}
 
     def contenders(self, rates: Floats, maximal: bool = True) -> Floats:
         """[M, C] deployments without dominated configurations, at service rates[C, J]: the one
         with the most headroom for any mix, or set of mixes, is among them. Not only `maximal`: also
         on fewer devices, in ascending order of devices."""
-        groups = [c.tp for c in self.configs] if binds(self.configs, self.space.nodes) else []
-        unfit = dominated([c.num_devices for c in self.configs], rates, groups)
+        unfit = self._unfit(rates)
         key = (unfit.tobytes(), maximal)
         if key not in self._parts:
             self._parts[key] = self._without(unfit, maximal)
         return self._parts[key]
 
+    def _unfit(self, rates: Floats) -> NDArray[np.bool_]:
+        """[C] dominated; none among equal replicas, since what dominates may be a mixture."""
+        if self.homogeneous:
+            return np.zeros(len(self.configs), np.bool_)
+        groups = [c.tp for c in self.configs] if binds(self.configs, self.space.nodes) else []
+        return dominated([c.num_devices for c in self.configs], rates, groups)
+
     def _without(self, unfit: NDArray[np.bool_], maximal: bool) -> Floats:
         if maximal:
             return np.asarray(self.counts[~self.counts[:, unfit].any(axis=1)])
         fit = [c for c, bad in zip(self.configs, unfit, strict=True) if not bad]
-        part = list_deployments(fit, self.space, maximal=False)
+        part = self._list(fit, self.space, maximal=False)
         every = np.zeros((len(part), len(self.configs)))
         every[:, ~unfit] = part
         used = every @ np.array([c.num_devices for c in self.configs], np.float64)

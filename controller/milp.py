@@ -7,6 +7,9 @@ utilisation allowed:
     sum_c f_scj = theta_s,   sum_j (lambda_sj / n_cj) f_scj <= rho y_c,   sum_c g_c y_c <= D,
     y integer, f >= 0
 
+A load lambda_sj / n_cj of inf says that c cannot serve type j: f_scj is 0. Where no configuration
+can, theta_s is 0 whatever the counts: that mix no longer tells them apart.
+
 Identical replicas are exchangeable, so the size does not grow with the pool. To it come, as asked:
 rows that say what nodes can hold (`controller.packing`), floors of theta_s, and what the change
 from the present deployment costs. Objectives: the mean of the lowest thetas (CVaR; Rockafellar and
@@ -91,7 +94,7 @@ class _Programme:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._bounds: list[tuple[int, float, bool]] = []  # how many, upper bound, integer
+        self._bounds: list[tuple[int, float | Floats, bool]] = []  # how many, upper bound, integer
         self._entries: list[tuple[Ints, Ints, Floats]] = []
         self._limits: list[tuple[float, float]] = []
         self.width = 0
@@ -103,7 +106,10 @@ class _Programme:
         if pool.changes is not None:
             self._limit_changes(pool.changes)
 
-    def add_columns(self, number: int, upper: float = np.inf, integer: bool = False) -> Ints:
+    def add_columns(
+        self, number: int, upper: float | Floats = np.inf, integer: bool = False
+    ) -> Ints:
+        """`upper`: one for all, or [number]."""
         self._bounds.append((number, upper, integer))
         self.width += number
         return np.arange(self.width - number, self.width)
@@ -152,7 +158,8 @@ class _Programme:
     def add_mix(self, loads: Floats, served: Sequence[int] | Ints) -> Ints:
         """Flows f[C, J] of a mix; the columns `served`[J] are the multiples of each type."""
         configs, types = loads.shape
-        flows = self.add_columns(configs * types).reshape(configs, types)
+        loads, most = _without_unable(loads)
+        flows = self.add_columns(configs * types, most.ravel()).reshape(configs, types)
         for j in range(types):
             columns = np.append(flows[:, j], served[j])
             self.add_row(columns, np.append(np.ones(configs), -1.0), 0.0, 0.0)
@@ -179,6 +186,12 @@ class _Programme:
             assert found.status == 2, found.message
             return None
         return tuple(int(n) for n in np.rint(found.x[: len(self.pool.sizes)]))
+
+
+def _without_unable(loads: Floats) -> tuple[Floats, Floats]:
+    """Finite loads, and the largest flows: 0 where a load was inf."""
+    able = np.isfinite(loads)
+    return np.where(able, loads, 0.0), np.where(able, np.inf, 0.0)
 
 
 def solve_milp(loads: Floats, sizes: Sequence[int], num_devices: int, rho: float) -> Counts:
@@ -221,7 +234,7 @@ def most_headroom(
     """
     mixes, full = len(loads), pool
     loads, pool, expand = _reduced(loads, pool)
-    scale = loads.mean()
+    scale = loads[np.isfinite(loads)].mean() if np.isfinite(loads).any() else 1.0
     programme = _Programme(pool)
     thetas = programme.add_columns(mixes)
     for s in range(mixes):
@@ -237,7 +250,7 @@ def most_headroom(
     objective[level] = -1.0
     objective[below] = 1.0 / max(tail * mixes, 1.0) * (1.0 + 1e-9)
     found = programme.solve(objective)
-    return None if found is None else _filled(expand(found), full)
+    return None if found is None else filled(expand(found), full)
 
 
 def fewest_devices(loads: Floats, pool: Pool, headroom: float = 1.0) -> Counts | None:
@@ -267,7 +280,7 @@ def most_served(loads: Floats, values: Floats, pool: Pool) -> Counts:
     objective[served] = -values / values.sum()
     found = programme.solve(objective)
     assert found is not None  # nothing deployed is feasible
-    return _filled(found, pool)
+    return filled(found, pool)
 
 
 def least_latency(loads: Floats, latency_s: Floats, pool: Pool) -> Counts | None:
@@ -275,7 +288,9 @@ def least_latency(loads: Floats, latency_s: Floats, pool: Pool) -> Counts | None
     latency_s[L, C, J] at the utilisations rho * `LATENCY_LEVELS`. None: the pool is too small."""
     programme = _Programme(pool)
     levels, configs, types = latency_s.shape
-    flows = programme.add_columns(levels * configs * types).reshape(levels, configs, types)
+    loads, most = _without_unable(loads)
+    flows = programme.add_columns(levels * configs * types, np.tile(most.ravel(), levels))
+    flows = flows.reshape(latency_s.shape)
     busy = programme.add_columns(levels * configs).reshape(levels, configs)
     for j in range(types):
         programme.add_row(flows[:, :, j].ravel(), 1.0, 1.0, 1.0)
@@ -289,22 +304,23 @@ def least_latency(loads: Floats, latency_s: Floats, pool: Pool) -> Counts | None
     objective = np.zeros(programme.width)
     objective[flows] = latency_s / latency_s.mean()
     found = programme.solve(objective)
-    return None if found is None else _filled(found, pool)
+    return None if found is None else filled(found, pool)
 
 
-def _filled(counts: Counts, pool: Pool) -> Counts:
-    """With idle devices given to further replicas; not where a change must be paid for."""
+def filled(counts: Counts, pool: Pool) -> Counts:
+    """With idle devices given to further replicas, the largest that fits first; not where a change
+    must be paid for."""
     if pool.changes is not None:
         return counts
     if len(pool.nodes) < 2:
         return fill(counts, pool.sizes, pool.num_devices)
-    filled, order = np.array(counts), sorted(range(len(counts)), key=lambda i: -pool.sizes[i])
+    found, order = np.array(counts), sorted(range(len(counts)), key=lambda i: -pool.sizes[i])
     for index in order:
         while True:
-            more = filled.copy()
+            more = found.copy()
             more[index] += 1
             within = more @ np.array(pool.sizes) <= pool.num_devices
             if not (within and packs(more[None], pool.configs, pool.nodes)[0]):
                 break
-            filled = more
-    return tuple(int(n) for n in filled)
+            found = more
+    return tuple(int(n) for n in found)

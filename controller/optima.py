@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from controller.deployments import Counts, neighbours
-from controller.library import Floats, Library, Space, has_library
-from controller.milp import Pool, fewest_devices, least_latency, most_headroom
+from controller.library import Floats, Library, Space, has_library, list_homogeneous
+from controller.milp import Pool, fewest_devices, filled, least_latency, most_headroom
 from controller.packing import packs, spread
 from controller.scoring import Cache, Key, Scorer
+from controller.solvers import SOLVERS
 from controller.switch_costs import SwitchCosts
 
 TIE = 1e-9  # relative; the present deployment wins ties of this
@@ -49,7 +50,9 @@ class Optima:
         """None where there are too many deployments to list."""
 
         def build() -> Library | None:
-            return Library(self.configs, space) if has_library(self.configs, space) else None
+            alike = self.scorer.config.homogeneous
+            listable = alike or has_library(self.configs, space)
+            return Library(self.configs, space, alike) if listable else None
 
         return self._libraries.get(space, build)
 
@@ -97,16 +100,11 @@ class Optima:
 
     def homogeneous(self, space: Space) -> tuple[Counts, ...]:
         """As many replicas of one configuration as fit, for each that fits."""
-        return self._near.get(("homogeneous", space), lambda: self._homogeneous(space))
 
-    def _homogeneous(self, space: Space) -> tuple[Counts, ...]:
-        found = []
-        for index, size in enumerate(self.sizes):
-            rows = np.zeros((space.devices // size, len(self.sizes)), np.int64)
-            rows[:, index] = np.arange(len(rows), 0, -1)
-            fitting = rows[packs(rows, self.configs, space.nodes)]
-            found += [tuple(fitting[0].tolist())] if len(fitting) else []
-        return tuple(found)
+        def build() -> tuple[Counts, ...]:
+            return tuple(map(_counts, list_homogeneous(self.configs, space)))
+
+        return self._near.get(("homogeneous", space), build)
 
     # -- the best of them -----------------------------------------------------------------
 
@@ -206,6 +204,41 @@ class Optima:
             return found
 
         return self._milps.get((space, rates_keys, lengths_key, tail), build)
+
+    # -- by other planners ------------------------------------------------------------------
+
+    def by_planner(self, space: Space, rates_key: Key, lengths_key: Key) -> Counts:
+        """What the planner that the config names finds (`controller.solvers`) for the mix of the
+        rates, whatever is live.
+
+        Those planners know devices and not nodes. Where what they find does not fit into the
+        nodes, it is cut to its replicas that do, the largest first, and the devices which that
+        leaves go to further replicas, the largest first: a deployment near the one meant, not the
+        best of those that fit.
+        """
+        mix = (0, *rates_key[1:])
+
+        def build() -> Counts:
+            if space.devices < min(self.sizes):
+                return (0,) * len(self.sizes)
+            config = self.scorer.config
+            loads = self.scorer.rates(mix) / self.scorer.model(lengths_key).rates
+            rho, solve = config.max_utilisation, SOLVERS[config.planner]
+            return self._packed(solve(loads, self.sizes, space.devices, rho), space)
+
+        return self._milps.get((self.scorer.config.planner, space, mix, lengths_key), build)
+
+    def _packed(self, counts: Counts, space: Space) -> Counts:
+        if self.fits([counts], space)[0]:
+            return counts
+        part = [0] * len(counts)
+        for index in sorted(range(len(counts)), key=lambda i: -self.sizes[i]):
+            while part[index] < counts[index]:
+                part[index] += 1
+                if not self.fits([tuple(part)], space)[0]:
+                    part[index] -= 1
+                    break
+        return filled(tuple(part), self._pool(space))
 
     def milp_latency(self, space: Space, rates_key: Key, lengths_key: Key) -> Counts | None:
         """Least latency, charged step by step; None where headroom 1 is out of reach."""

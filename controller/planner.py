@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from controller.assignment import admit
 from controller.deployments import Counts, configs_of, counts_of
-from controller.library import Space
+from controller.library import LIBRARY_DEVICES, MAX_DEPLOYMENTS, Space, has_library
 from controller.optima import Optima, Search
 from controller.packing import nodes_of
 from controller.predictor import Forecast
@@ -30,6 +30,7 @@ from engine.cluster import (
     Replica,
     WorkloadTyping,
 )
+from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
 
 Floats = NDArray[np.float64]
@@ -78,6 +79,12 @@ class Planner:
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
         self._estimates, self._plans = Cache(), Cache()
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
+        if self.config.planner == "exhaustive" and not has_library(self.configs, self._space(())):
+            raise InvalidRequestError(
+                f"planner 'exhaustive' is for at most {LIBRARY_DEVICES} devices and "
+                f"{MAX_DEPLOYMENTS} deployments, and the pool of {cluster.spec.num_devices} "
+                "devices has more; set planner to 'exact' or max_devices to fewer."
+            )
 
     # -- public -------------------------------------------------------------------------
 
@@ -123,11 +130,13 @@ class Planner:
     def optimum(
         self, rates: ArrayLike, num_devices: int | None = None, lengths: Floats | None = None
     ) -> tuple[ParallelConfig, ...]:
-        """Configurations of the exact optimum by the objective that the config names. That of
-        goodput depends on the mix of the rates only."""
+        """Configurations of the exact optimum by the objective that the config names, or of what
+        its planner finds. That of goodput depends on the mix of the rates only."""
         rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
         space = self._space((), num_devices)
-        if self.optima.library(space) is None and self.config.objective == "goodput":
+        if self.config.planner != "exact":
+            counts = self.optima.by_planner(space, rates_key, lengths_key)
+        elif self.optima.library(space) is None and self.config.objective == "goodput":
             counts = self.optima.milp_headroom(space, (rates_key,), lengths_key)
         else:
             nothing = (0,) * len(self.configs)
@@ -191,16 +200,21 @@ class Planner:
         return self._candidates(tick, rows)
 
     def _fitting(self, configs: Sequence[ParallelConfig], space: Space) -> Counts | None:
-        """Counts of those configurations; None where there is no room for them."""
+        """Counts of those configurations; None where there is no room for them, or where they
+        should be alike and are not."""
 
         def build() -> Counts | None:
             counts = counts_of(configs, self.configs)
-            return counts if any(counts) and self.optima.fits([counts], space)[0] else None
+            mixed = self.config.homogeneous and len(set(configs)) > 1
+            wanted = any(counts) and not mixed and self.optima.fits([counts], space)[0]
+            return counts if wanted else None
 
         return self._parts.get((configs, space), build)
 
     def _best(self, search: Search, q50: Key, q90: Key) -> Counts:
-        """By the objective that the config names."""
+        """By the objective and the planner that the config names."""
+        if self.config.planner != "exact":
+            return self.optima.by_planner(search.space, q50, search.lengths_key)
         if self.config.objective == "latency":
             return self.optima.least_latency(search, q50)
         if self.config.objective == "cost":

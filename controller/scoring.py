@@ -23,6 +23,7 @@ from controller.service_model import (
     feasible_configs,
     mean_latency_s,
 )
+from controller.solvers import SolverName, solver
 from controller.workload import centres, prior
 from engine.cluster import WorkloadTyping
 from engine.errors import InfeasibleError, InvalidRequestError
@@ -50,6 +51,8 @@ class PlannerConfig:
     length_step: float = 0.1  # the same for observed mean lengths
     max_candidates: int = 12  # rows, keep included
     objective: Objective = "goodput"  # what `optimum` is: see `Objective`
+    planner: SolverName = "exact"  # what finds `optimum`; rivals are for goodput alone
+    homogeneous: bool = False  # whether all replicas of a new deployment are alike
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
     give_back: bool = False  # whether candidates may leave devices idle (with "cost": always)
     worst_share: float = 0.0  # of the scenarios that a robust plan looks at; 0: the worst alone
@@ -62,6 +65,13 @@ class PlannerConfig:
                 f"planning needs an objective of {', '.join(known)}, a worst_share in [0, 1] and "
                 f"max_devices >= 0, got {self.objective!r}, {self.worst_share} and "
                 f"{self.max_devices}."
+            )
+        solver(self.planner)  # raises
+        if self.planner != "exact" and (self.objective != "goodput" or self.homogeneous):
+            raise InvalidRequestError(
+                f"planner {self.planner!r} looks for the most headroom of unlike replicas: it "
+                f"needs objective 'goodput' and homogeneous false, got {self.objective!r} and "
+                f"{self.homogeneous}; set planner to 'exact' for those."
             )
 
 

@@ -2,12 +2,13 @@
 
 All take loads[C, J] = lambda_j / n_cj, devices per replica, devices alive and the utilisation
 allowed, and return replica counts per configuration. Where a configuration cannot serve a type its
-load is inf; the exact programme takes finite loads only. Nodes are not looked at.
+load is inf. Nodes are not looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ def solve_exhaustive(loads: Floats, sizes: Sequence[int], num_devices: int, rho:
     Their number grows steeply with the devices: about a thousand on 16.
     """
     every = list(enumerate_counts(sizes, num_devices))
-    best, most = (0,) * len(sizes), 0.0
+    best, most = (0,) * len(sizes), -1.0
     for first in range(0, len(every), BATCH):
         part = every[first : first + BATCH]
         found = headrooms(loads, part, rho)
@@ -48,6 +49,7 @@ def solve_exhaustive(loads: Floats, sizes: Sequence[int], num_devices: int, rho:
     return best
 
 
+SolverName = Literal["exact", "oserve", "oserve_exact", "exhaustive"]
 SOLVERS: dict[str, Solver] = {
     "exact": solve_milp,
     "oserve": solve_flow,

@@ -19,8 +19,10 @@ from controller.milp import (
     least_latency,
     most_headroom,
     most_served,
+    solve_milp,
 )
 from controller.planner import Planner
+from controller.solvers import solve_exhaustive
 from engine.cluster import (
     ParallelConfig,
     WorkloadTyping,
@@ -169,6 +171,129 @@ def test_most_served_equals_enumeration(seed: int) -> None:
         return float(admit(rates, service, RHO * np.array(counts), values) @ values)
 
     assert worth(found) == pytest.approx(max(map(worth, _all())), rel=1e-6)
+
+
+# -- types that some configurations cannot serve ------------------------------------------
+
+
+def _with_gaps(rng: np.random.Generator, types: int) -> np.ndarray:
+    """Service rates, about a third of them 0; every type can be served somewhere."""
+    service = _random_service(rng, types)
+    able = rng.random(service.shape) > 0.35
+    able[rng.integers(0, len(SIZES), types), np.arange(types)] = True
+    return np.where(able, service, 0.0)
+
+
+def _loads(mixes: np.ndarray, service: np.ndarray) -> np.ndarray:
+    """[S, C, J] inf where the service rate is 0."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(mixes[:, None] / service)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.6, 1.0]))
+def test_headroom_with_gaps_equals_enumeration(seed: int, tail: float) -> None:
+    rng = np.random.default_rng(seed)
+    service, mixes = _with_gaps(rng, 3), rng.dirichlet(np.full(3, 0.5), 3) + 0.02
+    loads = _loads(mixes, service)
+    found = most_headroom(loads, Pool(SIZES, DEVICES, RHO), tail)
+    assert found is not None
+    best = max(_tail_mean(_thetas(c, mixes, service), tail) for c in _all())
+    assert best > 0.0
+    assert _tail_mean(_thetas(found, mixes, service), tail) == pytest.approx(best, rel=1e-6)
+    one = solve_milp(loads[0], SIZES, DEVICES, RHO)
+    every = solve_exhaustive(loads[0], SIZES, DEVICES, RHO)
+    values = [_thetas(c, mixes[:1], service)[0] for c in (one, every)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_devices_and_admission_with_gaps_equal_enumeration(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    service, mix = _with_gaps(rng, 3), rng.uniform(0.2, 1.2, 3)
+    loads, pool = _loads(mix[None], service), Pool(SIZES, DEVICES, RHO)
+    thetas = {c: _thetas(c, mix[None], service)[0] for c in _all(maximal=False)}
+    enough = [size_of(c, SIZES) for c, theta in thetas.items() if theta >= 1.0]
+    fewest = fewest_devices(loads, pool)
+    assert (fewest is None) == (not enough)
+    if fewest is not None:
+        assert size_of(fewest, SIZES) == min(enough)
+        assert thetas[fewest] >= 1.0 - 1e-9
+    rates, values = 8.0 * mix, rng.uniform(0.5, 3.0, 3)
+    found = most_served(8.0 * loads[0], values, pool)
+    worth = [admit(rates, service, RHO * np.array(c), values) @ values for c in (found, *_all())]
+    assert worth[0] == pytest.approx(max(worth), rel=1e-6)
+
+
+def test_a_type_that_nobody_can_serve_leaves_no_headroom() -> None:
+    service = _random_service(np.random.default_rng(5), 3)
+    service[:, 1] = 0.0
+    mix, pool = np.ones((1, 3)), Pool(SIZES, DEVICES, RHO)
+    loads = _loads(mix, service)
+    found = most_headroom(loads, pool)
+    assert found is not None
+    assert size_of(found, SIZES) == DEVICES
+    assert _thetas(found, mix, service)[0] == 0.0
+    assert size_of(solve_exhaustive(loads[0], SIZES, DEVICES, RHO), SIZES) == DEVICES
+    assert most_headroom(loads, pool, floors=(1e-3,)) is None
+    assert fewest_devices(loads, pool) is None
+    assert least_latency(loads[0], np.ones((len(LATENCY_LEVELS), *service.shape)), pool) is None
+    assert size_of(most_served(loads[0], np.ones(3), pool), SIZES) == DEVICES
+    two = np.concatenate([loads, _loads(mix, np.where(service > 0.0, service, 1.0))])
+    mean = most_headroom(two, pool, tail=1.0)  # the other mix still decides
+    assert mean is not None
+    exact = most_headroom(two[1:], pool)
+    assert exact is not None
+    filled = np.where(service > 0.0, service, 1.0)
+    values = [_thetas(c, mix, filled)[0] for c in (mean, exact)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def _least_latency_of(counts: Counts, loads: np.ndarray, cost_s: np.ndarray) -> float:
+    """The programme of `least_latency` for counts that are given; inf where it has no solution."""
+    levels, configs, types = cost_s.shape
+    able, flows = np.isfinite(loads), cost_s.size
+    width = flows + levels * configs
+    where = np.arange(flows).reshape(cost_s.shape)
+    busy = flows + np.arange(levels * configs).reshape(levels, configs)
+    each, most, limits = np.zeros((types, width)), [], []
+    for j in range(types):
+        each[j, where[:, :, j].ravel()] = 1.0
+    for c, count in enumerate(counts):
+        total = np.zeros(width)
+        total[busy[:, c]] = 1.0
+        most.append(total)
+        limits.append(float(count))
+        for level, share in enumerate(LATENCY_LEVELS):
+            row = np.zeros(width)
+            row[where[level, c]] = np.where(able[c], loads[c], 0.0)
+            row[busy[level, c]] = -RHO * share
+            most.append(row)
+            limits.append(0.0)
+    upper = np.append(np.where(able, np.inf, 0.0)[None].repeat(levels, 0).ravel(), np.inf)
+    found = linprog(
+        np.append(cost_s.ravel(), np.zeros(width - flows)),
+        A_ub=np.array(most),
+        b_ub=limits,
+        A_eq=each,
+        b_eq=np.ones(types),
+        bounds=[(0.0, upper[min(i, flows)]) for i in range(width)],
+    )
+    return float(found.fun) if found.status == 0 else np.inf
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_least_latency_with_gaps_equals_enumeration(seed: int) -> None:
+    rng, devices = np.random.default_rng(seed), 5
+    service, mix = _with_gaps(rng, 2), rng.uniform(0.2, 0.6, 2)
+    loads = _loads(mix[None], service)[0]
+    cost_s = np.cumsum(rng.uniform(0.1, 1.0, (len(LATENCY_LEVELS), *service.shape)), axis=0)
+    found = least_latency(loads, cost_s, Pool(SIZES, devices, RHO))
+    every = [tuple(c) for c in list_counts(SIZES, devices).tolist()]
+    values = [_least_latency_of(c, loads, cost_s) for c in every]
+    assert min(values) < np.inf
+    assert found is not None
+    assert _least_latency_of(found, loads, cost_s) == pytest.approx(min(values), rel=1e-6)
 
 
 # -- nodes --------------------------------------------------------------------------------
