@@ -72,7 +72,7 @@ class Planner:
         default_configs: Sequence[ParallelConfig] | None = None,
     ) -> None:
         self.cluster, self.config = cluster, config or PlannerConfig()
-        self.default_configs = tuple(default_configs) if default_configs else None
+        self.standing = (tuple(default_configs),) if default_configs else ()  # always candidates
         self.scorer = Scorer(cluster, typing, self.config)
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
         self._index = {parallel: i for i, parallel in enumerate(self.configs)}
@@ -186,7 +186,8 @@ class Planner:
             living = _live(tick.switches.current, tick.dead)
             live = counts_of([r.parallel for r in living], self.configs)
         named: list[tuple[str, Counts]] = []
-        for name, configs in (("undo", tick.last), ("default", self.default_configs)):
+        standing = [("default", configs) for configs in self.standing]
+        for name, configs in (("undo", tick.last), *standing):
             counts = self._fitting(configs, tick.space) if configs else None
             named += [(name, counts)] if counts else []
         search = self.optima.search(
