@@ -159,7 +159,7 @@ def _cycle_s(pipeline: Any, running: float, rate: float) -> float:
     if alone_s + prompt > held:
         few_s = alone_s * (alone_s + prompt) / (alone_s + prompt - held)
     if few_s * rate <= pp:
-        return max(alone_s, min(few_s, full_s))
+        return float(max(alone_s, min(few_s, full_s)))
     stretch, work, many_s = max(1.0, share * pp), added * rate, np.inf
     free = pp - stretch * work
     if free > 0.0:
@@ -169,7 +169,7 @@ def _cycle_s(pipeline: Any, running: float, rate: float) -> float:
     many_s = max(many_s, stretch * base)
     if work < 1.0:
         many_s = min(many_s, max(1.0, share) * pp * base / (1.0 - work))
-    return max(alone_s, min(many_s, full_s))
+    return float(max(alone_s, min(many_s, full_s)))
 
 
 @compiled

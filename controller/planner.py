@@ -72,7 +72,9 @@ class Planner:
         default_configs: Sequence[ParallelConfig] | None = None,
     ) -> None:
         self.cluster, self.config = cluster, config or PlannerConfig()
-        self.standing = (tuple(default_configs),) if default_configs else ()  # always candidates
+        self.standing: tuple[tuple[ParallelConfig, ...], ...] = ()  # always candidates
+        if default_configs:
+            self.standing = (tuple(default_configs),)
         self.scorer = Scorer(cluster, typing, self.config)
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
         self._index = {parallel: i for i, parallel in enumerate(self.configs)}

@@ -22,7 +22,8 @@ replicas, five pairs of profile and trace, at loads of 0.15, 0.4 and 0.7: there 
 by 6, 8 and 12 % with pp > 1, by 5, 6 and 9 % without.
 
 Service rate: r(n) = n / (m T(n)) requests per second; the highest steady rate is taken to be at
-n_max = min(max_num_seqs, KV tokens / mean context, tokens per step allowed).
+n_max = min(max_num_seqs, KV tokens / (P + O), tokens per step allowed): with the context at its end,
+since a sequence that cannot grow is preempted and computed again.
 
 Latency at rate R < r(n_max): Little's law n = r T with r = R m steps per second, solved for T:
     T = E / (1 - q r / (E + g)) at E = a + beta, while n <= pp;  beyond it (E - a) pp / (beta r)
@@ -132,7 +133,7 @@ class _Pipeline:
 def _max_running(spec: ClusterSpec, kv_tokens: Floats, lengths: Floats, pp: Floats) -> Floats:
     """[C, J] sequences that run together in steady state: places, KV tokens, tokens per step."""
     prompt, output = lengths[:, 0], lengths[:, 1]
-    by_kv = kv_tokens[:, None] / (prompt + output / 2.0)[None]
+    by_kv = kv_tokens[:, None] / (prompt + output)[None]
     per_step = np.maximum((prompt + output - 1.0) / _steps(spec, lengths), 1.0)
     by_tokens = pp[:, None] * spec.max_num_batched_tokens / per_step[None]
     return np.asarray(np.clip(np.minimum(by_kv, by_tokens), 1.0, spec.max_num_seqs))

@@ -83,12 +83,12 @@ class EnvOutlook:
             known = np.flatnonzero(types == j)
             if len(known):
                 chosen = self._rng.choice(known, count)
-                lengths = prompt[chosen], output[chosen]
+                prompts, outputs = prompt[chosen], output[chosen]
             else:
                 mean = (state.prompt_tokens[j], state.output_tokens[j])
-                lengths = tuple(np.full(count, max(1, round(m)), np.int64) for m in mean)
-            parts.append((now_s + self._rng.uniform(0.0, horizon_s, count), *lengths))
-        arrival_s, prompts, outputs = (np.concatenate([p[i] for p in parts]) for i in range(3))
+                prompts, outputs = (np.full(count, max(1, round(m)), np.int64) for m in mean)
+            parts.append((now_s + self._rng.uniform(0.0, horizon_s, count), prompts, outputs))
+        arrival_s, prompts, outputs = (np.concatenate(c) for c in zip(*parts, strict=True))
         order = np.argsort(arrival_s, kind="stable")
         return Future(arrival_s[order], prompts[order], outputs[order])
 

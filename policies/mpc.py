@@ -8,6 +8,7 @@ future it shows what better forecasts would be worth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ class MpcPolicy:
         worth_it = costs[best] < (1.0 - self._config.margin) * costs[KEEP_ROW]
         return _one_hot(observation, best if worth_it else KEEP_ROW)
 
-    def _cost_s(self, row: int, futures: list[Future] | tuple[Future, ...]) -> float:
+    def _cost_s(self, row: int, futures: Sequence[Future]) -> float:
         """Mean request-seconds over the futures; inf where the switch cannot be made. What is
         still there at the end is charged once more for the time that requests took in the mean."""
         plan = self.outlook.plan(row)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cluster import SloSpec
 from engine.profile import ProfiledCluster, StepTimeModel
 from envs.study.world import World
 from envs.workload import Trace
@@ -17,29 +16,25 @@ Floats = NDArray[np.float64]
 
 
 def bounds(world: World) -> dict[str, Any]:
-    """`goodput`: the share of requests that can meet the interactive objective at most; `latency_s`:
-    the least that the mean can be."""
+    """`goodput`: the share of requests that can meet the interactive objective at most;
+    `latency_s`: the least that the mean can be."""
     cluster, slo = world.cluster, world.objectives.interactive
     configs = [cluster.profile.step_model(c) for c in world.planner.configs]
     met, alone = 0, []
     for window in world.test:
-        ttft_s, tpot_s = (np.min(x, axis=0) for x in zip(*_alone(cluster, configs, window)))
+        ttft_s, tpot_s = np.min(_alone(cluster, configs, window), axis=0)
         alone.append(ttft_s + tpot_s * (window.output_tokens - 1))
         work_s = np.min([_work_s(cluster, model, window) for model in configs], axis=0)
         due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * window.prompt_tokens
         several = window.output_tokens > 1
         can_meet = (ttft_s <= due_s) & (~several | (tpot_s <= slo.tpot_s))
-        patience_s = _patience_s(slo, due_s, window)
+        patience_s = np.asarray(due_s + slo.tpot_s * (window.output_tokens - 1), np.float64)
         met += goodput_bound(window.arrival_s, work_s, patience_s, can_meet, world.cell.devices)
     total = sum(map(len, world.test))
     return {
         "goodput": round(met / max(total, 1), 5),
         "latency_s": round(latency_bound(np.concatenate(alone)), 5) if total else 0.0,
     }
-
-
-def _patience_s(slo: SloSpec, due_s: Floats, window: Trace) -> Floats:
-    return np.asarray(due_s + slo.tpot_s * (window.output_tokens - 1))
 
 
 def _token_s(model: StepTimeModel, tokens: Floats) -> Floats:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from controller.service_model import kv_cost_params
-from controller.workload import assign
 from engine.cluster import (
     ClusterSnapshot,
     SwitchPlan,
-    deployment_key,
     dense_deployment,
     parse_deployment_key,
 )
@@ -28,11 +24,20 @@ from envs.study.rules import (
     hysteresis_policy,
     hysteresis_settings,
     ladder,
+    rule_pipeline,
     static_pipeline,
     static_policy,
 )
 from envs.study.scores import RunScore, WindowRecord, score_run
-from envs.study.world import World, build_world, homogeneous_keys, run_windows, shares_of_types
+from envs.study.world import (
+    World,
+    best_for,
+    build_world,
+    homogeneous_keys,
+    mean_latency_s,
+    run_windows,
+    shares_of_types,
+)
 from envs.surrogate.cluster import SurrogateCluster
 from envs.workload import Trace
 from policies.base import TrafficColumns
@@ -40,7 +45,6 @@ from policies.baselines import HysteresisConfig
 from policies.oracle import World as Beam
 from policies.oracle import beam_search
 
-PART_S = 1800.0  # of a window, whose mean rates name deployments worth simulating
 Report = Callable[[str], None]
 
 
@@ -61,8 +65,9 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         runs.append(_beam(world, statics))
     return {
         "cell": cell.model_dump(mode="json"),
-        "capacity_per_s": round(world.capacity_per_s, 4),
-        "peak_per_s": round(world.peak_per_s, 4),
+        "best_static": world.best_key,
+        "rate_factor": round(world.factor, 5),
+        "peak_per_s": round(max(float(part.rates.sum()) for part in world.parts), 4),
         "requests": sum(map(len, world.test)),
         "seconds": sum(w.duration_s for w in world.test),
         "types": [asdict(t) for t in world.typing.types],
@@ -85,44 +90,21 @@ def _score(
 # Static deployments
 
 
-def _parts(world: World) -> list[tuple[float, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """(seconds, rates[J], lengths[J, 2]) of each half hour that is scored."""
-    found = []
-    for window in world.test:
-        for first_s in np.arange(0.0, window.duration_s, PART_S):
-            part = window.window(float(first_s), min(PART_S, window.duration_s - float(first_s)))
-            if not len(part):
-                continue
-            types = assign(world.typing, part.prompt_tokens, part.output_tokens)
-            rates = np.bincount(types, minlength=len(world.typing.types)) / part.duration_s
-            found.append((part.duration_s, rates, world.lengths))
-    return found
-
-
 def promising(world: World) -> tuple[list[str], list[str]]:
-    """Deployments worth simulating, the least estimated latency over all half hours first: equal
-    ones, and unequal ones that are best for some half hour or for the mean of the training days."""
-    parts, equal = _parts(world), homogeneous_keys(world.planner)
-    mean = (1.0, world.mean_rates, world.lengths)
-    found = {deployment_key(c) for part in [mean, *parts] for c in _best_for(world, *part[1:])}
+    """Deployments worth simulating, the least estimated latency first: equal ones, and unequal
+    ones that are best for some part of the windows."""
+    equal, planners = homogeneous_keys(world.planner), (world.planner, world.fast_planner)
+    found = {world.best_key, *(key for part in world.parts for key in best_for(planners, part))}
 
     def cost(key: str) -> float:
-        configs = parse_deployment_key(key)
-        each = [world.planner.estimate(configs, rates, lengths) for _, rates, lengths in parts]
-        weight = [s * rates.sum() for s, rates, _ in parts]
-        return float(np.average([e.latency_s for e in each], weights=weight))
+        return mean_latency_s(world.planner, world.parts, key)
 
-    unequal = sorted(found - set(equal), key=cost)[: world.config.num_unequal]
+    unequal = sorted(sorted(found - set(equal)), key=cost)[: world.config.num_unequal]
     return sorted(equal, key=cost)[: world.config.num_equal], unequal
 
 
-def _best_for(world: World, rates: Any, lengths: Any) -> list[Any]:
-    """By headroom and by latency."""
-    return [p.optimum(rates, lengths=lengths) for p in (world.planner, world.fast_planner)]
-
-
 def _statics(world: World, report: Report) -> list[RunScore]:
-    """The promising deployments, kept throughout; the best unequal one also without routing by type."""
+    """The promising deployments, kept throughout; the best unequal one also without types."""
     scores = []
     for kind, keys in zip(("equal", "unequal"), promising(world), strict=True):
         for key in keys:
@@ -148,7 +130,7 @@ def _tune(world: World, report: Report) -> HysteresisConfig:
     found = []
     for setting in hysteresis_settings(world):
         report(f"tuning hysteresis {setting.horizon_s:g} s, {setting.num_ticks}")
-        pipeline = static_pipeline(world)
+        pipeline = rule_pipeline(world)
         records = run_windows(world, world.training, hysteresis_policy(setting), pipeline)
         found.append((_score(world, "", records).latency_s, setting))
     return min(found, key=lambda pair: pair[0])[1]
@@ -170,15 +152,17 @@ def _beam(world: World, statics: Sequence[RunScore]) -> RunScore:
 
 def _fastest(world: World) -> str:
     """At almost no load."""
-    found = _best_for(world, 0.05 * world.mean_rates, world.lengths)[1]
-    return deployment_key(found)
+    part = world.parts[0]
+    return best_for((world.fast_planner,), replace(part, rates=0.01 * part.rates))[0]
 
 
 def _beam_window(world: World, window: Trace, keys: tuple[str, ...]) -> WindowRecord:
     start = SurrogateCluster(
         world.cluster, dense_deployment(parse_deployment_key(world.initial_key)), columns=True
     )
-    course = beam_search(start, _beam_world(world, window, keys), window.duration_s, world.config.beam)
+    course = beam_search(
+        start, _beam_world(world, window, keys), window.duration_s, world.config.beam
+    )
     switches = ((0.0, world.initial_key), *course.switches)
     return WindowRecord(
         window,

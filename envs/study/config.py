@@ -25,7 +25,9 @@ class Windows(_Section):
     number: int = Field(ge=1, description="windows that are scored")
     tuning: int = Field(ge=1, description="windows that rules are tuned on")
     window_s: float = Field(gt=0, description="seconds of a window")
-    peak_s: float = Field(gt=0, description="the peak is the highest mean rate of so many seconds of them")
+    peak_s: float = Field(
+        gt=0, description="the peak is the highest mean rate of so many seconds of them"
+    )
 
 
 class Cell(_Section):

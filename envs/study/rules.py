@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from controller.build import build_pipeline
@@ -30,8 +29,9 @@ from policies.baselines import (
     ScalingPolicy,
     WorkFunctionPolicy,
 )
-from policies.mpc import MpcConfig, MpcPolicy
+from policies.mpc import MpcPolicy
 
+STATIC_GRID_S = 60.0  # between routings of deployments that stay
 MANY_ROWS = 24  # candidates of rules that count replicas
 
 
@@ -82,7 +82,8 @@ def _build(
     return kind(world.cluster, world.typing, built.config, built.predictor)
 
 
-def _latency(world: World) -> DecisionPipeline:
+def rule_pipeline(world: World) -> DecisionPipeline:
+    """What most rules decide with."""
     return _build(world, objective="latency")
 
 
@@ -142,7 +143,12 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
 
     minute = f"each {every * DecisionConfig().grid_s:g} s"
     rules = [
-        Rule("keep", "the first deployment throughout", _latency, _periodic(lambda s: KeepPolicy())),
+        Rule(
+            "keep",
+            "the first deployment throughout",
+            rule_pipeline,
+            _periodic(lambda s: KeepPolicy()),
+        ),
         Rule(
             "homogeneous_replanned",
             f"equal replicas, planned anew {minute}: the fastest with headroom",
@@ -164,27 +170,47 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
         Rule(
             "replanned",
             f"the exact plan {minute}: the fastest with headroom, unequal replicas allowed",
-            _latency,
+            rule_pipeline,
             _periodic(replanned),
         ),
         Rule(
-            "scaling", "like Dynamo: as many equal replicas as needed", _scaling,
+            "scaling",
+            "like Dynamo: as many equal replicas as needed",
+            _scaling,
             _periodic(lambda s: EveryPolicy(ScalingPolicy(s), every)),
         ),
-        Rule("greedy", "like Nitsum: the fastest that holds, at each decision", _latency,
-             _periodic(GreedyPolicy)),
-        Rule("hysteresis", "break-even, tuned on training days", _latency,
-             _periodic(lambda s: HysteresisPolicy(s, tuned))),
-        Rule("work_function", "the work-function algorithm", _latency,
-             _periodic(WorkFunctionPolicy)),
+        Rule(
+            "greedy",
+            "like Nitsum: the fastest that holds, at each decision",
+            rule_pipeline,
+            _periodic(GreedyPolicy),
+        ),
+        Rule(
+            "hysteresis",
+            "break-even, tuned on training days",
+            rule_pipeline,
+            _periodic(lambda s: HysteresisPolicy(s, tuned)),
+        ),
+        Rule(
+            "hysteresis_equal",
+            "the same over equal replicas only",
+            _homogeneous,
+            _periodic(lambda s: HysteresisPolicy(s, tuned)),
+        ),
+        Rule(
+            "work_function",
+            "the work-function algorithm",
+            rule_pipeline,
+            _periodic(WorkFunctionPolicy),
+        ),
     ]
     if world.cell.ladder == "failures":
         names = ("keep", "homogeneous_replanned", "oserve", "replanned", "hysteresis")
         return [rule for rule in rules if rule.name in names]
     if world.cell.ladder == "full":
         rules += [
-            Rule("mpc", "looks ahead on draws from the forecast", _latency, looking(False)),
-            Rule("mpc_perfect", "looks ahead on the true future", _latency, looking(True)),
+            Rule("mpc", "looks ahead on draws from the forecast", rule_pipeline, looking(False)),
+            Rule("mpc_perfect", "looks ahead on the true future", rule_pipeline, looking(True)),
         ]
     return rules
 
@@ -209,6 +235,5 @@ def static_policy() -> MakePolicy:
 
 def static_pipeline(world: World, by_load: bool = False) -> DecisionPipeline:
     """For deployments that stay; `by_load`: requests go where least is going on."""
-    return _build(world, LoadRouting if by_load else DecisionPipeline, objective="latency")
-
-
+    kind = LoadRouting if by_load else DecisionPipeline
+    return _build(world, kind, objective="latency", grid_s=STATIC_GRID_S)

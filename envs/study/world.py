@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from controller.build import build_pipeline, load_profiled_cluster
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.planner import Planner
 from controller.scoring import Objective
 from controller.workload import assign, centres, fit_typing
-from engine.cluster import SloSpec, WorkloadTyping, deployment_key
+from engine.cluster import SloSpec, WorkloadTyping, deployment_key, parse_deployment_key
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
 from envs.lookahead import EnvOutlook
@@ -33,7 +34,17 @@ GENERATED_TRAFFIC = WorkloadConfig(mean_rate_per_s=2.0, cycle_s=DAY_S, regime_s=
 MAX_FITTED = 50_000  # requests that the typing is fitted on
 PREDICTOR = "ewma4"
 OBJECTIVES: tuple[Objective, Objective] = ("goodput", "latency")
+Floats = NDArray[np.float64]
 MakePolicy = Callable[[DecisionPipeline, ServingEnv], Policy]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a window."""
+
+    seconds: float
+    rates: Floats  # [J] requests per second
+    lengths: Floats  # [J, 2] mean tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +59,9 @@ class World:
     fast_planner: Planner  # by latency
     training: tuple[Trace, ...]  # windows, loaded
     test: tuple[Trace, ...]
-    mean_rates: np.ndarray[tuple[int], np.dtype[np.float64]]  # [J] of the training part, loaded
-    lengths: np.ndarray[tuple[int, int], np.dtype[np.float64]]  # [J, 2]
-    capacity_per_s: float  # of the best static deployment on the mean mix, fully used
-    peak_per_s: float
+    parts: tuple[Part, ...]  # of the test windows
+    best_key: str  # the static deployment with the lowest peak load, which is the cell's
+    factor: float  # of the rates of the trace
     objectives: Objectives
     initial_key: str  # where all but the static ones start
 
@@ -79,14 +89,32 @@ def spaced(trace: Trace, number: int, window_s: float) -> list[Trace]:
     return [trace.window(start_s, window_s) for start_s in starts]
 
 
-def peak_rate_per_s(windows: Sequence[Trace], peak_s: float) -> float:
-    """The highest mean rate of `peak_s` seconds of the windows, on a grid in each."""
-    peaks = []
+def parts_of(windows: Sequence[Trace], part_s: float, typing: WorkloadTyping) -> list[Part]:
+    """The windows in parts of about `part_s`, those without a request left out."""
+    found = []
     for window in windows:
-        parts = max(1, int(window.duration_s // peak_s))
-        edges = np.linspace(0.0, window.duration_s, parts + 1)
-        peaks.append(np.histogram(window.arrival_s, edges)[0].max() / (edges[1] - edges[0]))
-    return float(max(peaks))
+        number = max(1, round(window.duration_s / part_s))
+        for i in range(number):
+            part = window.window(i * window.duration_s / number, window.duration_s / number)
+            if len(part):
+                shares, lengths = mean_mix(part, typing)
+                found.append(Part(part.duration_s, shares * part.mean_rate_per_s, lengths))
+    return found
+
+
+def best_for(planners: Sequence[Planner], part: Part) -> list[str]:
+    """Deployments that the planners find best for a part's traffic."""
+    return [deployment_key(p.optimum(part.rates, lengths=part.lengths)) for p in planners]
+
+
+def peak_loads(planner: Planner, parts: Sequence[Part], keys: Iterable[str]) -> dict[str, float]:
+    """By deployment its utilisation in the part that loads it most; above 1 it is overloaded."""
+
+    def utilisation(key: str, part: Part) -> float:
+        found = planner.estimate(parse_deployment_key(key), part.rates, part.lengths)
+        return planner.config.max_utilisation / max(found.headroom, 1e-9)
+
+    return {key: max(utilisation(key, part) for part in parts) for key in keys}
 
 
 def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
@@ -105,12 +133,12 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
         build_pipeline(cluster, typing, DecisionConfig(objective=objective), PREDICTOR).planner
         for objective in OBJECTIVES
     )
-    shares, means = mean_mix(training, typing)
-    best = planner.optimum(shares, lengths=means)
-    headroom = planner.estimate(best, shares, means).headroom
-    capacity_per_s = headroom / planner.config.max_utilisation
     scored = spaced(test, windows.number, windows.window_s)
-    factor = cell.load * capacity_per_s / peak_rate_per_s(scored, windows.peak_s)
+    natural = parts_of(scored, windows.peak_s, typing)
+    keys = {key for part in natural for key in best_for((planner,), part)}
+    loads = peak_loads(planner, natural, sorted(keys | set(homogeneous_keys(planner))))
+    best_key = min(loads, key=lambda key: loads[key])
+    factor = cell.load / loads[best_key]
 
     def loaded(found: Sequence[Trace], stream: int) -> tuple[Trace, ...]:
         rngs = [np.random.default_rng((config.seed, stream, i)) for i in range(len(found))]
@@ -119,8 +147,8 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
             for w, rng in zip(found, rngs, strict=True)
         )
 
-    mean_rates = shares * factor * training.mean_rate_per_s
-    peak_per_s = cell.load * capacity_per_s
+    scored_windows = loaded(scored, 1)
+    tuning = loaded(spaced(training, windows.tuning, windows.window_s), 0)
     return World(
         config,
         cell,
@@ -128,14 +156,13 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
         typing,
         planner,
         fast_planner,
-        loaded(spaced(training, windows.tuning, windows.window_s), 0),
-        loaded(scored, 1),
-        mean_rates,
-        means,
-        capacity_per_s,
-        peak_per_s,
+        tuning,
+        scored_windows,
+        tuple(parts_of(scored_windows, windows.peak_s, typing)),
+        best_key,
+        factor,
         _objectives(cluster, typing),
-        _first_key(planner, shares * peak_per_s, mean_rates, means),
+        _first_key(planner, parts_of(tuning, windows.peak_s, typing)),
     )
 
 
@@ -153,18 +180,16 @@ def homogeneous_keys(planner: Planner) -> list[str]:
     return [deployment_key([c] * (devices // c.num_devices)) for c in planner.configs]
 
 
-def _first_key(planner: Planner, peak: np.ndarray, mean: np.ndarray, lengths: np.ndarray) -> str:
-    """Equal replicas that hold the training days' peak, the fastest at their mean."""
-    devices = planner.cluster.spec.num_devices
+def mean_latency_s(planner: Planner, parts: Sequence[Part], key: str) -> float:
+    """Estimated for a deployment that stays."""
+    configs = parse_deployment_key(key)
+    each = [planner.estimate(configs, p.rates, p.lengths).latency_s for p in parts]
+    return float(np.average(each, weights=[p.seconds * p.rates.sum() for p in parts]))
 
-    def cost(config: int) -> tuple[float, float]:
-        parallel = planner.configs[config]
-        configs = [parallel] * (devices // parallel.num_devices)
-        at_peak = planner.estimate(configs, peak, lengths)
-        return -min(at_peak.headroom, 1.0), planner.estimate(configs, mean, lengths).latency_s
 
-    best = planner.configs[min(range(len(planner.configs)), key=cost)]
-    return deployment_key([best] * (devices // best.num_devices))
+def _first_key(planner: Planner, parts: Sequence[Part]) -> str:
+    """Equal replicas that have the least estimated latency on the tuning windows."""
+    return min(homogeneous_keys(planner), key=lambda key: mean_latency_s(planner, parts, key))
 
 
 # --------------------------------------------------------------------------------------
@@ -201,7 +226,8 @@ def _run_window(
 ) -> WindowRecord:
     env = make_env(world, window, pipeline, key)
     env.reset(seed=world.config.seed)
-    policy, traffic, timeline = make_policy(pipeline, env), [], []
+    policy, traffic = make_policy(pipeline, env), []
+    timeline: list[tuple[float, str]] = []
     outlook = getattr(policy, "outlook", None)
     policy.reset()
     device_s = 0.0
