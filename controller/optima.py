@@ -81,7 +81,7 @@ class Optima:
         return Search(space, lengths_key, live, listed, listed)
 
     def _contenders(self, library: Library, lengths_key: Key) -> Floats:
-        rates = self.scorer.model(lengths_key).rates
+        rates = self.scorer.headroom_rates(lengths_key)
         key = (library.space, lengths_key)
         return self._parts.get(key, lambda: library.contenders(rates))
 
@@ -146,12 +146,11 @@ class Optima:
         """Headroom 1 on the fewest devices, of those the most headroom; the rest idle. None: the
         pool is too small for that."""
         library = self.library(search.space)
-        service, rates = (
-            self.scorer.model(search.lengths_key).rates,
-            self.scorer.rates(rates_key),
-        )
+        rates = self.scorer.rates(rates_key)
         if library is None:
-            return fewest_devices((rates / service)[None], self._pool(search.space))
+            loads = self.scorer.loads(rates[None], search.lengths_key)
+            return fewest_devices(loads, self._pool(search.space))
+        service = self.scorer.headroom_rates(search.lengths_key)
         every = library.contenders(service, maximal=False)
         used = every @ np.array(self.sizes, np.float64)
         low, high, best = 1, search.space.devices, None
@@ -197,8 +196,8 @@ class Optima:
             rates_keys = ((0, *rates_keys[0][1:]),)
 
         def build() -> Counts:
-            service = self.scorer.model(lengths_key).rates
-            loads = np.array([self.scorer.rates(key) for key in rates_keys])[:, None] / service
+            rates = np.array([self.scorer.rates(key) for key in rates_keys])
+            loads = self.scorer.loads(rates, lengths_key)
             found = most_headroom(loads, self._pool(space), tail)
             assert found is not None  # no floors, no budget
             return found
@@ -222,7 +221,7 @@ class Optima:
             if space.devices < min(self.sizes):
                 return (0,) * len(self.sizes)
             config = self.scorer.config
-            loads = self.scorer.rates(mix) / self.scorer.model(lengths_key).rates
+            loads = self.scorer.loads(self.scorer.rates(mix), lengths_key)
             rho, solve = config.max_utilisation, SOLVERS[config.planner]
             return self._packed(solve(loads, self.sizes, space.devices, rho), space)
 
@@ -244,9 +243,10 @@ class Optima:
         """Least latency, charged step by step; None where headroom 1 is out of reach."""
 
         def build() -> Counts | None:
-            rates, service = self.scorer.rates(rates_key), self.scorer.model(lengths_key).rates
+            rates = self.scorer.rates(rates_key)
             cost_s = rates * self.scorer.latency_levels(lengths_key)
-            return least_latency(rates / service, cost_s, self._pool(space))
+            loads = self.scorer.loads(rates, lengths_key)
+            return least_latency(loads, cost_s, self._pool(space))
 
         return self._milps.get(("latency", space, rates_key, lengths_key), build)
 

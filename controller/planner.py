@@ -21,6 +21,7 @@ from controller.optima import Optima, Search
 from controller.packing import nodes_of
 from controller.predictor import Forecast
 from controller.scoring import Cache, Key, PlannerConfig, Scorer
+from controller.slo_rates import SloRates
 from controller.switch_costs import SwitchCosts
 from engine.cluster import (
     Candidate,
@@ -70,10 +71,11 @@ class Planner:
         typing: WorkloadTyping,
         config: PlannerConfig | None = None,
         default_configs: Sequence[ParallelConfig] | None = None,
+        slo_rates: SloRates | None = None,
     ) -> None:
         self.cluster, self.config = cluster, config or PlannerConfig()
         self.default_configs = tuple(default_configs) if default_configs else None
-        self.scorer = Scorer(cluster, typing, self.config)
+        self.scorer = Scorer(cluster, typing, self.config, slo_rates)
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
         self._index = {parallel: i for i, parallel in enumerate(self.configs)}
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
@@ -122,7 +124,7 @@ class Planner:
         request of type j being worth values[j] (1 by default), within the utilisation allowed."""
         counts = np.array(counts_of(configs, self.configs), np.float64)
         rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
-        lam, service = self.scorer.rates(rates_key), self.scorer.model(lengths_key).rates
+        lam, service = self.scorer.rates(rates_key), self.scorer.headroom_rates(lengths_key)
         worth = np.ones_like(lam) if values is None else np.asarray(values, np.float64)
         capacity = self.config.max_utilisation * counts
         return tuple(admit(lam, service, capacity, worth * lam).tolist())
