@@ -59,6 +59,8 @@ class DecisionConfig:
     homogeneous: bool = False  # whether all replicas of a new deployment are alike
     capacity: Capacity = "throughput"  # what headroom counts: see `controller.scoring`
     slo_class: str = "interactive"  # whose targets, for the capacity "slo"
+    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach; or else
+    switch_budget_s: float = 0.0  # on the links, without the fixed overhead
     give_back: bool = False  # whether candidates may leave devices idle
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
 
@@ -113,6 +115,8 @@ class DecisionPipeline:
             homogeneous=config.homogeneous,
             capacity=config.capacity,
             slo_class=config.slo_class,
+            switch_budget_bytes=config.switch_budget_bytes,
+            switch_budget_s=config.switch_budget_s,
             give_back=config.give_back,
             max_devices=config.max_devices,
         )

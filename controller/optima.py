@@ -8,7 +8,7 @@ several optima, the best by exact figures is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from controller.milp import Pool, fewest_devices, filled, least_latency, most_he
 from controller.packing import packs, spread
 from controller.scoring import Cache, Key, Scorer
 from controller.solvers import SOLVERS
-from controller.switch_costs import SwitchCosts
+from controller.switch_costs import Budget, SwitchCosts
 
 TIE = 1e-9  # relative; the present deployment wins ties of this
 
@@ -167,20 +167,23 @@ class Optima:
         return best
 
     def cheap_switch(
-        self, search: Search, rates: Floats, costs: SwitchCosts, budget_bytes: int
+        self, search: Search, rates_key: Key, costs: SwitchCosts, budget: Budget
     ) -> Counts:
-        """The most headroom at rates[J] of what moves no more than `budget_bytes` of weights; the
-        live deployment is among that. Bounds leave out what must move more; of the rest the best is
-        taken whose exact cost is within the budget."""
-        has_library = self.library(search.space) is not None
-        part = costs.possible(search.space if has_library else None, search.listed, budget_bytes)
+        """The most headroom within the budget; the live deployment is. Bounds leave out what must
+        move more; of the rest the best is taken whose exact cost is within."""
+        space, rates = search.space, self.scorer.rates(rates_key)
+        has_library = self.library(space) is not None
+        part = costs.possible(space if has_library else None, search.listed, budget)
+        if not has_library:
+            found = self._milp_cheap(space, rates_key, search.lengths_key, costs, budget)
+            part = np.concatenate([np.array(found, np.float64).reshape(-1, len(self.sizes)), part])
         while True:
             best = self._or_live(search, part, rates[None])
-            if best == search.live or costs.cost(best).weight_bytes <= budget_bytes:
+            if best == search.live or budget.allows(costs.cost(best)):
                 return best
             part = part[(part != np.array(best)).any(axis=1)]
             if has_library:
-                costs.remember(search.space, budget_bytes, part)
+                costs.remember(space, budget, part)
 
     # -- by the MILP ----------------------------------------------------------------------
 
@@ -238,6 +241,26 @@ class Optima:
                     part[index] -= 1
                     break
         return filled(tuple(part), self._pool(space))
+
+    def _milp_cheap(
+        self, space: Space, rates_key: Key, lengths_key: Key, costs: SwitchCosts, budget: Budget
+    ) -> list[Counts]:
+        """The most headroom within the bytes, and within the seconds. Neither nodes nor what
+        devices send are in the programme, so exact costs may be higher; and idle devices are given
+        to further replicas after it, unless they may be given back."""
+        mix = (0, *rates_key[1:])
+
+        def build() -> list[Counts]:
+            loads = self.scorer.loads(self.scorer.rates(mix)[None], lengths_key)
+            pool, found = self._pool(space), []
+            for changes in costs.changes(budget):
+                counts = most_headroom(loads, replace(pool, changes=changes))
+                if counts is not None:
+                    found += [filled(counts, pool)]
+                    found += [counts] if self.scorer.config.give_back else []
+            return found
+
+        return self._milps.get(("cheap", costs.current, budget, space, mix, lengths_key), build)
 
     def milp_latency(self, space: Space, rates_key: Key, lengths_key: Key) -> Counts | None:
         """Least latency, charged step by step; None where headroom 1 is out of reach."""

@@ -22,7 +22,7 @@ from controller.packing import nodes_of
 from controller.predictor import Forecast
 from controller.scoring import Cache, Key, PlannerConfig, Scorer
 from controller.slo_rates import SloRates
-from controller.switch_costs import SwitchCosts
+from controller.switch_costs import Budget, SwitchCosts
 from engine.cluster import (
     Candidate,
     ClusterSnapshot,
@@ -235,7 +235,7 @@ class Planner:
             picks.append(("most_headroom", optima.most_headroom(search, mid)))
         alike = np.array(optima.homogeneous(tick.space), np.float64)
         scenarios, share = self._scenarios(tick, mid, high), self.config.worst_share
-        budget = self.config.switch_budget_bytes
+        budget = Budget(self.config.switch_budget_bytes, self.config.switch_budget_s)
         picks += [
             ("lowest_latency", optima.least_latency(search, q50)),
             ("optimum_q90", optima.most_headroom(search, high)),
@@ -243,7 +243,7 @@ class Planner:
             ("homogeneous", optima.best_of(search, alike, mid[0])),
             ("largest_kv", optima.best_of(search, self._largest_kv(search), mid[0])),
             ("robust", optima.most_headroom(search, scenarios, share)),
-            ("cheap_switch", optima.cheap_switch(search, mid[0], tick.switches, budget)),
+            ("cheap_switch", optima.cheap_switch(search, q50, tick.switches, budget)),
         ]
         if self.config.give_back and self.config.objective != "cost":
             fewest = optima.fewest_devices(search, q90)

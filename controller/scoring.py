@@ -61,7 +61,8 @@ class PlannerConfig:
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
     give_back: bool = False  # whether candidates may leave devices idle (with "cost": always)
     worst_share: float = 0.0  # of the scenarios that a robust plan looks at; 0: the worst alone
-    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach
+    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach; or else
+    switch_budget_s: float = 0.0  # on the links, without the fixed overhead
 
     def __post_init__(self) -> None:
         objectives, capacities = get_args(Objective), get_args(Capacity)
