@@ -1,4 +1,4 @@
-"""Wires decision pipelines, from values or from a checkpoint's manifest; reads profile files."""
+"""Wires decision pipelines, from values or from a checkpoint's manifest; reads measured files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from controller.predictor import (
     Predictor,
     SeasonalNaivePredictor,
 )
+from controller.slo import SloConfig, read_slo
+from controller.slo_rates import MAKE, SloRates, digest, fingerprint
 from engine.cluster import WorkloadType, WorkloadTyping, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError
 from engine.profile import ProfiledCluster
@@ -30,6 +32,7 @@ PREDICTORS = (
     "'meanN' of the last N, 'seasonalP' (the interval P before), 'autoets', or 'lstm:FILE' with "
     "what envs.lstm_training wrote"
 )
+SLO_RATES = Path(__file__).parents[1] / "configs" / "slo_rates"
 
 
 def load_profiled_cluster(path: Path) -> ProfiledCluster:
@@ -39,6 +42,28 @@ def load_profiled_cluster(path: Path) -> ProfiledCluster:
     except (OSError, ValueError) as error:
         raise InvalidRequestError(f"profile {path} cannot be read: {error}.") from error
     return ProfiledCluster.from_json(data)
+
+
+def find_slo_rates(
+    cluster: ProfiledCluster, slo: SloConfig | None = None, folder: Path = SLO_RATES
+) -> SloRates:
+    """What `python -m envs.slo_rates` made from this profile and the targets in force.
+
+    Raises InvalidRequestError when there is none, and for files that are no SLO rates.
+    """
+    targets, made_from = (slo or read_slo()).model_dump(), fingerprint(cluster)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found = SloRates.from_json(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise InvalidRequestError(f"SLO rates {path} cannot be read: {error}.") from error
+        if found.digest == digest(made_from, found.typing, targets):
+            return found
+    raise InvalidRequestError(
+        f"no file in {folder} has the SLO rates of {cluster.profile.model} on "
+        f"{cluster.profile.device}: they are missing, or made from another profile or other "
+        f"targets; make them with {MAKE}."
+    )
 
 
 def build_predictor(
@@ -78,7 +103,8 @@ def build_pipeline(
     """A pipeline; `default_key` names a deployment that is always among the candidates."""
     default = parse_deployment_key(default_key) if default_key else None
     forecaster = build_predictor(predictor, len(typing.types), config.grid_s)
-    return DecisionPipeline(cluster, typing, config, forecaster, default)
+    slo_rates = find_slo_rates(cluster) if config.capacity == "slo" else None
+    return DecisionPipeline(cluster, typing, config, forecaster, default, slo_rates)
 
 
 def pipeline_facts(

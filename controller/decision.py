@@ -17,8 +17,9 @@ from controller.observation import Situation, build_observation, observation_spe
 from controller.planner import Planner, dead_replicas
 from controller.predictor import Forecast, Predictor
 from controller.scheduler import DeploymentScheduler, SchedulerConfig
-from controller.scoring import Objective, PlannerConfig
+from controller.scoring import Capacity, Objective, PlannerConfig
 from controller.service_model import kv_cost_params
+from controller.slo_rates import SloRates
 from controller.solvers import SolverName
 from engine.cluster import (
     Candidate,
@@ -56,6 +57,10 @@ class DecisionConfig:
     objective: Objective = "goodput"  # what the candidate `optimum` is best at
     planner: SolverName = "exact"  # what finds `optimum`: see `controller.solvers`
     homogeneous: bool = False  # whether all replicas of a new deployment are alike
+    capacity: Capacity = "throughput"  # what headroom counts: see `controller.scoring`
+    slo_class: str = "interactive"  # whose targets, for the capacity "slo"
+    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach; or else
+    switch_budget_s: float = 0.0  # on the links, without the fixed overhead
     give_back: bool = False  # whether candidates may leave devices idle
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
 
@@ -97,6 +102,7 @@ class DecisionPipeline:
         config: DecisionConfig,
         predictor: Predictor,
         default_configs: Sequence[ParallelConfig] | None = None,
+        slo_rates: SloRates | None = None,
     ) -> None:
         self.cluster, self.typing, self.config = cluster, typing, config
         self.predictor = predictor
@@ -107,10 +113,14 @@ class DecisionPipeline:
             objective=config.objective,
             planner=config.planner,
             homogeneous=config.homogeneous,
+            capacity=config.capacity,
+            slo_class=config.slo_class,
+            switch_budget_bytes=config.switch_budget_bytes,
+            switch_budget_s=config.switch_budget_s,
             give_back=config.give_back,
             max_devices=config.max_devices,
         )
-        self.planner = Planner(cluster, typing, planning, default_configs)
+        self.planner = Planner(cluster, typing, planning, default_configs, slo_rates)
         self.scheduler = DeploymentScheduler(
             SchedulerConfig(config.min_dwell_s, config.switches_per_hour, config.switch_burst)
         )
@@ -144,7 +154,8 @@ class DecisionPipeline:
         state, forecast = self.monitor.state(snapshot), self.predictor.forecast()
         lengths = np.array([state.prompt_tokens, state.output_tokens]).T
         recent = self.monitor.recent_counts(snapshot.now_s)
-        candidates = self.planner.propose(snapshot, forecast, self._last, lengths, recent)
+        mixing = self.monitor.posterior.mixing
+        candidates = self.planner.propose(snapshot, forecast, self._last, lengths, recent, mixing)
         reasons = mask_reasons(
             self.cluster.spec,
             snapshot,

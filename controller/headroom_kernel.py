@@ -3,7 +3,8 @@
 The programme of one deployment is that of `controller.assignment`, in units f_cj of a type's
 traffic and a_cj = lambda_j / n_cj, over the configurations it uses. Where every a_cj is finite all
 its rows are tight at the optimum (a configuration with room could relieve all others), so a slack
-that has left the basis need never come back and capacity rows carry no slack column.
+that has left the basis need never come back and capacity rows carry no slack column. Where c cannot
+serve j, a_cj is inf: that flow is left out, and capacity rows need their slacks.
 
 The best of many is found by cuts. By duality the headroom of counts y is the least, over prices w
 with sum_j w_j = 1, of sum_c y_c rho max_j w_j / a_cj: any prices bound all deployments by one
@@ -38,28 +39,42 @@ TIE = 1e-9  # relative; of deployments this close the first in the list is the b
 
 
 @compiled
-def _fill_table(loads: Any, capacity: Any, used: Any, num_used: int, table: Any) -> None:
-    """Columns: theta, flows by configuration and type, slacks of demand, right-hand side.
-    Loads are divided by their mean."""
-    types = loads.shape[1]
-    rows, width = types + num_used, 2 + num_used * types + types
-    scale = 0.0
+def _scale(loads: Any, used: Any, num_used: int) -> Any:
+    """The mean of the finite loads, and whether all are finite."""
+    total, number = 0.0, 0
     for k in range(num_used):
-        for j in range(types):
-            scale += loads[used[k], j]
-    scale /= num_used * types
+        for load in loads[used[k]]:
+            if load < np.inf:
+                total += load
+                number += 1
+    return total / max(number, 1), number == num_used * loads.shape[1]
+
+
+@compiled
+def _fill_table(loads: Any, capacity: Any, used: Any, num_used: int, table: Any) -> int:
+    """Columns: theta, flows by configuration and type, slacks of demand, those of capacity where
+    they are needed, right-hand side; how many columns. Loads are divided by their mean; where one
+    is inf the flow has an empty column, which never enters."""
+    types = loads.shape[1]
+    scale, finite = _scale(loads, used, num_used)
+    rows, slacks = types + num_used, 1 + num_used * types
+    width = slacks + types + 1 + (0 if finite else num_used)
     table[: rows + 1, :width] = 0.0
     for j in range(types):
         table[j, 0] = 1.0
-        table[j, 1 + num_used * types + j] = 1.0
+        table[j, slacks + j] = 1.0
         table[j, width - 1] = PERTURBATION * (1.0 + j / types)
     for k in range(num_used):
         for j in range(types):
-            column = 1 + k * types + j
-            table[j, column] = -1.0
-            table[types + k, column] = max(loads[used[k], j] / scale, 1e-9)
+            if loads[used[k], j] < np.inf:
+                column = 1 + k * types + j
+                table[j, column] = -1.0
+                table[types + k, column] = max(loads[used[k], j] / scale, 1e-9)
+        if not finite:
+            table[types + k, slacks + types + k] = 1.0
         table[types + k, width - 1] = capacity[used[k]]
     table[rows, 0] = -1.0
+    return int(width)
 
 
 @compiled
@@ -97,7 +112,8 @@ def _solve(
 ) -> float:
     """theta of one deployment; fills shares[C, J] (zero where unused) and prices[J].
 
-    loads[C, J] > 0 and finite, capacity[C] (0: unused). `used`, `table`, `basis` are scratch.
+    loads[C, J] > 0, capacity[C] (0: unused). `used`, `table`, `basis` are scratch. theta is 0 where
+    a type can be served by nobody; its shares are equal then.
     """
     configs, types = loads.shape
     num_used = 0
@@ -110,8 +126,8 @@ def _solve(
     if num_used == 0:
         prices[:] = 1.0 / types
         return 0.0
-    rows, width = types + num_used, 2 + num_used * types + types
-    _fill_table(loads, capacity, used, num_used, table)
+    rows = types + num_used
+    width = _fill_table(loads, capacity, used, num_used, table)
     basis[:rows] = -1
     for _ in range(MAX_PIVOTS):
         if not _pivot(table, basis, rows, width):
@@ -133,7 +149,8 @@ def _solve(
     for k in range(num_used):
         busy = 0.0
         for j in range(types):
-            busy += loads[used[k], j] * shares[used[k], j]
+            if shares[used[k], j] > 0.0:
+                busy += loads[used[k], j] * shares[used[k], j]
         peak = max(peak, busy / capacity[used[k]])
     prices /= prices.sum()
     return float(1.0 / peak)
@@ -141,7 +158,7 @@ def _solve(
 
 @compiled
 def _scratch(configs: int, types: int) -> Any:
-    table = np.empty((configs + types + 1, configs * types + types + 2))
+    table = np.empty((configs + types + 1, configs * types + types + configs + 2))
     return np.empty(configs, np.int64), table, np.empty(configs + types, np.int64)
 
 
@@ -289,7 +306,7 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
                 if not exact[i] and (top < 0 or values[i] > values[top]):
                     top = i
         active = active[:kept]
-        if top < 0:
+        if top < 0 or values[top] <= 0.0:
             return active[0], values[active[0]], solved
         exact[top], solved = True, solved + 1
         for s in range(mixes):
@@ -376,6 +393,18 @@ def _least_load_s(
 
 
 @compiled
+def _least_own_s(model: Any, loads: Any, rates: Any, prices: Any, least: Any) -> None:
+    """The same at loads[C, J] of other rates than the model's. They say how many requests a replica
+    can take and not how long its steps are: a request takes what it takes alone, at least."""
+    base_s, _, _, steps, added_s, _, _, _, _ = model
+    for c in range(len(base_s)):
+        least[:, c] = 0.0  # a replica may stay empty
+        for j in range(len(rates)):
+            own_s = steps[j] * (base_s[c] + added_s[c, j])
+            least[:, c] = np.minimum(least[:, c], rates[j] / loads[c, j] * (own_s - prices[j]))
+
+
+@compiled
 def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -> None:
     """Fills latency[J]: what a request of each type takes in this deployment, in the mean."""
     steps = model[3]
@@ -426,14 +455,16 @@ def _lowest(bounds: Any, left: Any, number: int) -> Any:
 
 
 @compiled
-def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
+def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, apart: bool) -> Any:
     """Index of the deployment of counts[N, C] with the least mean latency among those with headroom
     1 or more at rates[J], loads[C, J]; how many were solved. The index is -1 where there is none.
+    `apart`: the loads are of other service rates than the model's.
 
-    A replica's utilisation is rho over the headroom, the same for all (see above), and lies between
-    bounds that need no solving. By Little's law the sum of latencies is that of requests in the
-    replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
-    `_least_load_s` says for each replica at the least utilisation.
+    If not, a replica's utilisation is rho over the headroom, the same for all (see above), and lies
+    between bounds that need no solving. By Little's law the sum of latencies is that of requests in
+    the replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
+    `_least_load_s` says for each replica at the least utilisation. Otherwise the utilisation is at
+    most rho over the headroom, and `_least_own_s` says it.
     """
     number, (configs, types) = len(counts), loads.shape
     used, table, basis = _scratch(configs, types)
@@ -447,7 +478,10 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -
     first = int(LEVELS / above.max()) if len(active) else 0
     best, solved = np.inf, 0
     while True:
-        _least_load_s(model, floors, rho, min(first, LEVELS - 1), parts, prices, least)
+        if apart:
+            _least_own_s(model, loads, rates, prices, least)
+        else:
+            _least_load_s(model, floors, rho, min(first, LEVELS - 1), parts, prices, least)
         base, kept = np.dot(prices, rates), 0
         for i in active:
             if not exact[i]:
@@ -487,4 +521,4 @@ def warm_up() -> None:
     model = (one, one, one, one, square, square, square, square, square)
     score(square, square, one, 0.9, model)
     most_headroom(square, square[None], 0.9, 0.0)
-    least_latency(square, square, one, 0.9, model)
+    least_latency(square, square, one, 0.9, model, False)

@@ -48,12 +48,14 @@ LATENCY_LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)  # of the utilisatio
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What leaving a deployment costs: bytes[R, H] that new rank R lacks on a device with role H,
-    of which there are held[H]; owner[R] is the configuration, whose every rank is listed."""
+    of which there are held[H]; owner[R] is the configuration, whose every rank is listed. All moves
+    share a budget, and no device receives more than `device_bytes`."""
 
     missing: Floats
     held: Ints
     owner: Ints
     budget_bytes: float
+    device_bytes: float = np.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,10 @@ def change_costs(
     configs: Sequence[ParallelConfig],
     budget_bytes: float,
     dead_devices: Sequence[int] = (),
+    device_bytes: float = np.inf,
 ) -> Changes:
-    """For `Pool.changes`: at most `budget_bytes` of weights may move."""
+    """For `Pool.changes`: at most `budget_bytes` of weights may move, and at most `device_bytes` to
+    any one device."""
     table = role_table(spec.model, {*configs, *current.configs})
     role = {d: IDLE for d in range(spec.num_devices) if d not in set(dead_devices)}
     for replica in current.replicas:
@@ -86,7 +90,7 @@ def change_costs(
     needed = [table.first_role(c) + r for c in configs for r in range(c.num_devices)]
     owner = np.repeat(np.arange(len(configs)), [c.num_devices for c in configs])
     missing = table.missing[np.ix_(np.array(needed), roles)].astype(np.float64)
-    return Changes(missing, held, owner, budget_bytes)
+    return Changes(missing, held, owner, budget_bytes, device_bytes)
 
 
 class _Programme:
@@ -145,15 +149,17 @@ class _Programme:
 
     def _limit_changes(self, changes: Changes) -> None:
         ranks, roles = changes.missing.shape
-        moves = self.add_columns(ranks * roles).reshape(ranks, roles)
+        most = np.where(changes.missing.ravel() <= changes.device_bytes, np.inf, 0.0)
+        moves = self.add_columns(ranks * roles, most).reshape(ranks, roles)
         for rank in range(ranks):
             columns = np.append(moves[rank], changes.owner[rank])
             self.add_row(columns, np.append(np.ones(roles), -1.0), 0.0, 0.0)
         for role in range(roles):
             self.add_row(moves[:, role], 1.0, -np.inf, float(changes.held[role]))
         unit = max(float(changes.missing.max(initial=0.0)), 1.0)
-        limit = changes.budget_bytes / unit
-        self.add_row(moves.ravel(), changes.missing.ravel() / unit, -np.inf, limit)
+        if changes.budget_bytes < np.inf:
+            limit = changes.budget_bytes / unit
+            self.add_row(moves.ravel(), changes.missing.ravel() / unit, -np.inf, limit)
 
     def add_mix(self, loads: Floats, served: Sequence[int] | Ints) -> Ints:
         """Flows f[C, J] of a mix; the columns `served`[J] are the multiples of each type."""

@@ -8,7 +8,7 @@ several optima, the best by exact figures is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from controller.milp import Pool, fewest_devices, filled, least_latency, most_he
 from controller.packing import packs, spread
 from controller.scoring import Cache, Key, Scorer
 from controller.solvers import SOLVERS
-from controller.switch_costs import SwitchCosts
+from controller.switch_costs import Budget, SwitchCosts
 
 TIE = 1e-9  # relative; the present deployment wins ties of this
 
@@ -81,7 +81,7 @@ class Optima:
         return Search(space, lengths_key, live, listed, listed)
 
     def _contenders(self, library: Library, lengths_key: Key) -> Floats:
-        rates = self.scorer.model(lengths_key).rates
+        rates = self.scorer.headroom_rates(lengths_key)
         key = (library.space, lengths_key)
         return self._parts.get(key, lambda: library.contenders(rates))
 
@@ -146,12 +146,11 @@ class Optima:
         """Headroom 1 on the fewest devices, of those the most headroom; the rest idle. None: the
         pool is too small for that."""
         library = self.library(search.space)
-        service, rates = (
-            self.scorer.model(search.lengths_key).rates,
-            self.scorer.rates(rates_key),
-        )
+        rates = self.scorer.rates(rates_key)
         if library is None:
-            return fewest_devices((rates / service)[None], self._pool(search.space))
+            loads = self.scorer.loads(rates[None], search.lengths_key)
+            return fewest_devices(loads, self._pool(search.space))
+        service = self.scorer.headroom_rates(search.lengths_key)
         every = library.contenders(service, maximal=False)
         used = every @ np.array(self.sizes, np.float64)
         low, high, best = 1, search.space.devices, None
@@ -168,20 +167,23 @@ class Optima:
         return best
 
     def cheap_switch(
-        self, search: Search, rates: Floats, costs: SwitchCosts, budget_bytes: int
+        self, search: Search, rates_key: Key, costs: SwitchCosts, budget: Budget
     ) -> Counts:
-        """The most headroom at rates[J] of what moves no more than `budget_bytes` of weights; the
-        live deployment is among that. Bounds leave out what must move more; of the rest the best is
-        taken whose exact cost is within the budget."""
-        has_library = self.library(search.space) is not None
-        part = costs.possible(search.space if has_library else None, search.listed, budget_bytes)
+        """The most headroom within the budget; the live deployment is. Bounds leave out what must
+        move more; of the rest the best is taken whose exact cost is within."""
+        space, rates = search.space, self.scorer.rates(rates_key)
+        has_library = self.library(space) is not None
+        part = costs.possible(space if has_library else None, search.listed, budget)
+        if not has_library:
+            found = self._milp_cheap(space, rates_key, search.lengths_key, costs, budget)
+            part = np.concatenate([np.array(found, np.float64).reshape(-1, len(self.sizes)), part])
         while True:
             best = self._or_live(search, part, rates[None])
-            if best == search.live or costs.cost(best).weight_bytes <= budget_bytes:
+            if best == search.live or budget.allows(costs.cost(best)):
                 return best
             part = part[(part != np.array(best)).any(axis=1)]
             if has_library:
-                costs.remember(search.space, budget_bytes, part)
+                costs.remember(space, budget, part)
 
     # -- by the MILP ----------------------------------------------------------------------
 
@@ -197,8 +199,8 @@ class Optima:
             rates_keys = ((0, *rates_keys[0][1:]),)
 
         def build() -> Counts:
-            service = self.scorer.model(lengths_key).rates
-            loads = np.array([self.scorer.rates(key) for key in rates_keys])[:, None] / service
+            rates = np.array([self.scorer.rates(key) for key in rates_keys])
+            loads = self.scorer.loads(rates, lengths_key)
             found = most_headroom(loads, self._pool(space), tail)
             assert found is not None  # no floors, no budget
             return found
@@ -222,7 +224,7 @@ class Optima:
             if space.devices < min(self.sizes):
                 return (0,) * len(self.sizes)
             config = self.scorer.config
-            loads = self.scorer.rates(mix) / self.scorer.model(lengths_key).rates
+            loads = self.scorer.loads(self.scorer.rates(mix), lengths_key)
             rho, solve = config.max_utilisation, SOLVERS[config.planner]
             return self._packed(solve(loads, self.sizes, space.devices, rho), space)
 
@@ -240,13 +242,34 @@ class Optima:
                     break
         return filled(tuple(part), self._pool(space))
 
+    def _milp_cheap(
+        self, space: Space, rates_key: Key, lengths_key: Key, costs: SwitchCosts, budget: Budget
+    ) -> list[Counts]:
+        """The most headroom within the bytes, and within the seconds. Neither nodes nor what
+        devices send are in the programme, so exact costs may be higher; and idle devices are given
+        to further replicas after it, unless they may be given back."""
+        mix = (0, *rates_key[1:])
+
+        def build() -> list[Counts]:
+            loads = self.scorer.loads(self.scorer.rates(mix)[None], lengths_key)
+            pool, found = self._pool(space), []
+            for changes in costs.changes(budget):
+                counts = most_headroom(loads, replace(pool, changes=changes))
+                if counts is not None:
+                    found += [filled(counts, pool)]
+                    found += [counts] if self.scorer.config.give_back else []
+            return found
+
+        return self._milps.get(("cheap", costs.current, budget, space, mix, lengths_key), build)
+
     def milp_latency(self, space: Space, rates_key: Key, lengths_key: Key) -> Counts | None:
         """Least latency, charged step by step; None where headroom 1 is out of reach."""
 
         def build() -> Counts | None:
-            rates, service = self.scorer.rates(rates_key), self.scorer.model(lengths_key).rates
+            rates = self.scorer.rates(rates_key)
             cost_s = rates * self.scorer.latency_levels(lengths_key)
-            return least_latency(rates / service, cost_s, self._pool(space))
+            loads = self.scorer.loads(rates, lengths_key)
+            return least_latency(loads, cost_s, self._pool(space))
 
         return self._milps.get(("latency", space, rates_key, lengths_key), build)
 

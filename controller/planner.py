@@ -21,7 +21,8 @@ from controller.optima import Optima, Search
 from controller.packing import nodes_of
 from controller.predictor import Forecast
 from controller.scoring import Cache, Key, PlannerConfig, Scorer
-from controller.switch_costs import SwitchCosts
+from controller.slo_rates import SloRates
+from controller.switch_costs import Budget, SwitchCosts
 from engine.cluster import (
     Candidate,
     ClusterSnapshot,
@@ -70,12 +71,13 @@ class Planner:
         typing: WorkloadTyping,
         config: PlannerConfig | None = None,
         default_configs: Sequence[ParallelConfig] | None = None,
+        slo_rates: SloRates | None = None,
     ) -> None:
         self.cluster, self.config = cluster, config or PlannerConfig()
         self.standing: tuple[tuple[ParallelConfig, ...], ...] = ()  # always candidates
         if default_configs:
             self.standing = (tuple(default_configs),)
-        self.scorer = Scorer(cluster, typing, self.config)
+        self.scorer = Scorer(cluster, typing, self.config, slo_rates)
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
         self._index = {parallel: i for i, parallel in enumerate(self.configs)}
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
@@ -100,9 +102,15 @@ class Planner:
         configs: Sequence[ParallelConfig],
         rates: ArrayLike,
         lengths: Floats | None = None,
+        mixing: Floats | None = None,
     ) -> PlanEstimate:
-        """Headroom, mean latency and optimal routing of replicas `configs` at rates[J] per s."""
-        rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
+        """Headroom, mean latency and optimal routing of replicas `configs` at rates[J] per s.
+
+        mixing[J, J]: what requests taken for each type at arrival turn out to be
+        (`controller.workload.PromptPosterior.mixing`); None: types are known at arrival.
+        """
+        rates_key = self.scorer.rates_key(rates)
+        lengths_key = self.scorer.lengths_key(lengths, mixing)
         counts = counts_of(configs, self.configs)
 
         def build() -> PlanEstimate:
@@ -124,17 +132,22 @@ class Planner:
         request of type j being worth values[j] (1 by default), within the utilisation allowed."""
         counts = np.array(counts_of(configs, self.configs), np.float64)
         rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
-        lam, service = self.scorer.rates(rates_key), self.scorer.model(lengths_key).rates
+        lam, service = self.scorer.rates(rates_key), self.scorer.headroom_rates(lengths_key)
         worth = np.ones_like(lam) if values is None else np.asarray(values, np.float64)
         capacity = self.config.max_utilisation * counts
         return tuple(admit(lam, service, capacity, worth * lam).tolist())
 
     def optimum(
-        self, rates: ArrayLike, num_devices: int | None = None, lengths: Floats | None = None
+        self,
+        rates: ArrayLike,
+        num_devices: int | None = None,
+        lengths: Floats | None = None,
+        mixing: Floats | None = None,
     ) -> tuple[ParallelConfig, ...]:
         """Configurations of the exact optimum by the objective that the config names, or of what
         its planner finds. That of goodput depends on the mix of the rates only."""
-        rates_key, lengths_key = self.scorer.rates_key(rates), self.scorer.lengths_key(lengths)
+        rates_key = self.scorer.rates_key(rates)
+        lengths_key = self.scorer.lengths_key(lengths, mixing)
         space = self._space((), num_devices)
         if self.config.planner != "exact":
             counts = self.optima.by_planner(space, rates_key, lengths_key)
@@ -153,11 +166,12 @@ class Planner:
         last_configs: Sequence[ParallelConfig] | None = None,
         lengths: Floats | None = None,
         recent: Sequence[ArrayLike] = (),
+        mixing: Floats | None = None,
     ) -> tuple[Candidate, ...]:
         """Candidates for this tick: keep first, then what each rule proposes, without doubles.
 
         Where several rules name the same deployment, `origin` joins their names with '+'. `recent`
-        are rates[J] seen lately, whose mixes may come again.
+        are rates[J] seen lately, whose mixes may come again; `mixing` as for `estimate`.
         """
         now = snapshot.deployment
         tick = _Tick(
@@ -166,7 +180,7 @@ class Planner:
             self._space(snapshot.dead_devices),
             self.scorer.rates_key(forecast.q50),
             self.scorer.rates_key(forecast.q90),
-            self.scorer.lengths_key(lengths),
+            self.scorer.lengths_key(lengths, mixing),
             tuple(last_configs) if last_configs else None,
             tuple(map(self.scorer.rates_key, recent)),
         )
@@ -236,7 +250,7 @@ class Planner:
             picks.append(("most_headroom", optima.most_headroom(search, mid)))
         alike = np.array(optima.homogeneous(tick.space), np.float64)
         scenarios, share = self._scenarios(tick, mid, high), self.config.worst_share
-        budget = self.config.switch_budget_bytes
+        budget = Budget(self.config.switch_budget_bytes, self.config.switch_budget_s)
         picks += [
             ("lowest_latency", optima.least_latency(search, q50)),
             ("optimum_q90", optima.most_headroom(search, high)),
@@ -244,7 +258,7 @@ class Planner:
             ("homogeneous", optima.best_of(search, alike, mid[0])),
             ("largest_kv", optima.best_of(search, self._largest_kv(search), mid[0])),
             ("robust", optima.most_headroom(search, scenarios, share)),
-            ("cheap_switch", optima.cheap_switch(search, mid[0], tick.switches, budget)),
+            ("cheap_switch", optima.cheap_switch(search, q50, tick.switches, budget)),
         ]
         if self.config.give_back and self.config.objective != "cost":
             fewest = optima.fewest_devices(search, q90)

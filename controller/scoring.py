@@ -22,7 +22,9 @@ from controller.service_model import (
     build_service_model,
     feasible_configs,
     mean_latency_s,
+    mixed_rates,
 )
+from controller.slo_rates import MAKE, SloRates
 from controller.solvers import SolverName, solver
 from controller.workload import centres, prior
 from engine.cluster import WorkloadTyping
@@ -34,10 +36,13 @@ Key = tuple[int, ...]  # of rounded logarithms
 Value = TypeVar("Value")
 # the most headroom; the least latency with headroom 1; the fewest devices with headroom 1 at q90
 Objective = Literal["goodput", "latency", "cost"]
+# of a replica, for headroom: all that it sustains, or what it takes within the targets of a class
+Capacity = Literal["throughput", "slo"]
 MAX_LATENCY_S = 1e4  # what is reported where nothing is served
 MAX_HEADROOM = 1e6
 MAX_RATE = 1e12  # per second
 CACHE_SIZE = 4096
+MIXING_STEP = 0.05  # shares of types are rounded to multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +58,22 @@ class PlannerConfig:
     objective: Objective = "goodput"  # what `optimum` is: see `Objective`
     planner: SolverName = "exact"  # what finds `optimum`; rivals are for goodput alone
     homogeneous: bool = False  # whether all replicas of a new deployment are alike
+    capacity: Capacity = "throughput"  # what headroom counts: see `Capacity`
+    slo_class: str = "interactive"  # whose targets, for the capacity "slo"
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
     give_back: bool = False  # whether candidates may leave devices idle (with "cost": always)
     worst_share: float = 0.0  # of the scenarios that a robust plan looks at; 0: the worst alone
-    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach
+    switch_budget_bytes: int = 0  # of weights, for the best plan that is cheap to reach; or else
+    switch_budget_s: float = 0.0  # on the links, without the fixed overhead
 
     def __post_init__(self) -> None:
-        known = get_args(Objective)
-        if self.objective not in known or not 0 <= self.worst_share <= 1 or self.max_devices < 0:
+        objectives, capacities = get_args(Objective), get_args(Capacity)
+        known = self.objective in objectives and self.capacity in capacities
+        if not known or not 0 <= self.worst_share <= 1 or self.max_devices < 0:
             raise InvalidRequestError(
-                f"planning needs an objective of {', '.join(known)}, a worst_share in [0, 1] and "
-                f"max_devices >= 0, got {self.objective!r}, {self.worst_share} and "
+                f"planning needs an objective of {', '.join(objectives)}, a capacity of "
+                f"{', '.join(capacities)}, a worst_share in [0, 1] and max_devices >= 0, got "
+                f"{self.objective!r}, {self.capacity!r}, {self.worst_share} and "
                 f"{self.max_devices}."
             )
         solver(self.planner)  # raises
@@ -116,7 +126,11 @@ class Scorer:
     """Scores deployments of one cluster for one typing. `configs` are the feasible ones."""
 
     def __init__(
-        self, cluster: ProfiledCluster, typing: WorkloadTyping, config: PlannerConfig
+        self,
+        cluster: ProfiledCluster,
+        typing: WorkloadTyping,
+        config: PlannerConfig,
+        slo_rates: SloRates | None = None,
     ) -> None:
         self.cluster, self.config = cluster, config
         self.configs = feasible_configs(cluster)
@@ -127,19 +141,73 @@ class Scorer:
                 f"{cluster.spec.device_memory_bytes} bytes per device; profile larger ones."
             )
         self._centres, self._prior = centres(typing), _floats(prior(typing))
-        self._models, self._rates = Cache(64), Cache(256)
+        self._models, self._rates, self._within = Cache(64), Cache(256), Cache(64)
+        self._slo_rates = slo_rates if config.capacity == "slo" else None
+        if self._slo_rates is not None:
+            self._slo_shares = self._slo_rates.shares(cluster, self.configs, config.slo_class)
+        elif config.capacity == "slo":
+            raise InvalidRequestError(
+                "the planner's capacity 'slo' needs SLO rates and got none; hand it those that "
+                f"{MAKE} makes, or set capacity to 'throughput'."
+            )
         warm_up()
 
-    def lengths_key(self, lengths: Floats | None) -> Key:
+    def lengths_key(self, lengths: Floats | None, mixing: Floats | None = None) -> Key:
+        """Of mean lengths[J, 2], the centres' by default, and mixing[J, J], if types are not known
+        at arrival."""
         given = _floats(self._centres if lengths is None else lengths)
-        return quantise((max(tokens, 1.0) for tokens in given), self.config.length_step)
+        key = quantise((max(tokens, 1.0) for tokens in given), self.config.length_step)
+        if mixing is None:
+            return key
+        return key + tuple(round(share / MIXING_STEP) for share in _floats(mixing))
 
     def model(self, lengths_key: Key) -> ServiceModel:
+        """Of requests as they are taken at arrival."""
+
         def build() -> ServiceModel:
-            lengths = np.exp(np.array(lengths_key) * self.config.length_step).reshape(-1, 2)
-            return build_service_model(self.cluster, self.configs, lengths)
+            mixing = self._mixing(lengths_key)
+            return (
+                self._typed(lengths_key)
+                if mixing is None
+                else self._typed(lengths_key).mixed(mixing)
+            )
 
         return self._models.get(lengths_key, build)
+
+    def _typed(self, lengths_key: Key) -> ServiceModel:
+        """Of the types themselves."""
+        return build_service_model(self.cluster, self.configs, self._lengths(lengths_key))
+
+    def _lengths(self, lengths_key: Key) -> Floats:
+        tokens = np.exp(np.array(lengths_key[: self._centres.size]) * self.config.length_step)
+        return np.asarray(tokens.reshape(-1, 2))
+
+    def _mixing(self, lengths_key: Key) -> Floats | None:
+        """Rows sum to 1."""
+        types, given = len(self._centres), lengths_key[self._centres.size :]
+        if not given:
+            return None
+        shares = np.array(given, np.float64).reshape(types, types)
+        return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+
+    def headroom_rates(self, lengths_key: Key) -> Floats:
+        """[C, J] requests per second that headroom counts of a replica; 0 where none is served
+        within the targets. See `controller.slo_rates`."""
+
+        def build() -> Floats:
+            rates, mixing = self._slo_rates, self._mixing(lengths_key)
+            if rates is None:
+                return self.model(lengths_key).rates
+            nearest = rates.nearest(self._lengths(lengths_key))
+            within = self._typed(lengths_key).rates * self._slo_shares[:, nearest]
+            return np.asarray(within if mixing is None else mixed_rates(within, mixing))
+
+        return self._within.get(lengths_key, build)
+
+    def loads(self, rates: Floats, lengths_key: Key) -> Floats:
+        """[..., C, J] of rates[..., J]: replicas busy with each type; inf where not served."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(rates[..., None, :] / self.headroom_rates(lengths_key))
 
     def rates_key(self, rates: ArrayLike) -> Key:
         """Total and shares of the rates, with the coverage floor, rounded in ln."""
@@ -163,14 +231,21 @@ class Scorer:
 
     def score(self, counts: ArrayLike, rates_keys: Sequence[Key], lengths_key: Key) -> list[Scores]:
         """Headroom, latency and shares of every deployment at each rate vector."""
-        model = self.model(lengths_key)
         counts = np.asarray(counts, np.float64)
-        return [self._score(counts, self.rates(key), model) for key in rates_keys]
+        return [self._score(counts, self.rates(key), lengths_key) for key in rates_keys]
 
-    def _score(self, counts: Floats, rates: Floats, model: ServiceModel) -> Scores:
-        rho = self.config.max_utilisation
-        theta, latency_s, shares = score(counts, rates / model.rates, rates, rho, model.arrays)
-        latency_s = np.where(theta > 0.0, np.minimum(latency_s, MAX_LATENCY_S), MAX_LATENCY_S)
+    def _score(self, counts: Floats, rates: Floats, lengths_key: Key) -> Scores:
+        """What misses the targets anyhow is routed for throughput."""
+        model, rho = self.model(lengths_key), self.config.max_utilisation
+        loads = self.loads(rates, lengths_key)
+        theta, latency_s, shares = score(counts, loads, rates, rho, model.arrays)
+        late = (theta <= 0.0) & counts.any(axis=1)
+        if late.any():
+            plain = score(counts[late], rates / model.rates, rates, rho, model.arrays)
+            _, latency_s[late], shares[late] = plain
+        latency_s = np.where(
+            counts.any(axis=1), np.minimum(latency_s, MAX_LATENCY_S), MAX_LATENCY_S
+        )
         return Scores(np.minimum(theta, MAX_HEADROOM), latency_s, shares)
 
     def most_headroom(
@@ -178,25 +253,25 @@ class Scorer:
     ) -> tuple[int, float]:
         """Which has the most headroom, in the mean of the lowest share `tail` of equally likely
         rates[S, J] (0: the lowest alone); among equals the first. And its value."""
-        loads = rates[:, None] / self.model(lengths_key).rates
+        loads = self.loads(rates, lengths_key)
         index, value, _ = most_headroom(counts, loads, self.config.max_utilisation, tail)
         return int(index), float(value)
 
     def least_latency(self, counts: Floats, rates: Floats, lengths_key: Key) -> int | None:
         """Which has the least mean latency of those with headroom 1 or more at rates[J]; None:
         there is none. Among equals the first."""
-        model = self.model(lengths_key)
-        rho = self.config.max_utilisation
-        index, _ = least_latency(counts, rates / model.rates, rates, rho, model.arrays)
+        model, loads = self.model(lengths_key), self.loads(rates, lengths_key)
+        rho, apart = self.config.max_utilisation, self._slo_rates is not None
+        index, _ = least_latency(counts, loads, rates, rho, model.arrays, apart)
         return int(index) if index >= 0 else None
 
     def latency_levels(self, lengths_key: Key) -> Floats:
         """[L, C, J] mean latency of each type alone on a replica that is rho * LATENCY_LEVELS
-        busy, in seconds."""
-        model = self.model(lengths_key)
-        configs, types = model.rates.shape
+        busy, as headroom counts it, in seconds."""
+        model, most = self.model(lengths_key), self.headroom_rates(lengths_key)
+        configs, types = most.shape
         rows = np.repeat(np.arange(configs), types)
-        alone = np.tile(np.eye(types), (configs, 1)) * model.rates.ravel()[:, None]
+        alone = np.tile(np.eye(types), (configs, 1)) * most.ravel()[:, None]
         one = np.ones((len(rows), 1))
         found = [
             mean_latency_s(model, rows[:, None], one, busy * alone[:, None])

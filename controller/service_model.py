@@ -22,8 +22,8 @@ replicas, five pairs of profile and trace, at loads of 0.15, 0.4 and 0.7: there 
 by 6, 8 and 12 % with pp > 1, by 5, 6 and 9 % without.
 
 Service rate: r(n) = n / (m T(n)) requests per second; the highest steady rate is taken to be at
-n_max = min(max_num_seqs, KV tokens / (P + O), tokens per step allowed): with the context at its end,
-since a sequence that cannot grow is preempted and computed again.
+n_max = min(max_num_seqs, KV tokens / (P + O), tokens per step allowed): with the context at its
+end, since a sequence that cannot grow is preempted and computed again.
 
 Latency at rate R < r(n_max): Little's law n = r T with r = R m steps per second, solved for T:
     T = E / (1 - q r / (E + g)) at E = a + beta, while n <= pp;  beyond it (E - a) pp / (beta r)
@@ -39,7 +39,7 @@ continued beyond RHO_KNEE by its tangent, so that overload costs much but finite
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,31 @@ class ServiceModel:
         """For `controller.headroom_kernel`."""
         own = (self.base_s, self.share, self.pp, self.steps, self.added_s)
         return (*own, self.held_s2, self.prompt_s, self.max_running, self.rates)
+
+    def mixed(self, mixing: Floats) -> ServiceModel:
+        """The model of requests of which only a guess of the type is known: those taken for type i
+        are of type j with probability mixing[i, j], and each guess counts as a type."""
+        steps = mixing @ self.steps
+        weight = mixing * self.steps / steps[:, None]  # [i, j] of the steps
+        held_s2 = self.held_s2 @ weight.T
+        prompt_s = (self.held_s2 * self.prompt_s) @ weight.T / np.maximum(held_s2, 1e-18)
+        return replace(
+            self,
+            steps=steps,
+            added_s=self.added_s @ weight.T,
+            held_s2=held_s2,
+            prompt_s=prompt_s,
+            max_running=1.0 / ((1.0 / self.max_running) @ weight.T),
+            rates=mixed_rates(self.rates, mixing),
+        )
+
+
+def mixed_rates(rates: Floats, mixing: Floats) -> Floats:
+    """[C, J] service rates of guessed types, from those[C, J] of true ones; 0 where a type that
+    is not served is among them."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        work = np.where(mixing > 0.0, mixing / rates[:, None, :], 0.0)  # [C, i, j]
+        return np.asarray(1.0 / work.sum(axis=2))
 
 
 def feasible_configs(cluster: ProfiledCluster) -> tuple[ParallelConfig, ...]:

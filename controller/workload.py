@@ -123,6 +123,15 @@ class PromptPosterior:
         """[N, J] P(type | prompt) of arrivals."""
         return self.matrix[np.searchsorted(self._edges, prompt_tokens, side="left")]
 
+    @property
+    def mixing(self) -> Floats:
+        """[J, J] what requests taken for type i turn out to be: of those that the table takes for
+        it, bucket by bucket, the share of each type. Rows sum to 1; the identity would mean that
+        the prompt's length tells the type."""
+        number = (self._pseudo + self._counts).sum(axis=1)
+        taken = self.matrix * number[:, None]
+        return np.asarray(taken.T @ self.matrix / taken.sum(axis=0)[:, None])
+
     def observe(self, prompt_tokens: Sequence[int], types: NDArray[np.int64]) -> None:
         """Count finished requests of known type."""
         if not len(types):

@@ -15,6 +15,7 @@ import numpy as np
 from controller.build import build_pipeline, load_profiled_cluster, pipeline_facts
 from controller.decision import DecisionPipeline
 from controller.planner import Planner
+from controller.slo import find_slo
 from controller.workload import fit_typing
 from engine.cluster import SloSpec, WorkloadTyping
 from engine.profile import ProfiledCluster
@@ -22,7 +23,6 @@ from envs.build import engine_parts, surrogate_parts
 from envs.experiment_config import ANY, ExperimentConfig, WorkloadSection
 from envs.scenarios import Disturbances, draw, draw_disturbances, draw_workload
 from envs.serving_env import MakeTrace, ServingEnv, undisturbed
-from envs.slo import find_slo
 from envs.traces import load_trace
 from envs.traffic import (
     Capacity,

@@ -11,78 +11,32 @@ draws (common random numbers), so that looser targets never give a lower rate.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.build import load_profiled_cluster
+from controller.build import SLO_RATES, load_profiled_cluster
 from controller.service_model import feasible_configs, service_rates
+from controller.slo import CLASSES, DEFAULT_SLO, SloConfig, read_slo
+from controller.slo_rates import SloRates, digest, fingerprint
 from controller.workload import centres, fit_typing
-from engine.cluster import ParallelConfig, SloSpec, WorkloadType, WorkloadTyping, dense_deployment
-from engine.errors import InvalidRequestError, TidewrightError
+from engine.cluster import ParallelConfig, SloSpec, WorkloadTyping, dense_deployment
+from engine.errors import TidewrightError
 from engine.profile import ProfiledCluster
 from envs.reward import slo_met
-from envs.slo import CLASSES, DEFAULT_SLO, SloConfig, read_slo
 from envs.surrogate.cluster import SurrogateCluster
 from envs.workload import WorkloadConfig, generate
 from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
-FOLDER = Path(__file__).parents[1] / "configs" / "slo_rates"
 WARM_UP, COUNTED = 500, 2000  # requests of a simulated run
 BISECTIONS = 10  # to a thousandth of the sustained rate
 NUM_TYPES = 4
 SAMPLE_S = 3600.0  # of generated traffic that the default typing is fitted to
 LONG_S = 1e7  # after the last arrival: by then all have ended
-
-
-@dataclass(frozen=True, slots=True)
-class SloRates:
-    """rates[class][C, J], requests per second that one replica of each of `configs` takes of each
-    type within the class's targets; 0 where even a lone request misses them. `digest` is that of
-    all that they follow from."""
-
-    configs: tuple[ParallelConfig, ...]
-    typing: WorkloadTyping
-    rates: dict[str, Floats]
-    digest: str
-
-    def service_rates(self, configs: Sequence[ParallelConfig], classes: Sequence[str]) -> Floats:
-        """[C, J] for `configs`, types of the given classes; in place of `ServiceModel.rates`."""
-        rows = [self.configs.index(c) for c in configs]
-        columns = [self.rates[name][rows, j] for j, name in enumerate(classes)]
-        return np.stack(columns, axis=1)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "digest": self.digest,
-            "typing": asdict(self.typing),
-            "configs": [[c.tp, c.pp] for c in self.configs],
-            "rates": {name: found.tolist() for name, found in self.rates.items()},
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> SloRates:
-        """Raises InvalidRequestError when it is not what `to_json` writes."""
-        try:
-            types = tuple(WorkloadType(**t) for t in data["typing"]["types"])
-            return cls(
-                tuple(ParallelConfig(tp, pp) for tp, pp in data["configs"]),
-                WorkloadTyping(types, tuple(data["typing"]["prior"])),
-                {name: np.array(found) for name, found in data["rates"].items()},
-                data["digest"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"these are no SLO rates ({error!r}); make them with python -m envs.slo_rates."
-            ) from error
 
 
 # --------------------------------------------------------------------------------------
@@ -146,11 +100,6 @@ def default_typing(cluster: ProfiledCluster, num_types: int = NUM_TYPES) -> Work
     return fit_typing(sample.prompt_tokens, sample.output_tokens, num_types, seed=0)
 
 
-def digest(cluster: ProfiledCluster, typing: WorkloadTyping, slo: SloConfig, seed: int) -> str:
-    facts = [cluster.to_json(), asdict(typing), slo.model_dump(), seed, WARM_UP, COUNTED]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def slo_rates(
     cluster: ProfiledCluster, typing: WorkloadTyping, slo: SloConfig, seed: int = 0
 ) -> SloRates:
@@ -164,28 +113,15 @@ def slo_rates(
             for name, spec in specs.items():
                 rate_per_s = replica.highest_rate(spec, slo.attainment)
                 found[name][c, j] = float(f"{rate_per_s:.4g}")
-    return SloRates(configs, typing, found, digest(cluster, typing, slo, seed))
-
-
-def load_slo_rates(path: Path, cluster: ProfiledCluster, slo: SloConfig) -> SloRates:
-    """Raises InvalidRequestError: unreadable, or made from another profile or other targets."""
-    try:
-        found = SloRates.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise InvalidRequestError(f"SLO rates {path} cannot be read: {error}.") from error
-    if found.digest != digest(cluster, found.typing, slo, seed=0):
-        raise InvalidRequestError(
-            f"{path} was made from another profile or other targets; make it again with python -m "
-            "envs.slo_rates PROFILE."
-        )
-    return found
+    made = digest(fingerprint(cluster), typing, slo.model_dump())
+    return SloRates(configs, typing, found, made)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m envs.slo_rates", description="Make SLO rates.")
     parser.add_argument("profiles", type=Path, nargs="+", help="measured cluster JSON")
     parser.add_argument("--slo", type=Path, default=DEFAULT_SLO, help="targets")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder")
+    parser.add_argument("--out", type=Path, default=SLO_RATES, help="folder")
     args = parser.parse_args(argv)
     try:
         slo = read_slo(args.slo)

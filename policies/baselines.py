@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidRequestError
-from policies.base import Observation, ObservationSpec, Policy
+from policies.base import Observation, ObservationSpec
 
 KEEP_ROW = 0
 
@@ -87,22 +87,6 @@ class MyopicPolicy:
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         marked = observation.candidates[: len(observation.keys), self._optimum] > 0.5
         return _one_hot(observation, int(np.argmax(marked)) if marked.any() else KEEP_ROW)
-
-
-class EveryPolicy:
-    """Another policy asked at each n-th decision only; in between it keeps."""
-
-    def __init__(self, policy: Policy, decisions: int) -> None:
-        self.policy, self.decisions, self.name = policy, decisions, policy.name
-        self._count = 0
-
-    def reset(self) -> None:
-        self._count = 0
-        self.policy.reset()
-
-    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        due, self._count = self._count % self.decisions == 0, self._count + 1
-        return self.policy.probabilities(observation) if due else _one_hot(observation, KEEP_ROW)
 
 
 class GreedyPolicy:

@@ -60,7 +60,6 @@ class StudyConfig(_Section):
 
     windows: Windows
     num_types: int = Field(ge=1)
-    replan_decisions: int = Field(ge=1, description="decisions between plans of periodic rules")
     num_equal: int = Field(ge=1, description="static deployments of equal replicas, simulated")
     num_unequal: int = Field(ge=0, description="and of unequal ones")
     reload_s: float = Field(gt=0, description="seconds a replica is away in a cold reload")

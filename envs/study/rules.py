@@ -20,7 +20,6 @@ from envs.lookahead import EnvOutlook
 from envs.study.world import PREDICTOR, MakePolicy, World
 from policies.base import ObservationSpec, Policy
 from policies.baselines import (
-    EveryPolicy,
     GreedyPolicy,
     HysteresisConfig,
     HysteresisPolicy,
@@ -31,8 +30,11 @@ from policies.baselines import (
 )
 from policies.mpc import MpcPolicy
 
-STATIC_GRID_S = 60.0  # between routings of deployments that stay
+SLOW_GRID_S = 60.0  # between decisions of rules that plan each minute, and of those that stay
 MANY_ROWS = 24  # candidates of rules that count replicas
+
+
+Build = Callable[[World], DecisionPipeline]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,8 @@ class Rule:
 
     name: str
     meaning: str
-    pipeline: Callable[[World], DecisionPipeline]
+    pipeline: Build
     policy: MakePolicy
-    initial_key: Callable[[World], str] | None = None
 
 
 class LoadRouting(DecisionPipeline):
@@ -87,16 +88,12 @@ def rule_pipeline(world: World) -> DecisionPipeline:
     return _build(world, objective="latency")
 
 
-def _homogeneous(world: World) -> DecisionPipeline:
-    return _build(world, objective="latency", homogeneous=True)
-
-
-def _oserve(world: World) -> DecisionPipeline:
-    return _build(world, planner="oserve")
+def _pipeline(kind: type[DecisionPipeline] = DecisionPipeline, **settings: Any) -> Build:
+    return lambda world: _build(world, kind, **settings)
 
 
 def _oserve_cold(world: World) -> DecisionPipeline:
-    built = _build(world, ColdReload, planner="oserve")
+    built = _build(world, ColdReload, planner="oserve", grid_s=SLOW_GRID_S)
     assert isinstance(built, ColdReload)
     built.reload_s = world.config.reload_s
     return built
@@ -111,7 +108,9 @@ def _scaling(world: World) -> DecisionPipeline:
     built = build_pipeline(
         cluster,
         world.typing,
-        DecisionConfig(objective="cost", give_back=True, max_candidates=MANY_ROWS),
+        DecisionConfig(
+            objective="cost", give_back=True, max_candidates=MANY_ROWS, grid_s=SLOW_GRID_S
+        ),
         PREDICTOR,
     )
     most = devices // parallel.num_devices
@@ -119,90 +118,76 @@ def _scaling(world: World) -> DecisionPipeline:
     return built
 
 
-def _periodic(make: Callable[[ObservationSpec], Policy]) -> Callable[..., Policy]:
-    def build(pipeline: DecisionPipeline, env: Any) -> Policy:
-        return make(pipeline.observation_spec)
-
-    return build
+def _of_spec(make: Callable[[ObservationSpec], Policy]) -> MakePolicy:
+    return lambda pipeline, env: make(pipeline.observation_spec)
 
 
 def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
     """All but the static deployments and the beam, in order."""
-    every, mpc = world.config.replan_decisions, world.config.mpc
-
-    def replanned(spec: ObservationSpec) -> Policy:
-        return EveryPolicy(MyopicPolicy(spec), every)
+    mpc, seed = world.config.mpc, world.config.seed
 
     def looking(clairvoyant: bool) -> MakePolicy:
-        def build(pipeline: DecisionPipeline, env: Any) -> Policy:
-            outlook = EnvOutlook(env, clairvoyant, world.config.seed)
-            config = replace(mpc, num_futures=1) if clairvoyant else mpc
-            return MpcPolicy(outlook, config)
+        config = replace(mpc, num_futures=1) if clairvoyant else mpc
+        return lambda pipeline, env: MpcPolicy(EnvOutlook(env, clairvoyant, seed), config)
 
-        return build
+    def breaking_even(spec: ObservationSpec) -> Policy:
+        return HysteresisPolicy(spec, tuned)
 
-    minute = f"each {every * DecisionConfig().grid_s:g} s"
+    fast: dict[str, Any] = {"objective": "latency"}
+    slow = fast | {"grid_s": SLOW_GRID_S}
+    equal: dict[str, Any] = {"homogeneous": True}
+    oserve = _pipeline(planner="oserve", grid_s=SLOW_GRID_S)
     rules = [
-        Rule(
-            "keep",
-            "the first deployment throughout",
-            rule_pipeline,
-            _periodic(lambda s: KeepPolicy()),
-        ),
+        Rule("keep", "the first deployment throughout", _pipeline(**slow), static_policy()),
         Rule(
             "homogeneous_replanned",
-            f"equal replicas, planned anew {minute}: the fastest with headroom",
-            _homogeneous,
-            _periodic(replanned),
+            "equal replicas, each minute the fastest with headroom",
+            _pipeline(**slow, **equal),
+            _of_spec(MyopicPolicy),
         ),
         Rule(
             "oserve_cold",
-            f"OServe's planner {minute}; replicas that change are loaded anew",
+            "OServe's planner each minute; replicas that change are loaded anew",
             _oserve_cold,
-            _periodic(replanned),
+            _of_spec(MyopicPolicy),
         ),
         Rule(
             "oserve",
-            f"OServe's planner {minute}, a live switch whenever it differs",
-            _oserve,
-            _periodic(replanned),
+            "OServe's planner each minute, a live switch whenever it differs",
+            oserve,
+            _of_spec(MyopicPolicy),
         ),
         Rule(
             "replanned",
-            f"the exact plan {minute}: the fastest with headroom, unequal replicas allowed",
-            rule_pipeline,
-            _periodic(replanned),
+            "the exact plan each minute: the fastest with headroom, unequal replicas allowed",
+            _pipeline(**slow),
+            _of_spec(MyopicPolicy),
         ),
         Rule(
             "scaling",
-            "like Dynamo: as many equal replicas as needed",
+            "like Dynamo: as few equal replicas as hold",
             _scaling,
-            _periodic(lambda s: EveryPolicy(ScalingPolicy(s), every)),
+            _of_spec(ScalingPolicy),
         ),
         Rule(
             "greedy",
-            "like Nitsum: the fastest that holds, at each decision",
-            rule_pipeline,
-            _periodic(GreedyPolicy),
+            "like Nitsum: at each decision the fastest that holds",
+            _pipeline(**fast),
+            _of_spec(GreedyPolicy),
         ),
         Rule(
             "hysteresis",
             "break-even, tuned on training days",
             rule_pipeline,
-            _periodic(lambda s: HysteresisPolicy(s, tuned)),
+            _of_spec(breaking_even),
         ),
         Rule(
             "hysteresis_equal",
             "the same over equal replicas only",
-            _homogeneous,
-            _periodic(lambda s: HysteresisPolicy(s, tuned)),
+            _pipeline(**fast, **equal),
+            _of_spec(breaking_even),
         ),
-        Rule(
-            "work_function",
-            "the work-function algorithm",
-            rule_pipeline,
-            _periodic(WorkFunctionPolicy),
-        ),
+        Rule("work_function", "the work function", rule_pipeline, _of_spec(WorkFunctionPolicy)),
     ]
     if world.cell.ladder == "failures":
         names = ("keep", "homogeneous_replanned", "oserve", "replanned", "hysteresis")
@@ -226,14 +211,14 @@ def hysteresis_settings(world: World) -> list[HysteresisConfig]:
 
 
 def hysteresis_policy(tuned: HysteresisConfig) -> MakePolicy:
-    return _periodic(lambda spec: HysteresisPolicy(spec, tuned))
+    return _of_spec(lambda spec: HysteresisPolicy(spec, tuned))
 
 
 def static_policy() -> MakePolicy:
-    return _periodic(lambda spec: KeepPolicy())
+    return _of_spec(lambda spec: KeepPolicy())
 
 
 def static_pipeline(world: World, by_load: bool = False) -> DecisionPipeline:
     """For deployments that stay; `by_load`: requests go where least is going on."""
     kind = LoadRouting if by_load else DecisionPipeline
-    return _build(world, kind, objective="latency", grid_s=STATIC_GRID_S)
+    return _build(world, kind, objective="latency", grid_s=SLOW_GRID_S)

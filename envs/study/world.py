@@ -13,14 +13,14 @@ from controller.build import build_pipeline, load_profiled_cluster
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.planner import Planner
 from controller.scoring import Objective
-from controller.workload import assign, centres, fit_typing
+from controller.slo import read_slo
+from controller.workload import PromptPosterior, assign, centres, fit_typing
 from engine.cluster import SloSpec, WorkloadTyping, deployment_key, parse_deployment_key
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
 from envs.lookahead import EnvOutlook
 from envs.scenarios import DeviceFailure, Disturbances
 from envs.serving_env import ServingEnv
-from envs.slo import read_slo
 from envs.study.config import GENERATED, Cell, StudyConfig
 from envs.study.scores import Objectives, WindowRecord
 from envs.traces import load_trace
@@ -45,6 +45,7 @@ class Part:
     seconds: float
     rates: Floats  # [J] requests per second
     lengths: Floats  # [J, 2] mean tokens
+    mixing: Floats  # [J, J] of types guessed at arrival; see `PromptPosterior.mixing`
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,25 +94,34 @@ def parts_of(windows: Sequence[Trace], part_s: float, typing: WorkloadTyping) ->
     """The windows in parts of about `part_s`, those without a request left out."""
     found = []
     for window in windows:
+        posterior = PromptPosterior(typing)
+        types = assign(typing, window.prompt_tokens, window.output_tokens)
+        posterior.observe(window.prompt_tokens.tolist(), types)
         number = max(1, round(window.duration_s / part_s))
         for i in range(number):
             part = window.window(i * window.duration_s / number, window.duration_s / number)
             if len(part):
                 shares, lengths = mean_mix(part, typing)
-                found.append(Part(part.duration_s, shares * part.mean_rate_per_s, lengths))
+                found.append(
+                    Part(part.duration_s, shares * part.mean_rate_per_s, lengths, posterior.mixing)
+                )
     return found
 
 
 def best_for(planners: Sequence[Planner], part: Part) -> list[str]:
     """Deployments that the planners find best for a part's traffic."""
-    return [deployment_key(p.optimum(part.rates, lengths=part.lengths)) for p in planners]
+    return [
+        deployment_key(p.optimum(part.rates, lengths=part.lengths, mixing=part.mixing))
+        for p in planners
+    ]
 
 
 def peak_loads(planner: Planner, parts: Sequence[Part], keys: Iterable[str]) -> dict[str, float]:
     """By deployment its utilisation in the part that loads it most; above 1 it is overloaded."""
 
     def utilisation(key: str, part: Part) -> float:
-        found = planner.estimate(parse_deployment_key(key), part.rates, part.lengths)
+        configs = parse_deployment_key(key)
+        found = planner.estimate(configs, part.rates, part.lengths, part.mixing)
         return planner.config.max_utilisation / max(found.headroom, 1e-9)
 
     return {key: max(utilisation(key, part) for part in parts) for key in keys}
@@ -183,7 +193,7 @@ def homogeneous_keys(planner: Planner) -> list[str]:
 def mean_latency_s(planner: Planner, parts: Sequence[Part], key: str) -> float:
     """Estimated for a deployment that stays."""
     configs = parse_deployment_key(key)
-    each = [planner.estimate(configs, p.rates, p.lengths).latency_s for p in parts]
+    each = [planner.estimate(configs, p.rates, p.lengths, p.mixing).latency_s for p in parts]
     return float(np.average(each, weights=[p.seconds * p.rates.sum() for p in parts]))
 
 

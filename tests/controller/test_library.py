@@ -131,7 +131,9 @@ def test_least_latency_equals_scoring_the_whole_library(
         rates = load * theta.max() * mix
         theta, shares = _plain(library.counts, rates / model.rates)
         latency_s = mean_latency_s(model, rows, library.counts, shares * rates)
-        index, solved = least_latency(library.counts, rates / model.rates, rates, RHO, model.arrays)
+        index, solved = least_latency(
+            library.counts, rates / model.rates, rates, RHO, model.arrays, False
+        )
         if load > 1.0:
             assert index == -1
             continue
@@ -139,6 +141,78 @@ def test_least_latency_equals_scoring_the_whole_library(
         assert theta[index] >= 1.0
         assert latency_s[index] == pytest.approx(allowed.min(), rel=1e-6)
         assert solved <= len(library.counts)
+
+
+# -- types that some configurations cannot serve ------------------------------------------
+
+
+def _with_gaps(rng: np.random.Generator, rates: np.ndarray) -> np.ndarray:
+    """About a third of the service rates 0, the others less by up to a half."""
+    able = rng.random(rates.shape) > 0.35
+    able[rng.integers(0, len(rates), rates.shape[1]), np.arange(rates.shape[1])] = True
+    return np.where(able, rates * rng.uniform(0.5, 1.0, rates.shape), 0.0)
+
+
+def _loads(rates: np.ndarray, service: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.asarray(rates / service)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.sampled_from([0.0, 0.5, 1.0]))
+def test_headroom_with_gaps_equals_the_plain_simplex(seed: int, types: int, tail: float) -> None:
+    rng = np.random.default_rng(seed)
+    service = _with_gaps(rng, _random_rates(rng, types))
+    mixes = rng.dirichlet(np.ones(types), 3) + 0.01
+    library = Library(CONFIGS, Space((8,), 8))
+    thetas = np.array([_plain(library.counts, _loads(mix, service))[0] for mix in mixes]).T
+    values = _tail_mean(thetas, tail)
+    assert values.max() > 0.0
+    loads = np.array([_loads(mix, service) for mix in mixes])
+    for listed in (library.counts, library.contenders(service)):
+        found = most_headroom(listed, loads, RHO, tail)
+        assert found[1] == pytest.approx(values.max(), rel=1e-8)
+    exact = by_milp(loads, Pool([c.num_devices for c in CONFIGS], 8, RHO), tail)
+    which = np.flatnonzero((library.counts == np.array(exact)).all(axis=1))
+    assert values[which[0]] == pytest.approx(values.max(), rel=1e-6)
+
+
+def test_headroom_is_0_where_nobody_serves_a_type_and_the_first_is_taken() -> None:
+    rates = _random_rates(np.random.default_rng(1), 3)
+    rates[:, 1] = 0.0
+    library = Library(CONFIGS, Space((8,), 8))
+    found = most_headroom(library.counts, _loads(np.ones(3), rates)[None], RHO, 0.0)
+    assert found[:2] == (0, 0.0)
+    assert found[2] < len(library.counts) / 10
+
+
+@pytest.mark.parametrize("load", [0.1, 0.5, 0.9, 0.99, 1.1])
+def test_scores_and_least_latency_at_other_rates_equal_the_plain_path(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, load: float
+) -> None:
+    planner = Planner(make_cluster(8, 4), four_types)
+    model, rng = _service(planner), np.random.default_rng(int(100 * load))
+    counts = Library(planner.configs, Space((8,), 8)).counts
+    rows = np.broadcast_to(np.arange(len(planner.configs)), counts.shape)
+    for _ in range(6):
+        service, mix = _with_gaps(rng, model.rates), rng.dirichlet(np.ones(4)) + 0.02
+        best = _plain(counts, _loads(mix, service))[0].max()
+        rates = load * best * mix
+        loads = _loads(rates, service)
+        plain, _ = _plain(counts, loads)
+        theta, latency_s, shares = score(counts, loads, rates, RHO, model.arrays)
+        assert theta == pytest.approx(plain, rel=1e-7, abs=1e-9)
+        assert shares.sum(axis=1) == pytest.approx(np.ones((len(counts), 4)))
+        assert np.all(shares[theta > 0.0][:, service == 0.0] == 0.0)
+        busy = np.where(shares > 0.0, np.where(service > 0.0, loads, 0.0) * shares, 0.0).sum(axis=2)
+        served = theta > 0.0
+        assert (theta[:, None] * busy <= RHO * counts * (1 + 1e-7))[served].all()
+        assert latency_s == pytest.approx(mean_latency_s(model, rows, counts, shares * rates))
+        index, _ = least_latency(counts, loads, rates, RHO, model.arrays, True)
+        if load > 1.0:
+            assert index == -1
+            continue
+        assert latency_s[index] == latency_s[theta >= 1.0].min()
 
 
 @settings(max_examples=20, deadline=None)

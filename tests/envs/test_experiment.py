@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from controller.slo import read_slo
 from engine.cluster import SloSpec
 from engine.errors import InvalidRequestError
 from envs.build import DEFAULT_PROFILE
 from envs.experiment import Experiment, build_experiment, build_venv, git_revision
 from envs.experiment_config import read_config
 from envs.serving_env import ServingEnv
-from envs.slo import read_slo
 
 CONFIG = f"""
 profile: {DEFAULT_PROFILE}

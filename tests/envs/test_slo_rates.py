@@ -9,25 +9,19 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from controller.build import load_profiled_cluster
+from controller.build import SLO_RATES, find_slo_rates, load_profiled_cluster
 from controller.service_model import service_rates
+from controller.slo import read_slo
+from controller.slo_rates import SloRates
 from controller.workload import centres
 from engine.cluster import ParallelConfig, SloSpec, WorkloadType, WorkloadTyping
 from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel
-from envs.slo import read_slo
-from envs.slo_rates import (
-    FOLDER,
-    LoneReplica,
-    SloRates,
-    default_typing,
-    load_slo_rates,
-    slo_rates,
-)
+from envs.slo_rates import LoneReplica, default_typing, slo_rates
 
 ONE, TWO = ParallelConfig(1, 1), ParallelConfig(2, 1)
 LENGTHS = np.array([20.0, 30.0])
-PROFILES = FOLDER.parent / "profiles"
+PROFILES = SLO_RATES.parent / "profiles"
 SHARE = 0.9
 
 
@@ -107,25 +101,34 @@ def test_rates_of_a_profile_by_class(small_cluster: ProfiledCluster) -> None:
     most = service_rates(cluster, found.configs, np.array([[8.0, 6.0], [60.0, 20.0]]))
     assert (found.rates["interactive"] <= found.rates["batch"]).all()
     assert (found.rates["batch"] <= most * 1.001).all()
-    mixed = found.service_rates(found.configs[::-1], ("batch", "interactive"))
-    assert mixed[:, 0].tolist() == found.rates["batch"][::-1, 0].tolist()
-    assert mixed[:, 1].tolist() == found.rates["interactive"][::-1, 1].tolist()
+    for name in found.rates:
+        shares = found.shares(cluster, found.configs[::-1], name)[::-1]
+        assert shares == pytest.approx(found.rates[name] / most)
 
 
-def test_rates_of_another_profile_or_other_targets_are_refused(
+def test_rates_are_found_for_any_pool_of_the_profile_and_no_other(
     small_cluster: ProfiledCluster, tmp_path: Path
 ) -> None:
     cluster, typing = _small(small_cluster)
     slo, path = read_slo(), tmp_path / "rates.json"
     path.write_text(json.dumps(slo_rates(cluster, typing, slo).to_json()))
-    assert load_slo_rates(path, cluster, slo).typing == typing
+    (tmp_path / "another.json").write_text(
+        json.dumps(
+            slo_rates(cluster, WorkloadTyping(typing.types[:1]), slo).to_json() | {"digest": ""}
+        )
+    )
+    larger = replace(cluster, spec=replace(cluster.spec, num_devices=64, devices_per_node=8))
+    for pool in (cluster, larger):
+        assert find_slo_rates(pool, slo, tmp_path).typing == typing
     slower = replace(cluster, profile=replace(cluster.profile, link_bytes_per_s=1.0))
-    for other in ((slower, slo), (cluster, slo.model_copy(update={"attainment": 0.5}))):
-        with pytest.raises(InvalidRequestError, match="make it again with python -m"):
-            load_slo_rates(path, *other)
+    fewer = replace(cluster, spec=replace(cluster.spec, max_num_seqs=1))
+    other_targets = slo.model_copy(update={"attainment": 0.5})
+    for args in ((slower, slo), (fewer, slo), (cluster, other_targets)):
+        with pytest.raises(InvalidRequestError, match=r"make them with python -m envs\.slo_rates"):
+            find_slo_rates(*args, tmp_path)
     path.write_text("{}")
     with pytest.raises(InvalidRequestError, match="these are no SLO rates"):
-        load_slo_rates(path, cluster, slo)
+        find_slo_rates(cluster, slo, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,9 @@ def test_rates_of_another_profile_or_other_targets_are_refused(
 def test_shipped_rates_are_those_of_shipped_profiles(path: Path) -> None:
     """One of each file is simulated again: the surrogate may have changed too."""
     cluster, slo = load_profiled_cluster(path), read_slo()
-    found = load_slo_rates(FOLDER / path.name, cluster, slo)
+    found = find_slo_rates(cluster, slo)
+    made = SloRates.from_json(json.loads((SLO_RATES / path.name).read_text()))
+    assert found.to_json() == made.to_json()
     centres_now = centres(default_typing(cluster))
     assert centres(found.typing) == pytest.approx(centres_now)
     parallel, last = found.configs[-1], found.typing.types[-1]

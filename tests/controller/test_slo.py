@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
+from controller.slo import CLASSES, DEFAULT_SLO, find_slo, read_slo
 from engine.cluster import RequestOutcome, RequestStatus, SloSpec
 from engine.errors import InvalidRequestError
 from envs.reward import meets_slo, slo_met
-from envs.slo import CLASSES, DEFAULT_SLO, find_slo, read_slo
 from policies.base import TrafficColumns
 
 
