@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -13,35 +11,8 @@ from typing import Any
 
 from engine.config import load_config
 from engine.errors import TidewrightError
-from envs.study.cell import run_cell
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "headroom.json.gz"
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """By name of the cell; none where there is no file."""
-    if not path.exists():
-        return {}
-    with gzip.open(path, "rt") as file:
-        return {str(result["cell"]["name"]): result for result in json.load(file)}
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Byte for byte the same for the same results."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([results[name] for name in sorted(results)], separators=(",", ":"))
-    part = path.with_suffix(".part")
-    part.write_bytes(gzip.compress(text.encode(), mtime=0))
-    part.replace(path)
-
-
-def _run(config: StudyConfig, cell: Cell, traces: Path, shows: bool) -> dict[str, Any]:
-    def report(what: str) -> None:
-        if shows:
-            print(f"  {cell.name}: {what}", file=sys.stderr, flush=True)
-
-    return run_cell(config, cell, traces, report)
+from envs.study.results import RESULTS, read_results, run, write_results
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -83,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = read_results(args.out)
     cells, traces = _chosen(args, config, results), args.traces or Path()
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("forkserver")) as pool:
-        running = {pool.submit(_run, config, c, traces, args.verbose): c for c in cells}
+        running = {pool.submit(run, config, c, traces, args.verbose): c for c in cells}
         try:
             for number, future in enumerate(as_completed(running), 1):
                 result = future.result()
