@@ -28,12 +28,13 @@ from envs.study.rules import (
     static_pipeline,
     static_policy,
 )
-from envs.study.scores import RunScore, WindowRecord, score_run
+from envs.study.scores import RunScore, WindowRecord, arrived_since, score_run
 from envs.study.world import (
     World,
     best_for,
     build_world,
     homogeneous_keys,
+    lost_at_s,
     mean_latency_s,
     run_windows,
     shares_of_types,
@@ -65,7 +66,7 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         runs.append(_beam(world, statics))
     return {
         "cell": cell.model_dump(mode="json"),
-        "best_static": world.best_key,
+        "capacity": _capacity(world),
         "rate_factor": round(world.factor, 5),
         "peak_per_s": round(max(float(part.rates.sum()) for part in world.parts), 4),
         "requests": sum(map(len, world.test)),
@@ -83,7 +84,22 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
 def _score(
     world: World, name: str, records: Sequence[WindowRecord], detail: dict[str, Any] | None = None
 ) -> RunScore:
+    if world.cell.lost_devices:
+        records = [arrived_since(r, lost_at_s(r.trace)) for r in records]
     return score_run(name, records, world.objectives, world.typing, detail)
+
+
+def _capacity(world: World) -> dict[str, Any]:
+    """Peak loads, by the planner: of the best equal replicas, of the best static deployment, and
+    with a switch wherever another is better, at no cost."""
+    equal = {key: world.peak_loads[key] for key in homogeneous_keys(world.planner)}
+    best_equal = min(equal, key=lambda key: equal[key])
+    best = min(world.peak_loads, key=lambda key: world.peak_loads[key])
+    return {
+        "equal": {"key": best_equal, "load": round(equal[best_equal], 5)},
+        "static": {"key": best, "load": round(world.peak_loads[best], 5)},
+        "moving": {"load": round(world.moving_load, 5)},
+    }
 
 
 # --------------------------------------------------------------------------------------
@@ -94,7 +110,8 @@ def promising(world: World) -> tuple[list[str], list[str]]:
     """Deployments worth simulating, the least estimated latency first: equal ones, and unequal
     ones that are best for some part of the windows."""
     equal, planners = homogeneous_keys(world.planner), (world.planner, world.fast_planner)
-    found = {world.best_key, *(key for part in world.parts for key in best_for(planners, part))}
+    lightest = min(world.peak_loads, key=lambda key: world.peak_loads[key])
+    found = {lightest, *(key for part in world.parts for key in best_for(planners, part))}
 
     def cost(key: str) -> float:
         return mean_latency_s(world.planner, world.parts, key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class RunScore:
     rule: str
     arrived: int
     latency_s: float  # mean
+    latency_geometric_s: float  # exp of the mean ln: ratios of requests count alike, short or long
     latency_p50_s: float
     latency_p99_s: float
     ttft_p99_s: float
@@ -76,6 +77,31 @@ class RunScore:
             return round(value, 5) if isinstance(value, float) else value
 
         return {key: short(value) for key, value in asdict(self).items()}
+
+
+def arrived_since(record: WindowRecord, since_s: float) -> WindowRecord:
+    """The same without requests that arrived earlier."""
+    first = int(np.searchsorted(record.trace.arrival_s, since_s))
+    trace, ended = record.trace, record.traffic
+    later = ended.index >= first
+    kept = {
+        name: values[later]
+        for name, values in ended.to_dict().items()
+        if not name.startswith("arrival")
+    }
+    kept["index"] = kept["index"] - first
+    traffic = TrafficColumns(
+        arrival_s=ended.arrival_s[first:],
+        arrival_prompt_tokens=ended.arrival_prompt_tokens[first:],
+        **kept,
+    )
+    late = Trace(
+        trace.arrival_s[first:],
+        trace.prompt_tokens[first:],
+        trace.output_tokens[first:],
+        trace.duration_s,
+    )
+    return replace(record, trace=late, traffic=traffic)
 
 
 def _open_ages_s(record: WindowRecord) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -110,6 +136,7 @@ def score_run(
         rule=rule,
         arrived=arrived,
         latency_s=float(latency_s.mean()),
+        latency_geometric_s=float(np.exp(np.log(np.maximum(latency_s, 1e-6)).mean())),
         latency_p50_s=percentile(latency_s, 50),
         latency_p99_s=percentile(latency_s, 99),
         ttft_p99_s=percentile(ttft_s, 99),

@@ -61,7 +61,8 @@ class World:
     training: tuple[Trace, ...]  # windows, loaded
     test: tuple[Trace, ...]
     parts: tuple[Part, ...]  # of the test windows
-    best_key: str  # the static deployment with the lowest peak load, which is the cell's
+    peak_loads: dict[str, float]  # of static deployments; the lowest is the cell's load
+    moving_load: float  # the same where each part has the deployment that is best for it
     factor: float  # of the rates of the trace
     objectives: Objectives
     initial_key: str  # where all but the static ones start
@@ -147,8 +148,8 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
     natural = parts_of(scored, windows.peak_s, typing)
     keys = {key for part in natural for key in best_for((planner,), part)}
     loads = peak_loads(planner, natural, sorted(keys | set(homogeneous_keys(planner))))
-    best_key = min(loads, key=lambda key: loads[key])
-    factor = cell.load / loads[best_key]
+    factor = cell.load / min(loads.values())
+    moving = max(min(peak_loads(planner, (p,), best_for((planner,), p)).values()) for p in natural)
 
     def loaded(found: Sequence[Trace], stream: int) -> tuple[Trace, ...]:
         rngs = [np.random.default_rng((config.seed, stream, i)) for i in range(len(found))]
@@ -169,7 +170,8 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
         tuning,
         scored_windows,
         tuple(parts_of(scored_windows, windows.peak_s, typing)),
-        best_key,
+        {key: factor * load for key, load in loads.items()},
+        factor * moving,
         factor,
         _objectives(cluster, typing),
         _first_key(planner, parts_of(tuning, windows.peak_s, typing)),
@@ -221,12 +223,16 @@ def run_windows(
     )
 
 
+def lost_at_s(window: Trace) -> float:
+    """When devices are lost, in cells that lose some."""
+    return window.duration_s / 3.0
+
+
 def make_env(world: World, window: Trace, pipeline: DecisionPipeline, key: str) -> ServingEnv:
     parts = surrogate_parts(pipeline, lambda rng: window, key, slo=SloSpec(), columns=True)
     lost = world.cell.lost_devices
     failures = tuple(
-        DeviceFailure(window.duration_s / 3.0, device, 2.0 * window.duration_s)
-        for device in range(lost)
+        DeviceFailure(lost_at_s(window), device, 2.0 * window.duration_s) for device in range(lost)
     )
     return ServingEnv(replace(parts, make_disturbances=lambda rng, s: Disturbances(failures)))
 
