@@ -208,7 +208,8 @@ class WorkFunctionPolicy:
 
     w(k) is the least cost of any course of switches that has met the traffic so far and ends in k.
     With the traffic's cost of an interval c(k) = grid * latency(k), per arrival rate,
-        w(k) <- min_j (w(j) + c(j) + d(j, k)),   and the rule goes to  argmin_k w(k) + d(now, k).
+        w(k) <- min_j (w(j) + c(j) + d(j, k)),
+    and the rule goes to the k with the least w(k) + c(k) + d(now, k), before w is renewed.
     A deployment that is no candidate for a while is forgotten; one that comes new is as if reached
     just now. Only switches from the present one are priced in an observation; between two others
     the dearer of them counts.
@@ -234,8 +235,8 @@ class WorkFunctionPolicy:
         np.fill_diagonal(between, 0.0)
         known = self._work.get(keys[KEEP_ROW], 0.0)
         work = np.array([self._work.get(k, known + p) for k, p in zip(keys, price, strict=True)])
-        work = ((work + self._grid_s * latency_s)[:, None] + between).min(axis=0)
-        work -= work.min()
-        self._work = dict(zip(keys, work.tolist(), strict=True))
+        work += self._grid_s * latency_s
         total = np.where(observation.mask[: len(keys)], work + price, np.inf)
+        work = (work[:, None] + between).min(axis=0)
+        self._work = dict(zip(keys, (work - work.min()).tolist(), strict=True))
         return _one_hot(observation, int(np.argmin(total)))

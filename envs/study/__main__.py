@@ -12,7 +12,7 @@ from typing import Any
 from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
-from envs.study.results import RESULTS, read_results, run, write_results
+from envs.study.results import RESULTS, end_with_parent, read_results, run, write_results
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     results = read_results(args.out)
     cells, traces = _chosen(args, config, results), args.traces or Path()
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("forkserver")) as pool:
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(args.jobs, context, initializer=end_with_parent) as pool:
         running = {pool.submit(run, config, c, traces, args.verbose): c for c in cells}
         try:
             for number, future in enumerate(as_completed(running), 1):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from envs.study.cell import run_cell
@@ -29,6 +33,18 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_bytes(gzip.compress(text.encode(), mtime=0))
     part.replace(path)
+
+
+def end_with_parent() -> None:
+    """For a process of a pool: it ends when the one that started it does."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def run(config: StudyConfig, cell: Cell, traces: Path, shows: bool) -> dict[str, Any]:
