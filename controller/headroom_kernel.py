@@ -32,9 +32,10 @@ PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
 TOLERANCE = 1e-11
 MAX_PIVOTS = 400
 CUTS = 4  # prices that bound headroom before latency is looked at
-FIRST, ROUND = 8, 128  # deployments solved before bounds are looked at again
-PARTS, MANY = 8, 2000  # of mixes on a replica, told apart where there are many deployments
-LEVELS = 16  # of utilisation, at which what a replica adds is tabulated
+FIRST, ROUND = 8, 128  # solved before bounds are looked at again; later twice as many each time
+PARTS, MANY = 16, 2000  # of mixes on a replica, told apart where there are many deployments
+LEVELS = 64  # of utilisation, at which what a replica adds is tabulated
+TUNING = 50  # steps towards prices that say the most
 TIE = 1e-9  # relative; of deployments this close the first in the list is the best
 
 
@@ -317,79 +318,143 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
 
 
 @compiled
-def _load_floors(model: Any, rho: float) -> Any:
-    """What holds of a replica whatever its mix: busy[C, J], the share of a step that work on a
-    type adds at full utilisation; full_s[C], a step with every place taken, at least; and by level
-    of utilisation waiting[L, C], what the wait multiplies a latency by, at least."""
+def _corners(busy: Any, start: float, stop: float, found: Any) -> int:
+    """Fills found[V, J], mixes in shares of utilisation: the corners of those whose work adds
+    between start and stop of a step at full utilisation; busy[J] is what types add alone."""
+    types, slack, number = len(busy), 1e-12 * stop, 0
+    found[:] = 0.0
+    for j in range(types):
+        if start - slack <= busy[j] <= stop + slack:
+            found[number, j] = 1.0
+            number += 1
+    for edge in (start, stop):
+        for j in range(types):
+            for k in range(types):
+                if busy[j] < edge < busy[k]:
+                    share = (edge - busy[j]) / (busy[k] - busy[j])
+                    found[number, j], found[number, k] = 1.0 - share, share
+                    number += 1
+    return number
+
+
+@compiled
+def _load_floors(model: Any, rho: float, parts: int) -> Any:
+    """What holds of a replica's mixes, told apart in `parts` by the share of a step that their work
+    adds, per unit of utilisation. At the corners of a part, number[C, P] of them: requests
+    [C, P, V, J] per second, stepping[C, P, V] sequence steps per second, and alone[C, P, V] such
+    steps times their seconds in a lone sequence. By level of utilisation, at least: waiting
+    [L, C, P], what the wait multiplies a latency by, and step_s[L, C, P], that times a step.
+
+    A step takes no less than base / (1 - share of a step added), or with every place taken what the
+    places make of it. That, and the wait, follow from quotients of linear functions of the mix,
+    which are least and largest at corners.
+    """
     base_s, stage_share, pp, steps, added_s, _, _, max_running, service = model
     configs, types = service.shape
-    busy, full_s = np.empty((configs, types)), np.empty(configs)
-    waiting = np.empty((LEVELS, configs))
+    most = types + 2 * (types // 2) * ((types + 1) // 2)
+    number = np.zeros((configs, parts), np.int64)
+    requests, mixes = np.zeros((configs, parts, most, types)), np.empty((most, types))
+    stepping, alone = np.zeros((configs, parts, most)), np.zeros((configs, parts, most))
+    waiting, step_s = np.empty((LEVELS, configs, parts)), np.empty((LEVELS, configs, parts))
     for c in range(configs):
-        added_full_s, places = np.inf, np.inf
-        for j in range(types):
-            busy[c, j] = stage_share[c] * service[c, j] * steps[j] * added_s[c, j]
-            added_full_s = min(added_full_s, added_s[c, j] * max_running[c, j])
-            places = min(places, max_running[c, j])
-        stretch = max(1.0, stage_share[c] * min(pp[c], max(places, 1.0)))
-        full_s[c] = stretch * base_s[c] + stage_share[c] * added_full_s
-        most = max_running[c].max()
-        power = np.sqrt(2.0 * (most + 1.0)) - 1.0
-        for level in range(LEVELS):
-            load = min(rho * level / LEVELS, RHO_KNEE)
-            waiting[level, c] = 1.0 + load**power / (1.0 - load) / most
-    return busy, full_s, waiting
-
-
-@compiled
-def _hull(where: Any, costs: Any, at: float) -> float:
-    """The lower convex hull of points (where[J], costs[J])."""
-    lowest, slack = np.inf, 1e-12 * abs(at)
-    for j in range(len(where)):
-        for k in range(len(where)):
-            if where[j] <= at + slack and where[k] >= at - slack:
-                gap = where[k] - where[j]
-                share = (at - where[j]) / gap if gap > 0.0 else 0.0
-                lowest = min(lowest, costs[j] + share * (costs[k] - costs[j]))
-    return lowest
-
-
-@compiled
-def _least_load_s(
-    model: Any, floors: Any, rho: float, first: int, parts: int, prices: Any, least: Any
-) -> None:
-    """Fills least[L, C], from level `first` of utilisation: what a replica adds at least to the
-    latencies of its requests less the prices[J] of their types, per second and per unit of
-    utilisation. See `least_latency`.
-
-    A step takes no less than that of a lone sequence, and no less than base / (1 - share of a step
-    added), where the mixes are looked at in `parts` by that share: in each the sum is linear, and
-    least on the hull of the types.
-    """
-    base_s, stage_share, pp, steps, added_s, _, _, _, service = model
-    busy, full_s, waiting = floors
-    types, costs = service.shape[1], np.empty(service.shape[1])
-    for level in range(first, len(least)):
-        load = rho * level / len(least)
-        for c in range(len(base_s)):
-            alone, loaded = np.inf, np.inf
-            for j in range(types):
-                own_s = steps[j] * (base_s[c] + added_s[c, j])
-                alone = min(alone, service[c, j] * (own_s * waiting[level, c] - prices[j]))
-            low, high = busy[c].min(), busy[c].max()
-            for part in range(parts):
-                start = low + (high - low) * part / parts
-                stop = low + (high - low) * (part + 1) / parts
+        rate = service[c] * steps
+        busy = stage_share[c] * rate * added_s[c]
+        width = (busy.max() - busy.min()) / parts
+        for part in range(parts):
+            start = busy.min() + part * width
+            number[c, part] = _corners(busy, start, start + width, mixes)
+            added_full_s, fewest, places = np.inf, np.inf, 0.0
+            for v in range(number[c, part]):
+                requests[c, part, v] = mixes[v] * service[c]
+                stepping[c, part, v] = (mixes[v] * rate).sum()
+                alone[c, part, v] = (mixes[v] * rate * (base_s[c] + added_s[c])).sum()
+                cycles = (mixes[v] * rate / max_running[c]).sum()
+                added_full_s = min(added_full_s, (mixes[v] * busy).sum() / cycles)
+                fewest = min(fewest, stepping[c, part, v] / cycles)
+                places = max(places, stepping[c, part, v] / cycles)
+            stretch = max(1.0, stage_share[c] * min(pp[c], max(fewest, 1.0)))
+            full_s = stretch * base_s[c] + added_full_s
+            power = np.sqrt(2.0 * (places + 1.0)) - 1.0
+            for level in range(LEVELS):
+                load = rho * level / LEVELS
+                below = min(load, RHO_KNEE)
+                waiting[level, c, part] = 1.0 + below**power / (1.0 - below) / places
                 stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
-                step_s = min(stretched_s / (1.0 - min(load * start, 1.0 - 1e-9)), full_s[c])
-                step_s *= waiting[level, c]
-                for j in range(types):
-                    costs[j] = service[c, j] * (step_s * steps[j] - prices[j])
-                    if parts == 1 or start <= busy[c, j] <= stop:
-                        loaded = min(loaded, costs[j])
-                if parts > 1:
-                    loaded = min(loaded, _hull(busy[c], costs, start), _hull(busy[c], costs, stop))
-            least[level, c] = max(alone, loaded)
+                cycle_s = stretched_s / (1.0 - min(load * start, 1.0 - 1e-9))
+                step_s[level, c, part] = waiting[level, c, part] * min(cycle_s, full_s)
+    return number, requests, stepping, alone, waiting, step_s
+
+
+@compiled
+def _least_of(floors: Any, level: int, c: int, worth: Any) -> Any:
+    """What a replica of c adds at least to the latencies of its requests less what they are worth
+    [C, P, V] at their prices, per second and per unit of utilisation; and part and corner of it."""
+    number, _, stepping, alone, waiting, step_s = floors
+    least, where, corner = np.inf, 0, 0
+    for part in range(number.shape[1]):
+        lone, loaded, at_lone, at_loaded = np.inf, np.inf, 0, 0
+        for v in range(number[c, part]):
+            own = waiting[level, c, part] * alone[c, part, v] - worth[c, part, v]
+            if own < lone:
+                lone, at_lone = own, v
+            own = step_s[level, c, part] * stepping[c, part, v] - worth[c, part, v]
+            if own < loaded:
+                loaded, at_loaded = own, v
+        if max(lone, loaded) < least:
+            least, where = max(lone, loaded), part
+            corner = at_lone if lone > loaded else at_loaded
+    return least, where, corner
+
+
+@compiled
+def _worth_of(floors: Any, c: int, prices: Any, worth: Any) -> None:
+    """Fills worth[c, P, V] of the requests at the corners."""
+    number, requests = floors[:2]
+    for part in range(number.shape[1]):
+        for v in range(number[c, part]):
+            total = 0.0
+            for j in range(len(prices)):
+                total += prices[j] * requests[c, part, v, j]
+            worth[c, part, v] = total
+
+
+@compiled
+def _least_load_s(floors: Any, first: int, prices: Any, least: Any) -> None:
+    """Fills least[L, C], from level `first` of utilisation: `_least_of` at prices[J]."""
+    worth = np.empty(floors[2].shape)
+    for c in range(least.shape[1]):
+        _worth_of(floors, c, prices, worth)
+        for level in range(first, len(least)):
+            least[level, c] = _least_of(floors, level, c, worth)[0]
+
+
+@compiled
+def _tune_prices(
+    floors: Any, counts: Any, rates: Any, rho: float, theta: float, latency: float, prices: Any
+) -> None:
+    """Raises what prices[J] say of the deployment that they come from, whose latencies sum to
+    `latency`: Polyak's subgradient steps (USSR Comp. Maths. 9, 1969)."""
+    requests = floors[1]
+    level, busy = min(int(LEVELS / theta), LEVELS - 1), rho / theta
+    worth, tried = np.empty(floors[2].shape), prices.copy()
+    most, slope = -np.inf, np.empty(len(prices))
+    for _ in range(TUNING):
+        value = np.dot(tried, rates)
+        slope[:] = rates
+        for c in range(len(counts)):
+            if counts[c] > 0.0:
+                _worth_of(floors, c, tried, worth)
+                least, part, v = _least_of(floors, level, c, worth)
+                value += counts[c] * busy * least
+                for j in range(len(slope)):
+                    slope[j] -= counts[c] * busy * requests[c, part, v, j]
+        if value > most:
+            most = value
+            prices[:] = tried
+        norm = np.dot(slope, slope)
+        if norm <= 0.0:
+            break
+        tried += (latency - value) / norm * slope
 
 
 @compiled
@@ -464,7 +529,8 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
     between bounds that need no solving. By Little's law the sum of latencies is that of requests in
     the replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
     `_least_load_s` says for each replica at the least utilisation. Otherwise the utilisation is at
-    most rho over the headroom, and `_least_own_s` says it.
+    most rho over the headroom, and `_least_own_s` says it. The prices are what requests take in the
+    best deployment so far, in a long list such that the sum says the most of that deployment.
     """
     number, (configs, types) = len(counts), loads.shape
     used, table, basis = _scratch(configs, types)
@@ -473,15 +539,16 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
     everything, total = np.arange(number), rates.sum()
     above, below = _headroom_bounds(counts, loads, rho)
     active, bounds = everything[above >= 1.0], np.zeros(number)
-    floors, least = _load_floors(model, rho), np.empty((LEVELS, configs))
-    parts = PARTS if number > MANY else 1
+    many = number > MANY and not apart
+    floors = _load_floors(model, rho, PARTS if many else 1)
+    least, size = np.empty((LEVELS, configs)), FIRST
     first = int(LEVELS / above.max()) if len(active) else 0
     best, solved = np.inf, 0
     while True:
         if apart:
             _least_own_s(model, loads, rates, prices, least)
         else:
-            _least_load_s(model, floors, rho, min(first, LEVELS - 1), parts, prices, least)
+            _least_load_s(floors, min(first, LEVELS - 1), prices, least)
         base, kept = np.dot(prices, rates), 0
         for i in active:
             if not exact[i]:
@@ -497,7 +564,8 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
         if len(left) == 0:
             return (active[0] if best < np.inf else -1), solved
         prices[:] = 0.0
-        order = _lowest(bounds, left, FIRST if best == np.inf else ROUND)
+        order = _lowest(bounds, left, size)
+        size *= 2 if best < np.inf else 1
         for i in order:
             if bounds[i] > best * (1.0 + TIE):
                 break
@@ -508,6 +576,9 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
                 if values[i] < best:
                     best = values[i]
                     _prices_of(model, counts[i], rates, shares, prices)
+                    if many:
+                        _tune_prices(floors, counts[i], rates, rho, theta, best * total, prices)
+                    size = ROUND
                     break
         if len(left) > FIRST:
             _cut(counts, active, loads, rho, duals, above, exact)

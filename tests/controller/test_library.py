@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.assignment import simplex_batch
-from controller.headroom_kernel import least_latency, most_headroom, score
+from controller.headroom_kernel import (
+    LEVELS,
+    MANY,
+    _least_load_s,
+    _load_floors,
+    _tune_prices,
+    least_latency,
+    most_headroom,
+    score,
+)
 from controller.library import Library, Space, dominated, has_library
 from controller.milp import Pool
 from controller.milp import most_headroom as by_milp
@@ -213,6 +222,79 @@ def test_scores_and_least_latency_at_other_rates_equal_the_plain_path(
             assert index == -1
             continue
         assert latency_s[index] == latency_s[theta >= 1.0].min()
+
+
+@pytest.mark.parametrize("load", [0.05, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99])
+def test_least_latency_in_a_long_list_equals_scoring_all(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, load: float
+) -> None:
+    planner = Planner(make_cluster(24, 4), four_types)
+    model, rng = _service(planner), np.random.default_rng(int(100 * load))
+    counts = Library(planner.configs, Space((24,), 24)).counts
+    assert len(counts) > MANY  # mixes are told apart and prices are tuned
+    for concentration in (0.3, 1.0, 3.0):
+        mix = rng.dirichlet(np.full(4, concentration)) + 0.02
+        rates = load * most_headroom(counts, (mix / model.rates)[None], RHO, 0.0)[1] * mix
+        theta, latency_s, _ = score(counts, rates / model.rates, rates, RHO, model.arrays)
+        args = (counts, rates / model.rates, rates, RHO, model.arrays, False)
+        index, solved = least_latency(*args)
+        allowed = np.where(theta >= 1.0, latency_s, np.inf)
+        assert index == np.flatnonzero(allowed <= allowed.min() * (1 + 1e-9))[0]
+        assert solved < len(counts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1, 4, 16]))
+def test_no_mix_takes_less_than_the_floors_say(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, seed: int, parts: int
+) -> None:
+    """One replica, random mixes at random utilisation and prices, by the plain path."""
+    rng = np.random.default_rng(seed)
+    model = _service(Planner(make_cluster(8, 4), four_types))
+    floors = _load_floors(model.arrays, RHO, parts)
+    alone_s = (model.steps * (model.base_s[:, None] + model.added_s)).mean(axis=0)
+    prices = alone_s * rng.uniform(0.0, 3.0, 4)
+    least = np.empty((LEVELS, len(model.configs)))
+    _least_load_s(floors, 0, prices, least)
+    busy = RHO * rng.uniform(0.01, 1.0, 200)
+    mixes = rng.dirichlet(np.full(4, 0.3), 200)
+    for c in range(len(model.configs)):
+        flows = busy[:, None] * mixes * model.rates[c]
+        rows = np.full((200, 1), c)
+        latency_s = mean_latency_s(model, rows, np.ones((200, 1)), flows[:, None])
+        adds = (latency_s * flows.sum(axis=1) - flows @ prices) / busy
+        level = np.minimum((busy / RHO * LEVELS).astype(int), LEVELS - 1)
+        assert (adds >= least[level, c] - 1e-9 * np.abs(adds)).all()
+
+
+def test_tuned_prices_say_more_and_never_too_much(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    planner = Planner(make_cluster(8, 4), four_types)
+    model, rng = _service(planner), np.random.default_rng(0)
+    counts, floors = (
+        Library(planner.configs, Space((8,), 8)).counts,
+        _load_floors(model.arrays, RHO, 16),
+    )
+    raised = 0
+    for _ in range(10):
+        mix = rng.dirichlet(np.ones(4)) + 0.02
+        loads = (mix / model.rates)[None]
+        rates = rng.uniform(0.2, 0.9) * most_headroom(counts, loads, RHO, 0.0)[1] * mix
+        row = counts[rng.integers(len(counts))]
+        (theta,), (latency_s,), _ = score(row[None], rates / model.rates, rates, RHO, model.arrays)
+        if theta < 1.0:
+            continue
+        total_s, level = latency_s * rates.sum(), min(int(LEVELS / theta), LEVELS - 1)
+        prices, least = np.full(4, latency_s), np.empty((LEVELS, len(row)))
+        values = []
+        for _ in range(2):
+            _least_load_s(floors, 0, prices, least)
+            values.append(prices @ rates + RHO / theta * (row @ least[level]))
+            _tune_prices(floors, row, rates, RHO, theta, total_s, prices)
+        assert values[0] <= values[1] <= total_s * (1 + 1e-9)
+        raised += values[1] > values[0]
+    assert raised
 
 
 @settings(max_examples=20, deadline=None)
