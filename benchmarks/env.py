@@ -56,9 +56,7 @@ class Setup:
         )
         config = WorkloadConfig(mean_rate_per_s=RATE_PER_S)
         longest = profiled.spec.model.max_model_len
-        self.source: Source = generator_source(
-            config, Shaping(), longest, np.random.default_rng(0)
-        )
+        self.source: Source = generator_source(config, Shaping(), longest, np.random.default_rng(0))
         sample = self.source.trace
         self.typing: WorkloadTyping = fit_typing(
             sample.prompt_tokens, sample.output_tokens, NUM_TYPES, seed=0

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig
-from engine.profile import ProfiledCluster, attention_pairs
+from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
 from engine.shards import fits, num_kv_blocks
 
 Floats = NDArray[np.float64]
@@ -98,6 +99,11 @@ def _steps(spec: ClusterSpec, lengths: Floats) -> Floats:
     return np.asarray(np.maximum(output - 1.0, 0.0) + chunks)
 
 
+@lru_cache(maxsize=256)
+def _linear(model: StepTimeModel, max_tokens: int) -> StepTimeModel:
+    return model.linear(max_tokens)
+
+
 def build_service_model(
     cluster: ProfiledCluster, configs: Sequence[ParallelConfig], lengths: Floats
 ) -> ServiceModel:
@@ -107,7 +113,7 @@ def build_service_model(
     """
     spec = cluster.spec
     limit = spec.max_num_batched_tokens
-    models = [cluster.profile.step_model(c).linear(limit) for c in configs]
+    models = [_linear(cluster.profile.step_model(c), limit) for c in configs]
     a, b, d, e, f, share = (
         np.array([getattr(m, name) for m in models], np.float64) for name in COEFFICIENTS
     )

@@ -18,7 +18,7 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.profile import ProfiledCluster, StepTimeModel
-from engine.router import ReplicaLoad, pick
+from engine.router import ReplicaLoad, pick, shares
 from envs.surrogate import kernel, layout
 from envs.surrogate.cluster import SurrogateCluster
 from tests.envs.plain_cluster import PlainCluster
@@ -183,3 +183,22 @@ def test_a_leader_that_computes_sees_an_end_when_its_stage_is_done(
     outcomes = simulate(cluster, deployment, Routing((0,)), requests, [])
     assert outcomes["a"].finish_s == pytest.approx(shared + 30 * shared)
     assert outcomes["b"].finish_s == pytest.approx(shared + 30)
+
+
+def test_routing_tables_are_the_routers_shares(small_cluster: ProfiledCluster) -> None:
+    """To the last bit, per bucket, with replicas named in another order than the deployment's."""
+    surrogate = SurrogateCluster(
+        small_cluster, deployment := dense_deployment(parse_deployment_key("2xtp1pp1+1xtp2pp1"))
+    )
+    rng = np.random.default_rng(0)
+    weights, posterior = rng.dirichlet([1.0] * 3, 4), rng.dirichlet([1.0] * 4, 3)
+    routing = Routing(
+        tuple(r.replica_id for r in reversed(deployment.replicas)),
+        tuple(map(tuple, weights.tolist())),
+        (10, 20),
+        tuple(map(tuple, posterior.tolist())),
+    )
+    surrogate.set_routing(routing)
+    loads = [ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, 0) for r in deployment.replicas]
+    wanted = [shares(routing, loads, prompt) for prompt in (10, 20, 21)]
+    assert surrogate.rows.shares.tolist() == wanted
