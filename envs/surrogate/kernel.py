@@ -428,9 +428,9 @@ def _num_to_coast(seqs: Any, replica: Any, lists: Any, batches: Any, limits: Any
 
 
 @compiled
-def _coast(replica: Any, batches: Any, most: int, until_s: float) -> None:
+def _coast(replica: Any, batches: Any, most: int, until_s: float) -> Any:
     """End and start again the batches in flight, as `_run_replica` would, each at most `most`
-    times; `due_s` is then when a sequence may end at the earliest."""
+    times. Returns how many times more each could be by the count of its sequences' tokens."""
     depth = replica.depth
     for i in range(replica.num_batches):
         batches[(replica.first_batch + i) % depth].coasted = 0
@@ -465,6 +465,21 @@ def _coast(replica: Any, batches: Any, most: int, until_s: float) -> None:
         )
         _start(replica, batch, start_s, step_s)
         replica.wake_s, replica.may_start = start_s, 1
+    coasted = 0
+    for i in range(replica.num_batches):
+        coasted = max(coasted, batches[(replica.first_batch + i) % depth].coasted)
+    return most - coasted
+
+
+@compiled
+def _least_seconds(step: Any) -> Any:
+    """That any step takes."""
+    if min(step.per_token_s, step.per_seq_s, step.per_context_token_s, step.per_pair_s) < 0.0:
+        return 0.0
+    least_s = step.per_token_s if step.num_knots == 0 else step.token_s[0]
+    for i in range(1, step.num_knots):
+        least_s = min(least_s, step.token_s[i])
+    return max(0.0, (step.base_s + least_s) * (1.0 - 1e-9))
 
 
 @compiled
@@ -505,7 +520,7 @@ def _run_replica(
     while True:
         most = 0 if len(trace) > 0 else _num_to_coast(seqs, replica, lists, batches, limits)
         if most > 0:
-            _coast(replica, batches, most, until_s)
+            most = _coast(replica, batches, most, until_s)
             _settle(seqs, replica, batches, limits)
         end_s, start_s = _next_end(replica, batches), np.inf
         if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
@@ -513,6 +528,8 @@ def _run_replica(
         if end_s <= start_s:
             if end_s > until_s or end_s == np.inf:
                 replica.due_s = end_s
+                if most > 0:
+                    replica.due_s += most * _least_seconds(replica.step)
                 return
             batch = batches[replica.first_batch]
             batch.end_s = end_s
@@ -671,7 +688,8 @@ def _run_all(
     trace: Any,
     until_s: float,
 ) -> None:
-    """Everything but arrivals up to `until_s`, replica by replica, since they share nothing."""
+    """Everything up to `until_s` that an arrival then has to know of, replica by replica, since
+    they share nothing."""
     for j in range(len(rows)):
         r = rows[j]
         if replicas[r].due_s <= until_s:
@@ -751,6 +769,17 @@ def wake(replica: Any, work_s: float) -> None:
 
 
 @compiled
+def _row_for(
+    seqs: Any, replicas: Any, rows: Any, shares: Any, edges: Any, limits: Any, s: int
+) -> Any:
+    """That the router picks for a sequence, or NONE."""
+    prompt = seqs[s].prompt_tokens
+    bucket = np.searchsorted(edges, prompt)
+    needed = prompt + seqs[s].output_tokens
+    return pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
+
+
+@compiled
 def route(
     seqs: Any,
     replicas: Any,
@@ -763,14 +792,19 @@ def route(
     s: int,
     work_s: float,
 ) -> None:
-    """Send a sequence to the replica the router picks, or hold it while none is open.
+    """Send a sequence to the replica the router picks, or hold it while none is open."""
+    row = _row_for(seqs, replicas, rows, shares, edges, limits, s)
+    send(seqs, replicas, lists, counts, s, row, work_s)
+
+
+@compiled
+def send(
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
+) -> None:
+    """Enqueue a sequence there, or hold it if there is none.
 
     The last row of `lists` is the list of held sequences.
     """
-    prompt = seqs[s].prompt_tokens
-    bucket = np.searchsorted(edges, prompt)
-    needed = prompt + seqs[s].output_tokens
-    row = pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
     if row != NONE:
         enqueue(seqs, replicas, lists, counts, s, row, work_s)
         return
@@ -782,20 +816,8 @@ def route(
 
 
 @inlined
-def _arrive(
-    seqs: Any,
-    replicas: Any,
-    lists: Any,
-    rows: Any,
-    shares: Any,
-    edges: Any,
-    limits: Any,
-    counts: Any,
-    ended: Any,
-    s: int,
-    work_s: float,
-) -> None:
-    """Route a request that arrives, or reject it."""
+def _admit(seqs: Any, rows: Any, limits: Any, counts: Any, ended: Any, s: int) -> Any:
+    """Whether a request that arrives is to be routed; else it is rejected."""
     counts.arrived += 1
     if (
         seqs[s].prompt_tokens >= limits.max_model_len
@@ -806,9 +828,9 @@ def _arrive(
         ended[counts.ended] = s
         counts.ended += 1
         counts.rejected += 1
-        return
+        return False
     counts.live += 1
-    route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
+    return True
 
 
 @compiled
@@ -840,7 +862,15 @@ def advance(
         s = arriving[i]
         now_s = seqs[s].arrival_s
         _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, now_s)
-        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, now_s)
+        if _admit(seqs, rows, limits, counts, ended, s):
+            r = _row_for(seqs, replicas, rows, shares, edges, limits, s)
+            if r != NONE and _next_event(replicas[r], batches[r])[0] <= now_s:
+                _run_replica(
+                    seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
+                )
+            send(seqs, replicas, lists, counts, s, r, now_s)
+    for j in range(len(rows)):
+        replicas[rows[j]].due_s = -np.inf  # none is left behind
     _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, until_s)
 
 
@@ -871,7 +901,8 @@ def advance_sharing(
             seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, now_s
         )
         work_s = work_time(clock, now_s)
-        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, work_s)
+        if _admit(seqs, rows, limits, counts, ended, s):
+            route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
     _run_sharing(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
 
 
