@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -54,10 +55,23 @@ def lower_bound_s(
     nodes: dict[Pair, set[int]] = {}
     for device, pair in pairs.items() if nic_bytes_per_s else ():
         nodes.setdefault(pair, set()).add(device // node_size)
-    loads = _loads(model, Counter(pairs.values()), nodes)
-    ports = [0.0, *loads.received.values(), *_sent(loads, Counter(pairs.values()))]
-    nics = [0, *loads.into_node.values(), *loads.out_of_node.values()]
-    return max(max(ports) / link_bytes_per_s, max(nics) / (nic_bytes_per_s or 1.0))
+    alike = frozenset((pair, frozenset(nodes.get(pair, ()))) for pair in pairs.values())
+    numbers = frozenset(Counter(pairs.values()).items())
+    port_bytes, nic_bytes = _most_bytes(model, numbers, alike)
+    return max(port_bytes / link_bytes_per_s, nic_bytes / (nic_bytes_per_s or 1.0))
+
+
+@lru_cache(maxsize=4096)
+def _most_bytes(
+    model: ModelSpec,
+    numbers: frozenset[tuple[Pair, int]],
+    nodes: frozenset[tuple[Pair, frozenset[int]]],
+) -> tuple[float, int]:
+    """Through a device's port, and through a node's: the same whichever devices are how."""
+    pairs = Counter(dict(numbers))
+    loads = _loads(model, pairs, {pair: set(where) for pair, where in nodes})
+    ports = [0.0, *loads.received.values(), *_sent(loads, pairs)]
+    return max(ports), max([0, *loads.into_node.values(), *loads.out_of_node.values()])
 
 
 def _roles(deployment: Deployment, dead: set[int]) -> dict[int, Role]:

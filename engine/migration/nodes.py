@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
@@ -37,6 +39,14 @@ class Unit:
         return range(first, first + self.size)
 
 
+class Kind(NamedTuple):
+    """What nodes are alike in; see `Node`."""
+
+    roles: tuple[int, ...]
+    whole: tuple[tuple[ParallelConfig, int], ...]
+    parts: tuple[tuple[Unit, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """Devices of a node that are to be filled, their held roles, and what of it could stay."""
@@ -47,8 +57,8 @@ class Node:
     parts: tuple[tuple[Unit, int], ...] = ()  # units of replicas that span nodes, counted
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        return tuple(sorted(self.roles)), self.whole, self.parts
+    def kind(self) -> Kind:
+        return Kind(tuple(sorted(self.roles)), self.whole, self.parts)
 
 
 Filling = list[Counter[Unit]]  # by node
@@ -97,6 +107,14 @@ def fill_greedily(
     return filling, homeless
 
 
+class _Demand(NamedTuple):
+    """Nodes of one kind that are to be filled; patterns that are not to be left out."""
+
+    kind: Kind
+    num_nodes: int
+    seeds: frozenset[Pattern]
+
+
 @dataclass(frozen=True, slots=True)
 class _Column:
     kind: int  # of the nodes
@@ -119,17 +137,18 @@ def fill_exactly(
     when patterns were left out (`MAX_PATTERNS`). None: no filling exists, or none was found in
     time. The patterns of `seed`, a filling, are never left out.
     """
-    units = sorted(wanted, key=lambda u: (-u.size, u))
-    kinds: dict[tuple[object, ...], list[int]] = {}
+    units = tuple(sorted(wanted, key=lambda u: (-u.size, u)))
+    kinds: dict[Kind, list[int]] = {}
     for i, node in enumerate(nodes):
         kinds.setdefault(node.kind, []).append(i)
-    columns, complete = [], True
-    for k, members in enumerate(kinds.values()):
-        seeds = {tuple(seed[i][u] for u in units) for i in members} if seed else set()
-        found, whole = _patterns(units, wanted, len(nodes[members[0]].roles), len(kinds))
-        complete &= whole
-        columns += [_column(table, k, nodes[members[0]], units, p) for p in {*found, *seeds}]
-    counts, bound = _choose(columns, [len(m) for m in kinds.values()], units, wanted, time_limit_s)
+    demands = tuple(
+        _Demand(kind, len(members), frozenset(tuple(seed[i][u] for u in units) for i in members))
+        if seed
+        else _Demand(kind, len(members), frozenset())
+        for kind, members in kinds.items()
+    )
+    numbers = tuple(wanted[u] for u in units)
+    columns, counts, bound = _solve(table, demands, units, numbers, time_limit_s)
     if counts is None:
         return None
     filling = [Counter[Unit]() for _ in nodes]
@@ -139,7 +158,30 @@ def fill_exactly(
             filling[free[column.kind].pop()].update(
                 {u: n for u, n in zip(units, column.pattern, strict=True) if n}
             )
-    return filling, bound if complete else 0
+    return filling, bound
+
+
+@lru_cache(maxsize=4096)
+def _solve(
+    table: RoleTable,
+    demands: tuple[_Demand, ...],
+    units: tuple[Unit, ...],
+    numbers: tuple[int, ...],
+    time_limit_s: float,
+) -> tuple[tuple[_Column, ...], tuple[int, ...] | None, int]:
+    """Patterns, how many nodes take each, and the bound of `fill_exactly`. Nothing here depends on
+    which device of a node holds what, so that what is asked again is known."""
+    wanted = Counter(dict(zip(units, numbers, strict=True)))
+    columns: list[_Column] = []
+    complete = True
+    for k, demand in enumerate(demands):
+        found, whole = _patterns(units, wanted, len(demand.kind.roles), len(demands))
+        complete &= whole
+        patterns = {*found, *demand.seeds}
+        columns += [_column(table, k, demand.kind, units, p) for p in patterns]
+    sizes = [demand.num_nodes for demand in demands]
+    counts, bound = _choose(columns, sizes, units, wanted, time_limit_s)
+    return tuple(columns), None if counts is None else tuple(counts), bound if complete else 0
 
 
 def _patterns(
@@ -166,7 +208,7 @@ def _multisets(sizes: list[tuple[int, int]], room: int) -> Iterator[Pattern]:
 
 
 def _column(
-    table: RoleTable, kind: int, node: Node, units: Sequence[Unit], pattern: Pattern
+    table: RoleTable, index: int, node: Kind, units: Sequence[Unit], pattern: Pattern
 ) -> _Column:
     counts = Counter(dict(zip(units, pattern, strict=True)))
     rows = [role for unit in counts.elements() for role in unit.roles(table)]
@@ -179,7 +221,7 @@ def _column(
         stays += kept
     for unit, number in node.parts:
         stays += min(number, counts[unit]) * unit.size / unit.parallel.num_devices
-    return _Column(kind, pattern, nbytes, stays)
+    return _Column(index, pattern, nbytes, stays)
 
 
 def _choose(
