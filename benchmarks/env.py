@@ -2,10 +2,11 @@
 
 A decision is a step of `ServingEnv` on the fast path: traffic of one interval simulated, tick,
 candidates, observation, mask, reward; ends of episodes and the start of the next are among them.
-The pool is 16 H100s that serve Llama-2-70B, an interval 15 s, traffic the embedded generator's at
-10 requests/s; legal rows are drawn uniformly, so that deployments switch as often as the guardrails
-let them. PPO has the settings of CONFIG; `vs_learner_only` is its rate over that of the same learner
-on an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
+The pool is 16 H100s in two nodes that serve Llama-2-70B, an interval 15 s, traffic the embedded
+generator's at 10 requests/s. `env` keeps its deployment; `switching` draws legal rows uniformly, so
+that deployments switch as often as the guardrails let them, and every switch is planned in full.
+PPO has the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on
+an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
 """
 
 from __future__ import annotations
@@ -117,19 +118,20 @@ class IdleVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-def measure_env(venv: ServingVecEnv, rounds: int) -> tuple[list[float], float]:
-    """Steps per second of each round of one episode, after a first one that warms up; and the
-    share of decisions that started a switch."""
+def measure_env(
+    venv: ServingVecEnv, rounds: int, steps: int, is_switching: bool
+) -> tuple[list[float], float]:
+    """Decisions per second of each round of `steps` decisions per environment, after a first one
+    that warms up; and the share of decisions that started a switch."""
     rng, rates, switches = np.random.default_rng(0), [], 0
-    steps = round(EPISODE_S / DecisionConfig().grid_s)
     venv.seed(0)
     venv.reset()
     for _ in range(rounds + 1):
         begun_s = time.perf_counter()
         for _ in range(steps):
             masks = np.array(venv.env_method("action_masks"))
-            actions = (rng.random(masks.shape) * masks).argmax(axis=1)
-            _, _, _, infos = venv.step(actions)
+            drawn = (rng.random(masks.shape) * masks).argmax(axis=1)
+            _, _, _, infos = venv.step(drawn if is_switching else np.zeros_like(drawn))
             switches += sum(info["ticket"] is not None for info in infos)
         rates.append(steps * venv.num_envs / (time.perf_counter() - begun_s))
     return rates[1:], switches / (steps * venv.num_envs * (rounds + 1))
@@ -149,8 +151,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     args = parser.parse_args()
-    rounds, rollouts = (3, 6) if args.quick else (15, 30)
+    rounds, rollouts = (2, 3) if args.quick else (7, 12)
+    switching_steps = 10 if args.quick else 40
     setup, ppo = Setup(), read_config(CONFIG, {}).ppo
+    steps = round(EPISODE_S / DecisionConfig().grid_s)
     figures: dict[str, float] = {}
     spreads: dict[str, float] = {}
 
@@ -158,11 +162,14 @@ def main() -> None:
         figures[name] = round(float(np.median(rates)))
         spreads[name] = float(np.ptp(rates) / np.median(rates))
 
-    venv = setup.build_venv(CORES)
-    rates, switched = measure_env(venv, rounds)
-    record("env_steps_per_s", rates)
+    for threads in (1, CORES):
+        venv = setup.build_venv(threads)
+        name = "env_steps_per_s" if threads == CORES else f"env_steps_per_s_{threads}_thread"
+        record(name, measure_env(venv, rounds, steps, False)[0])
+    rates, switched = measure_env(venv, rounds, switching_steps, True)
+    record("switching_steps_per_s", rates)
     record("ppo_steps_per_s", measure_ppo(venv, setup, ppo, rollouts))
-    record("learner_only_steps_per_s", measure_ppo(IdleVecEnv(venv), setup, ppo, rollouts))
+    record("learner_only_steps_per_s", measure_ppo(IdleVecEnv(venv), setup, ppo, 3 * rollouts))
     venv.close()
     ratio = figures["ppo_steps_per_s"] / figures["learner_only_steps_per_s"]
     table = Table("figure", "value", "goal", "spread")
@@ -173,7 +180,7 @@ def main() -> None:
     console = Console(width=110)
     console.print(
         f"{setup.cluster.profile.model} on {DEVICES} {setup.cluster.profile.device}s, "
-        f"{NUM_ENVS} environments, {CORES} cores; {switched:.1%} of the decisions started a switch; "
+        f"{NUM_ENVS} environments, {CORES} cores; {switched:.1%} of drawn decisions switched; "
         f"PPO as in {CONFIG.name}: {ppo.n_steps} steps a rollout, batches of {ppo.batch_size}, "
         f"{ppo.n_epochs} epochs, {ppo.hidden_size} wide"
     )
