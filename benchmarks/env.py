@@ -149,12 +149,16 @@ def measure_ppo(venv: VecEnv, setup: Setup, ppo: PpoConfig, rollouts: int) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and shorter rounds and rollouts"
+    )
     args = parser.parse_args()
-    rounds, rollouts = (2, 3) if args.quick else (7, 12)
-    switching_steps = 10 if args.quick else 40
     setup, ppo = Setup(), read_config(CONFIG, {}).ppo
-    steps = round(EPISODE_S / DecisionConfig().grid_s)
+    episode = round(EPISODE_S / DecisionConfig().grid_s)
+    rounds, rollouts, steps, switching_steps = 7, 8, episode, 40
+    if args.quick:
+        rounds, rollouts, steps, switching_steps = 2, 3, episode // 3, 8
+        ppo = replace(ppo, n_steps=ppo.n_steps // 2)
     figures: dict[str, float] = {}
     spreads: dict[str, float] = {}
 

@@ -414,11 +414,9 @@ def _num_to_coast(seqs: Any, replica: Any, lists: Any, batches: Any, limits: Any
     while s != NONE:
         left = min(seqs[s].target_tokens, limits.max_model_len - seqs[s].prompt_tokens)
         least = min(least, left - 1 - seqs[s].output_tokens)
-        if seqs[s].output_tokens == 0:
+        if seqs[s].output_tokens == 0 or least <= 0:
             return 0
         s = seqs[s].next
-    if least <= 0:
-        return 0
     blocks, s = 0, lists[RUNNING].head
     while s != NONE:
         needed = _blocks_needed(seqs[s].computed_tokens + 1 + least, limits.block_size)
@@ -518,7 +516,9 @@ def _run_replica(
     """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is, or
     a later time before which no sequence ends: so long the router needs to know of none."""
     while True:
-        most = 0 if len(trace) > 0 else _num_to_coast(seqs, replica, lists, batches, limits)
+        most = 0
+        if len(trace) == 0 and _next_end(replica, batches) <= until_s:
+            most = _num_to_coast(seqs, replica, lists, batches, limits)
         if most > 0:
             most = _coast(replica, batches, most, until_s)
             _settle(seqs, replica, batches, limits)
