@@ -101,14 +101,28 @@ def _alike(
     model: ModelSpec, roles: Iterable[Role]
 ) -> Counter[tuple[int, tuple[tuple[Role, tuple[int, int]], ...]]]:
     """How many tensors have this row size and these rows at every role."""
-    known = list(roles)
+    row_bytes, known = _rows(model)
+    listed = [role for role in roles if role is not None]
+    for role in listed:
+        if role not in known:
+            shards = [rank_shard(tensor, model, *role) for tensor in model.tensors]
+            known[role] = [None if s is None else (s.start, s.stop) for s in shards]
+    columns = Counter(zip(row_bytes, *(known[role] for role in listed), strict=True))
     found: Counter[tuple[int, tuple[tuple[Role, tuple[int, int]], ...]]] = Counter()
-    for tensor in model.tensors:
-        row_bytes = prod(tensor.shape) * model.dtype_bytes // tensor.shape[tensor.tp_dim or 0]
-        shards = [(role, rank_shard(tensor, model, *role)) for role in known if role is not None]
-        rows = tuple((role, (s.start, s.stop)) for role, s in shards if s is not None)
-        found[row_bytes, rows] += 1
+    for (nbytes, *rows), number in columns.items():
+        held = tuple((role, ab) for role, ab in zip(listed, rows, strict=True) if ab is not None)
+        found[nbytes, held] += number
     return found
+
+
+@lru_cache(maxsize=16)
+def _rows(model: ModelSpec) -> tuple[list[int], dict[Role, list[tuple[int, int] | None]]]:
+    """By tensor: bytes of a row, and the rows at each role asked for so far."""
+    sizes = [
+        prod(tensor.shape) * model.dtype_bytes // tensor.shape[tensor.tp_dim or 0]
+        for tensor in model.tensors
+    ]
+    return sizes, {}
 
 
 def _count(
