@@ -3,7 +3,8 @@
 Inside a node any rank may take any device, so what a node's groups cost is a small assignment.
 `fill_greedily` is a first answer; `fill_exactly` chooses a pattern of groups for every node by an
 integer programme whose columns are those patterns, each with its exact cost (nodes that hold the
-same are one class). Its relaxation knows that a group cannot be split, hence is tight.
+same are one class). Its relaxation knows that a group cannot be split, hence is tight. Of two nodes
+the patterns are tried in turn.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class _Demand(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class Column:
     kind: int  # of the nodes
     pattern: Pattern
     nbytes: int
@@ -168,11 +169,11 @@ def _solve(
     units: tuple[Unit, ...],
     numbers: tuple[int, ...],
     time_limit_s: float,
-) -> tuple[tuple[_Column, ...], tuple[int, ...] | None, int]:
+) -> tuple[tuple[Column, ...], tuple[int, ...] | None, int]:
     """Patterns, how many nodes take each, and the bound of `fill_exactly`. Nothing here depends on
     which device of a node holds what, so that what is asked again is known."""
     wanted = Counter(dict(zip(units, numbers, strict=True)))
-    columns: list[_Column] = []
+    columns: list[Column] = []
     complete = True
     for k, demand in enumerate(demands):
         found, whole = _patterns(units, wanted, len(demand.kind.roles), len(demands))
@@ -180,7 +181,10 @@ def _solve(
         patterns = {*found, *demand.seeds}
         columns += [_column(table, k, demand.kind, units, p) for p in patterns]
     sizes = [demand.num_nodes for demand in demands]
-    counts, bound = _choose(columns, sizes, units, wanted, time_limit_s)
+    if sum(sizes) == 2:
+        counts, bound = choose_for_two(columns, numbers)
+    else:
+        counts, bound = choose(columns, sizes, units, wanted, time_limit_s)
     return tuple(columns), None if counts is None else tuple(counts), bound if complete else 0
 
 
@@ -209,7 +213,7 @@ def _multisets(sizes: list[tuple[int, int]], room: int) -> Iterator[Pattern]:
 
 def _column(
     table: RoleTable, index: int, node: Kind, units: Sequence[Unit], pattern: Pattern
-) -> _Column:
+) -> Column:
     counts = Counter(dict(zip(units, pattern, strict=True)))
     rows = [role for unit in counts.elements() for role in unit.roles(table)]
     nbytes = assign(table, rows, node.roles)[0] if rows else 0
@@ -221,11 +225,33 @@ def _column(
         stays += kept
     for unit, number in node.parts:
         stays += min(number, counts[unit]) * unit.size / unit.parallel.num_devices
-    return _Column(index, pattern, nbytes, stays)
+    return Column(index, pattern, nbytes, stays)
 
 
-def _choose(
-    columns: Sequence[_Column],
+def choose_for_two(
+    columns: Sequence[Column], numbers: Sequence[int]
+) -> tuple[list[int] | None, int]:
+    """As `choose` for two nodes, where one's pattern is what the other's leaves of `numbers`."""
+    last = max((c.kind for c in columns), default=0)
+    others = {c.pattern: i for i, c in enumerate(columns) if c.kind == last}
+    best: tuple[int, float, int, int] | None = None
+    for i, column in enumerate(columns):
+        left = tuple(n - m for n, m in zip(numbers, column.pattern, strict=True))
+        if column.kind == 0 and left in others:
+            other = columns[others[left]]
+            stays = column.stays + other.stays
+            option = column.nbytes + other.nbytes, -stays, i, others[left]
+            best = option if best is None else min(best, option)
+    if best is None:
+        return None, 0
+    counts = [0] * len(columns)
+    for i in best[2:]:
+        counts[i] += 1
+    return counts, best[0]
+
+
+def choose(
+    columns: Sequence[Column],
     kind_sizes: Sequence[int],
     units: Sequence[Unit],
     wanted: Counter[Unit],
