@@ -176,9 +176,10 @@ def _cycle_s(pipeline: Any, running: float, rate: float) -> float:
     few_s = np.inf
     if alone_s + prompt > held:
         few_s = alone_s * (alone_s + prompt) / (alone_s + prompt - held)
-    if few_s * rate <= pp:
-        return float(max(alone_s, min(few_s, full_s)))
     stretch, work, many_s = max(1.0, share * pp), added * rate, np.inf
+    if few_s * rate <= pp:
+        plain_s = stretch * base / (1.0 - share * work) if share * work < 1.0 else np.inf
+        return float(max(alone_s, min(max(few_s, plain_s), full_s)))
     free = pp - stretch * work
     if free > 0.0:
         half = 0.5 * (pp * (base - prompt + held) + stretch * work * prompt)

@@ -16,7 +16,7 @@ import numpy as np
 
 from controller.monitor import SCALES, MonitorState
 from controller.predictor import Forecast
-from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec, ModelSpec
+from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec, ModelSpec, ParallelConfig
 from policies.base import Floats, Observation, ObservationSpec
 
 OBSERVATION_VERSION = 1
@@ -190,14 +190,18 @@ def _pool_weight_bytes(spec: ClusterSpec) -> float:
     return max(float(_model_bytes(spec.model)) * spec.num_devices, 1.0)
 
 
-def _degree_shares(candidate: Candidate, num_devices: int) -> list[float]:
-    """Share of the devices in replicas of each tp degree, then of each pp degree."""
+@lru_cache(maxsize=4096)
+def _shape(configs: tuple[ParallelConfig, ...], num_devices: int) -> tuple[float, ...]:
+    """num_replicas, largest_replica, devices_used; the share of the devices in replicas of each tp
+    degree; that of each pp degree."""
+    sizes = [c.num_devices for c in configs]
     shares = dict.fromkeys([("tp", d) for d in DEGREES] + [("pp", d) for d in DEGREES], 0.0)
-    for parallel in candidate.configs:
+    for parallel in configs:
         for axis, degree in (("tp", parallel.tp), ("pp", parallel.pp)):
             step = next((d for d in DEGREES if degree <= d), DEGREES[-1])
             shares[axis, step] += parallel.num_devices / num_devices
-    return list(shares.values())
+    used = (len(sizes), max(sizes, default=0), sum(sizes))
+    return (*(number / num_devices for number in used), *shares.values())
 
 
 def _candidate_row(
@@ -207,7 +211,6 @@ def _candidate_row(
     spec, origins = situation.spec, candidate.origin.split("+")
     devices = spec.num_devices
     switch_s = min(candidate.switch_s, MAX_SWITCH_S)
-    sizes = [c.num_devices for c in candidate.configs]
     return [
         float(candidate is keep),
         float("optimum" in origins),
@@ -226,8 +229,5 @@ def _candidate_row(
         _ratio(candidate.kv_capacity_tokens, keep.kv_capacity_tokens),
         _ratio(candidate.kv_capacity_tokens, spec.model.max_model_len),
         candidate.num_devices_changed / devices,
-        len(sizes) / devices,
-        max(sizes, default=0) / devices,
-        sum(sizes) / devices,
-        *_degree_shares(candidate, devices),
+        *_shape(candidate.configs, devices),
     ]

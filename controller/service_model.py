@@ -29,8 +29,8 @@ Latency at rate R < r(n_max): Little's law n = r T with r = R m steps per second
     T = E / (1 - q r / (E + g)) at E = a + beta, while n <= pp;  beyond it (E - a) pp / (beta r)
 with E the positive root of, G = g - q r and k = max(1, s pp),
     (pp - k beta r) E^2 + (pp (G - a) - k beta r g) E - pp a G = 0,
-at most that of one batch at a time, pp a / (1 - beta r), and at most T(n_max); with q = 0 it is
-max(a + beta, k a / (1 - s r beta)). The sequence spends m T in the replica. Before, it waits: with
+at least max(a + beta, k a / (1 - s r beta)), as with q = 0; at most that of one batch at a time,
+pp a / (1 - beta r), and at most T(n_max). The sequence spends m T in the replica. Before, it waits: with
 utilisation rho and n_max places, Sakasegawa's approximation for M/M/c (1977),
     wait = m T / n_max * rho^(sqrt(2 (n_max + 1)) - 1) / (1 - rho),
 continued beyond RHO_KNEE by its tangent, so that overload costs much but finite time.
@@ -40,12 +40,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig
-from engine.profile import ProfiledCluster, attention_pairs
+from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
 from engine.shards import fits, num_kv_blocks
 
 Floats = NDArray[np.float64]
@@ -144,6 +145,7 @@ class _Pipeline:
         alone_s, held_s = a + self.added_s, self.held_s2 * step_rate
         k, work = np.maximum(1.0, self.share * pp), self.added_s * step_rate
         with np.errstate(divide="ignore", invalid="ignore"):
+            plain_s = np.where(self.share * work < 1.0, k * a / (1.0 - self.share * work), np.inf)
             few_s = alone_s * (alone_s + g) / np.maximum(alone_s + g - held_s, 0.0)
             free = pp - k * work
             half = 0.5 * (pp * (a - g + held_s) + k * work * g)
@@ -152,7 +154,8 @@ class _Pipeline:
             many_s = np.maximum((step_s - a) * pp / np.maximum(work, 1e-12), k * a)
             single_s = np.where(work < 1.0, pp * a / (1.0 - work), np.inf)
             many_s = np.minimum(many_s, np.maximum(1.0, self.share) * single_s)
-        return np.asarray(np.maximum(alone_s, np.where(few_s * step_rate <= pp, few_s, many_s)))
+        cycle_s = np.where(few_s * step_rate <= pp, np.maximum(few_s, plain_s), many_s)
+        return np.asarray(np.maximum(alone_s, cycle_s))
 
 
 def _max_running(spec: ClusterSpec, kv_tokens: Floats, lengths: Floats, pp: Floats) -> Floats:
@@ -170,6 +173,11 @@ def _steps(spec: ClusterSpec, lengths: Floats) -> Floats:
     return np.asarray(np.maximum(output - 1.0, 0.0) + chunks)
 
 
+@lru_cache(maxsize=256)
+def _linear(model: StepTimeModel, max_tokens: int) -> StepTimeModel:
+    return model.linear(max_tokens)
+
+
 def build_service_model(
     cluster: ProfiledCluster, configs: Sequence[ParallelConfig], lengths: Floats
 ) -> ServiceModel:
@@ -179,7 +187,7 @@ def build_service_model(
     """
     spec = cluster.spec
     limit = spec.max_num_batched_tokens
-    models = [cluster.profile.step_model(c).linear(limit) for c in configs]
+    models = [_linear(cluster.profile.step_model(c), limit) for c in configs]
     a, b, d, e, f, share = (
         np.array([getattr(m, name) for m in models], np.float64) for name in COEFFICIENTS
     )

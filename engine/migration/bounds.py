@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -54,10 +55,23 @@ def lower_bound_s(
     nodes: dict[Pair, set[int]] = {}
     for device, pair in pairs.items() if nic_bytes_per_s else ():
         nodes.setdefault(pair, set()).add(device // node_size)
-    loads = _loads(model, Counter(pairs.values()), nodes)
-    ports = [0.0, *loads.received.values(), *_sent(loads, Counter(pairs.values()))]
-    nics = [0, *loads.into_node.values(), *loads.out_of_node.values()]
-    return max(max(ports) / link_bytes_per_s, max(nics) / (nic_bytes_per_s or 1.0))
+    alike = frozenset((pair, frozenset(nodes.get(pair, ()))) for pair in pairs.values())
+    numbers = frozenset(Counter(pairs.values()).items())
+    port_bytes, nic_bytes = _most_bytes(model, numbers, alike)
+    return max(port_bytes / link_bytes_per_s, nic_bytes / (nic_bytes_per_s or 1.0))
+
+
+@lru_cache(maxsize=4096)
+def _most_bytes(
+    model: ModelSpec,
+    numbers: frozenset[tuple[Pair, int]],
+    nodes: frozenset[tuple[Pair, frozenset[int]]],
+) -> tuple[float, int]:
+    """Through a device's port, and through a node's: the same whichever devices are how."""
+    pairs = Counter(dict(numbers))
+    loads = _loads(model, pairs, {pair: set(where) for pair, where in nodes})
+    ports = [0.0, *loads.received.values(), *_sent(loads, pairs)]
+    return max(ports), max([0, *loads.into_node.values(), *loads.out_of_node.values()])
 
 
 def _roles(deployment: Deployment, dead: set[int]) -> dict[int, Role]:
@@ -87,14 +101,28 @@ def _alike(
     model: ModelSpec, roles: Iterable[Role]
 ) -> Counter[tuple[int, tuple[tuple[Role, tuple[int, int]], ...]]]:
     """How many tensors have this row size and these rows at every role."""
-    known = list(roles)
+    row_bytes, known = _rows(model)
+    listed = [role for role in roles if role is not None]
+    for role in listed:
+        if role not in known:
+            shards = [rank_shard(tensor, model, *role) for tensor in model.tensors]
+            known[role] = [None if s is None else (s.start, s.stop) for s in shards]
+    columns = Counter(zip(row_bytes, *(known[role] for role in listed), strict=True))
     found: Counter[tuple[int, tuple[tuple[Role, tuple[int, int]], ...]]] = Counter()
-    for tensor in model.tensors:
-        row_bytes = prod(tensor.shape) * model.dtype_bytes // tensor.shape[tensor.tp_dim or 0]
-        shards = [(role, rank_shard(tensor, model, *role)) for role in known if role is not None]
-        rows = tuple((role, (s.start, s.stop)) for role, s in shards if s is not None)
-        found[row_bytes, rows] += 1
+    for (nbytes, *rows), number in columns.items():
+        held = tuple((role, ab) for role, ab in zip(listed, rows, strict=True) if ab is not None)
+        found[nbytes, held] += number
     return found
+
+
+@lru_cache(maxsize=16)
+def _rows(model: ModelSpec) -> tuple[list[int], dict[Role, list[tuple[int, int] | None]]]:
+    """By tensor: bytes of a row, and the rows at each role asked for so far."""
+    sizes = [
+        prod(tensor.shape) * model.dtype_bytes // tensor.shape[tensor.tp_dim or 0]
+        for tensor in model.tensors
+    ]
+    return sizes, {}
 
 
 def _count(

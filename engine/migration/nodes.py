@@ -3,7 +3,8 @@
 Inside a node any rank may take any device, so what a node's groups cost is a small assignment.
 `fill_greedily` is a first answer; `fill_exactly` chooses a pattern of groups for every node by an
 integer programme whose columns are those patterns, each with its exact cost (nodes that hold the
-same are one class). Its relaxation knows that a group cannot be split, hence is tight.
+same are one class). Its relaxation knows that a group cannot be split, hence is tight. Of two nodes
+the patterns are tried in turn.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
@@ -37,6 +40,14 @@ class Unit:
         return range(first, first + self.size)
 
 
+class Kind(NamedTuple):
+    """What nodes are alike in; see `Node`."""
+
+    roles: tuple[int, ...]
+    whole: tuple[tuple[ParallelConfig, int], ...]
+    parts: tuple[tuple[Unit, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """Devices of a node that are to be filled, their held roles, and what of it could stay."""
@@ -47,8 +58,8 @@ class Node:
     parts: tuple[tuple[Unit, int], ...] = ()  # units of replicas that span nodes, counted
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        return tuple(sorted(self.roles)), self.whole, self.parts
+    def kind(self) -> Kind:
+        return Kind(tuple(sorted(self.roles)), self.whole, self.parts)
 
 
 Filling = list[Counter[Unit]]  # by node
@@ -97,8 +108,16 @@ def fill_greedily(
     return filling, homeless
 
 
+class _Demand(NamedTuple):
+    """Nodes of one kind that are to be filled; patterns that are not to be left out."""
+
+    kind: Kind
+    num_nodes: int
+    seeds: frozenset[Pattern]
+
+
 @dataclass(frozen=True, slots=True)
-class _Column:
+class Column:
     kind: int  # of the nodes
     pattern: Pattern
     nbytes: int
@@ -119,17 +138,18 @@ def fill_exactly(
     when patterns were left out (`MAX_PATTERNS`). None: no filling exists, or none was found in
     time. The patterns of `seed`, a filling, are never left out.
     """
-    units = sorted(wanted, key=lambda u: (-u.size, u))
-    kinds: dict[tuple[object, ...], list[int]] = {}
+    units = tuple(sorted(wanted, key=lambda u: (-u.size, u)))
+    kinds: dict[Kind, list[int]] = {}
     for i, node in enumerate(nodes):
         kinds.setdefault(node.kind, []).append(i)
-    columns, complete = [], True
-    for k, members in enumerate(kinds.values()):
-        seeds = {tuple(seed[i][u] for u in units) for i in members} if seed else set()
-        found, whole = _patterns(units, wanted, len(nodes[members[0]].roles), len(kinds))
-        complete &= whole
-        columns += [_column(table, k, nodes[members[0]], units, p) for p in {*found, *seeds}]
-    counts, bound = _choose(columns, [len(m) for m in kinds.values()], units, wanted, time_limit_s)
+    demands = tuple(
+        _Demand(kind, len(members), frozenset(tuple(seed[i][u] for u in units) for i in members))
+        if seed
+        else _Demand(kind, len(members), frozenset())
+        for kind, members in kinds.items()
+    )
+    numbers = tuple(wanted[u] for u in units)
+    columns, counts, bound = _solve(table, demands, units, numbers, time_limit_s)
     if counts is None:
         return None
     filling = [Counter[Unit]() for _ in nodes]
@@ -139,7 +159,33 @@ def fill_exactly(
             filling[free[column.kind].pop()].update(
                 {u: n for u, n in zip(units, column.pattern, strict=True) if n}
             )
-    return filling, bound if complete else 0
+    return filling, bound
+
+
+@lru_cache(maxsize=4096)
+def _solve(
+    table: RoleTable,
+    demands: tuple[_Demand, ...],
+    units: tuple[Unit, ...],
+    numbers: tuple[int, ...],
+    time_limit_s: float,
+) -> tuple[tuple[Column, ...], tuple[int, ...] | None, int]:
+    """Patterns, how many nodes take each, and the bound of `fill_exactly`. Nothing here depends on
+    which device of a node holds what, so that what is asked again is known."""
+    wanted = Counter(dict(zip(units, numbers, strict=True)))
+    columns: list[Column] = []
+    complete = True
+    for k, demand in enumerate(demands):
+        found, whole = _patterns(units, wanted, len(demand.kind.roles), len(demands))
+        complete &= whole
+        patterns = {*found, *demand.seeds}
+        columns += [_column(table, k, demand.kind, units, p) for p in patterns]
+    sizes = [demand.num_nodes for demand in demands]
+    if sum(sizes) == 2:
+        counts, bound = choose_for_two(columns, numbers)
+    else:
+        counts, bound = choose(columns, sizes, units, wanted, time_limit_s)
+    return tuple(columns), None if counts is None else tuple(counts), bound if complete else 0
 
 
 def _patterns(
@@ -166,8 +212,8 @@ def _multisets(sizes: list[tuple[int, int]], room: int) -> Iterator[Pattern]:
 
 
 def _column(
-    table: RoleTable, kind: int, node: Node, units: Sequence[Unit], pattern: Pattern
-) -> _Column:
+    table: RoleTable, index: int, node: Kind, units: Sequence[Unit], pattern: Pattern
+) -> Column:
     counts = Counter(dict(zip(units, pattern, strict=True)))
     rows = [role for unit in counts.elements() for role in unit.roles(table)]
     nbytes = assign(table, rows, node.roles)[0] if rows else 0
@@ -179,11 +225,33 @@ def _column(
         stays += kept
     for unit, number in node.parts:
         stays += min(number, counts[unit]) * unit.size / unit.parallel.num_devices
-    return _Column(kind, pattern, nbytes, stays)
+    return Column(index, pattern, nbytes, stays)
 
 
-def _choose(
-    columns: Sequence[_Column],
+def choose_for_two(
+    columns: Sequence[Column], numbers: Sequence[int]
+) -> tuple[list[int] | None, int]:
+    """As `choose` for two nodes, where one's pattern is what the other's leaves of `numbers`."""
+    last = max((c.kind for c in columns), default=0)
+    others = {c.pattern: i for i, c in enumerate(columns) if c.kind == last}
+    best: tuple[int, float, int, int] | None = None
+    for i, column in enumerate(columns):
+        left = tuple(n - m for n, m in zip(numbers, column.pattern, strict=True))
+        if column.kind == 0 and left in others:
+            other = columns[others[left]]
+            stays = column.stays + other.stays
+            option = column.nbytes + other.nbytes, -stays, i, others[left]
+            best = option if best is None else min(best, option)
+    if best is None:
+        return None, 0
+    counts = [0] * len(columns)
+    for i in best[2:]:
+        counts[i] += 1
+    return counts, best[0]
+
+
+def choose(
+    columns: Sequence[Column],
     kind_sizes: Sequence[int],
     units: Sequence[Unit],
     wanted: Counter[Unit],

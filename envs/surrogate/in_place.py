@@ -9,6 +9,7 @@ at the speed of a link, and replicas that lack a device are left out.
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING
@@ -40,12 +41,12 @@ class InPlaceSwitch(PhasedSwitch):
             host.spec, self._old, self.plan.target, self.plan.transfers, staging_bytes
         )
 
-    @property
+    @cached_property
     def _steps_s(self) -> list[float]:
         link_bytes_per_s = self._profile.link_bytes_per_s
         return [link_seconds(step.transfers, link_bytes_per_s) for step in self._steps]
 
-    @property
+    @cached_property
     def _links_s(self) -> float:
         return sum(self._steps_s)
 

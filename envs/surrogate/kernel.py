@@ -219,6 +219,7 @@ def _schedule(
         replica.may_start = 1 if preempted and replica.num_batches == 0 else 0
         return False
     num_tokens = limits.max_num_batched_tokens - budget
+    batch.num_items, batch.num_tokens, batch.context = num_items, num_tokens, context
     step_s = step_seconds(replica.step, num_tokens, num_items, context, pairs, memory)
     _start(replica, batch, now_s, stretch * step_s)
     return True
@@ -391,6 +392,115 @@ def _try_start(
 
 
 @compiled
+def _num_to_coast(seqs: Any, replica: Any, lists: Any, batches: Any, limits: Any) -> Any:
+    """How often each batch in flight can at least be started anew just as it is: every sequence is
+    in one and makes one token a step, none waits, none ends, and there are blocks enough.
+
+    Then the steps are known without a look at the sequences, which `_settle` brings up to date.
+    """
+    if lists[WAITING].count > 0 or replica.is_paused or replica.num_batches == 0:
+        return 0
+    num_items = 0
+    for i in range(replica.num_batches):
+        batch = batches[(replica.first_batch + i) % replica.depth]
+        if batch.num_tokens != batch.num_items:
+            return 0
+        if batch.num_items > _share(lists[RUNNING].count, replica.depth):
+            return 0
+        num_items += batch.num_items
+    if num_items != lists[RUNNING].count:
+        return 0
+    least, s = limits.max_model_len, lists[RUNNING].head
+    while s != NONE:
+        left = min(seqs[s].target_tokens, limits.max_model_len - seqs[s].prompt_tokens)
+        least = min(least, left - 1 - seqs[s].output_tokens)
+        if seqs[s].output_tokens == 0 or least <= 0:
+            return 0
+        s = seqs[s].next
+    blocks, s = 0, lists[RUNNING].head
+    while s != NONE:
+        needed = _blocks_needed(seqs[s].computed_tokens + 1 + least, limits.block_size)
+        blocks += max(0, needed - seqs[s].blocks)
+        s = seqs[s].next
+    return least if blocks <= replica.free_blocks else 0
+
+
+@compiled
+def _coast(replica: Any, batches: Any, most: int, until_s: float) -> Any:
+    """End and start again the batches in flight, as `_run_replica` would, each at most `most`
+    times. Returns how many times more each could be by the count of its sequences' tokens."""
+    depth = replica.depth
+    for i in range(replica.num_batches):
+        batches[(replica.first_batch + i) % depth].coasted = 0
+    while True:
+        batch = batches[replica.first_batch]
+        end_s = _next_end(replica, batches)
+        start_s = max(replica.ready_s, end_s)
+        if batch.coasted == most or end_s > until_s or start_s >= until_s:
+            break
+        if replica.num_batches > 1:
+            following_s = batches[(replica.first_batch + 1) % depth].end_s
+            if replica.step.leader_computes:
+                following_s = max(following_s, replica.ready_s)
+            if following_s <= start_s:
+                break
+        if batch.coasted == 0:
+            batch.first_s, batch.longest_gap_s = end_s, 0.0
+        else:
+            batch.longest_gap_s = max(batch.longest_gap_s, end_s - batch.last_s)
+        batch.last_s = end_s
+        batch.coasted += 1
+        batch.context += batch.num_items
+        index = (replica.first_batch + replica.num_batches) % depth
+        replica.first_batch = (replica.first_batch + 1) % depth
+        replica.num_batches -= 1
+        if replica.num_batches + 1 < depth:
+            batches[index] = batch
+        batch = batches[index]
+        context = batch.context
+        step_s = step_seconds(
+            replica.step, batch.num_items, batch.num_items, context, float(context), 1.0
+        )
+        _start(replica, batch, start_s, step_s)
+        replica.wake_s, replica.may_start = start_s, 1
+    coasted = 0
+    for i in range(replica.num_batches):
+        coasted = max(coasted, batches[(replica.first_batch + i) % depth].coasted)
+    return most - coasted
+
+
+@compiled
+def _least_seconds(step: Any) -> Any:
+    """That any step takes."""
+    if min(step.per_token_s, step.per_seq_s, step.per_context_token_s, step.per_pair_s) < 0.0:
+        return 0.0
+    least_s = step.per_token_s if step.num_knots == 0 else step.token_s[0]
+    for i in range(1, step.num_knots):
+        least_s = min(least_s, step.token_s[i])
+    return max(0.0, (step.base_s + least_s) * (1.0 - 1e-9))
+
+
+@compiled
+def _settle(seqs: Any, replica: Any, batches: Any, limits: Any) -> None:
+    """Give the sequences in flight the tokens and blocks of the steps coasted."""
+    for i in range(replica.num_batches):
+        batch = batches[(replica.first_batch + i) % replica.depth]
+        steps, s = batch.coasted, batch.head
+        while steps > 0 and s != NONE:
+            gap_s = max(batch.longest_gap_s, batch.first_s - seqs[s].last_token_s)
+            seqs[s].longest_gap_s = max(seqs[s].longest_gap_s, gap_s)
+            seqs[s].last_token_s = batch.last_s
+            seqs[s].computed_tokens += steps
+            seqs[s].output_tokens += steps
+            needed = _blocks_needed(seqs[s].computed_tokens + 1, limits.block_size)
+            missing = max(0, needed - seqs[s].blocks)
+            seqs[s].blocks += missing
+            replica.free_blocks -= missing
+            s = seqs[s].next_in_batch
+        replica.generated_total += steps * batch.num_items
+
+
+@compiled
 def _run_replica(
     seqs: Any,
     replica: Any,
@@ -403,14 +513,23 @@ def _run_replica(
     row: int,
     until_s: float,
 ) -> None:
-    """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is."""
+    """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is, or
+    a later time before which no sequence ends: so long the router needs to know of none."""
     while True:
+        most = 0
+        if len(trace) == 0 and _next_end(replica, batches) <= until_s:
+            most = _num_to_coast(seqs, replica, lists, batches, limits)
+        if most > 0:
+            most = _coast(replica, batches, most, until_s)
+            _settle(seqs, replica, batches, limits)
         end_s, start_s = _next_end(replica, batches), np.inf
         if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
             start_s = max(replica.ready_s, replica.wake_s)
         if end_s <= start_s:
             if end_s > until_s or end_s == np.inf:
                 replica.due_s = end_s
+                if most > 0:
+                    replica.due_s += most * _least_seconds(replica.step)
                 return
             batch = batches[replica.first_batch]
             batch.end_s = end_s
@@ -569,7 +688,8 @@ def _run_all(
     trace: Any,
     until_s: float,
 ) -> None:
-    """Everything but arrivals up to `until_s`, replica by replica, since they share nothing."""
+    """Everything up to `until_s` that an arrival then has to know of, replica by replica, since
+    they share nothing."""
     for j in range(len(rows)):
         r = rows[j]
         if replicas[r].due_s <= until_s:
@@ -649,6 +769,17 @@ def wake(replica: Any, work_s: float) -> None:
 
 
 @compiled
+def _row_for(
+    seqs: Any, replicas: Any, rows: Any, shares: Any, edges: Any, limits: Any, s: int
+) -> Any:
+    """That the router picks for a sequence, or NONE."""
+    prompt = seqs[s].prompt_tokens
+    bucket = np.searchsorted(edges, prompt)
+    needed = prompt + seqs[s].output_tokens
+    return pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
+
+
+@compiled
 def route(
     seqs: Any,
     replicas: Any,
@@ -661,14 +792,19 @@ def route(
     s: int,
     work_s: float,
 ) -> None:
-    """Send a sequence to the replica the router picks, or hold it while none is open.
+    """Send a sequence to the replica the router picks, or hold it while none is open."""
+    row = _row_for(seqs, replicas, rows, shares, edges, limits, s)
+    send(seqs, replicas, lists, counts, s, row, work_s)
+
+
+@compiled
+def send(
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
+) -> None:
+    """Enqueue a sequence there, or hold it if there is none.
 
     The last row of `lists` is the list of held sequences.
     """
-    prompt = seqs[s].prompt_tokens
-    bucket = np.searchsorted(edges, prompt)
-    needed = prompt + seqs[s].output_tokens
-    row = pick_row(replicas, rows, shares, limits.block_size, bucket, needed)
     if row != NONE:
         enqueue(seqs, replicas, lists, counts, s, row, work_s)
         return
@@ -680,20 +816,8 @@ def route(
 
 
 @inlined
-def _arrive(
-    seqs: Any,
-    replicas: Any,
-    lists: Any,
-    rows: Any,
-    shares: Any,
-    edges: Any,
-    limits: Any,
-    counts: Any,
-    ended: Any,
-    s: int,
-    work_s: float,
-) -> None:
-    """Route a request that arrives, or reject it."""
+def _admit(seqs: Any, rows: Any, limits: Any, counts: Any, ended: Any, s: int) -> Any:
+    """Whether a request that arrives is to be routed; else it is rejected."""
     counts.arrived += 1
     if (
         seqs[s].prompt_tokens >= limits.max_model_len
@@ -704,9 +828,9 @@ def _arrive(
         ended[counts.ended] = s
         counts.ended += 1
         counts.rejected += 1
-        return
+        return False
     counts.live += 1
-    route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
+    return True
 
 
 @compiled
@@ -738,7 +862,15 @@ def advance(
         s = arriving[i]
         now_s = seqs[s].arrival_s
         _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, now_s)
-        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, now_s)
+        if _admit(seqs, rows, limits, counts, ended, s):
+            r = _row_for(seqs, replicas, rows, shares, edges, limits, s)
+            if r != NONE and _next_event(replicas[r], batches[r])[0] <= now_s:
+                _run_replica(
+                    seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
+                )
+            send(seqs, replicas, lists, counts, s, r, now_s)
+    for j in range(len(rows)):
+        replicas[rows[j]].due_s = -np.inf  # none is left behind
     _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, until_s)
 
 
@@ -769,7 +901,8 @@ def advance_sharing(
             seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, now_s
         )
         work_s = work_time(clock, now_s)
-        _arrive(seqs, replicas, lists, rows, shares, edges, limits, counts, ended, s, work_s)
+        if _admit(seqs, rows, limits, counts, ended, s):
+            route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
     _run_sharing(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
 
 

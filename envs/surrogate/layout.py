@@ -72,7 +72,20 @@ REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; thos
         ("may_start", "i8"),  # something changed since a schedule came out empty
     ]
 )
-BATCH = np.dtype([("end_s", "f8"), ("head", "i8"), ("item", "i8")])  # of its first item traced
+BATCH = np.dtype(
+    [
+        ("end_s", "f8"),
+        ("head", "i8"),
+        ("item", "i8"),  # of its first item traced
+        ("num_items", "i8"),
+        ("num_tokens", "i8"),
+        ("context", "i8"),  # tokens of context in it
+        ("coasted", "i8"),  # steps ended since, that its sequences do not show yet
+        ("first_s", "f8"),  # the first and the last of their ends
+        ("last_s", "f8"),
+        ("longest_gap_s", "f8"),  # between two of them
+    ]
+)
 ITEM = np.dtype(  # of the trace: one sequence's part in one step
     [
         ("row", "i8"),

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, Any, Self
 
@@ -171,11 +172,11 @@ class PhasedSwitch(ABC):
         the factor."""
         return max(self.plan.predicted_s - self._profile.switch_overhead_s, self._links_s)
 
-    @property
+    @cached_property
     def _links_s(self) -> float:
         return link_seconds(self.plan.transfers, self._profile.link_bytes_per_s)
 
-    @property
+    @cached_property
     def _weight_movers(self) -> float:
         """Cores kept busy: one for each device that sends or receives weights."""
         transfers = self.plan.transfers

@@ -40,7 +40,7 @@ def _ended_s(seqs: Records, ended: Slots) -> Floats:
 def traffic_columns(seqs: Records, arrived: Slots, ended: Slots) -> TrafficColumns:
     """Of the slots of requests that arrived, and ended, in one span."""
     finish_s = _ended_s(seqs, ended)
-    order = np.argsort(finish_s, kind="stable")
+    order = np.lexsort((seqs["row"][ended], finish_s))  # whichever replica was looked at first
     ended, finish_s = ended[order], finish_s[order]
     return TrafficColumns(
         seqs["arrival_s"][arrived],
@@ -70,8 +70,9 @@ def log_events(
     rejected = seqs["status"][ended] == REJECTED
     at_s = np.concatenate([_ended_s(seqs, ended), seqs["arrival_s"][arrived]])
     rank = np.concatenate([np.where(rejected, 2, 0), np.ones(len(arrived), np.int64)])
+    row = np.concatenate([seqs["row"][ended], np.zeros(len(arrived), np.int64)])
     times, values = at_s.tolist(), seqs[list(OUTCOME_FIELDS)][ended].tolist()
-    for i in np.lexsort((rank, at_s)).tolist():
+    for i in np.lexsort((row, rank, at_s)).tolist():
         if i < len(ended):
             outcome = _outcome(requests[i], values[i], times[i], replica_ids)
             log.append(times[i], EventKind.ENDED, outcome=outcome)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import Deployment, ParallelConfig, Replica, Routing
-from engine.router import ReplicaLoad, shares
 from envs.surrogate import kernel
 from envs.surrogate.state import SurrogateState
 
@@ -63,13 +62,15 @@ class Rows:
     def set_routing(self, deployment: Deployment, routing: Routing) -> None:
         """Tabulate `engine.router.shares` per bucket of prompt lengths."""
         edges = routing.prompt_edges if routing.weights else ()
-        samples = [*edges, edges[-1] + 1] if edges else [1]
-        loads = [
-            ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, 0)  # load is the kernel's
-            for r in deployment.replicas
-        ]
         self.edges = np.array(edges, np.int64)
-        self.shares = np.array([shares(routing, loads, prompt) for prompt in samples])
+        if not routing.weights:
+            self.shares = np.array([[float(r.parallel.num_devices) for r in deployment.replicas]])
+            return
+        columns = [routing.replica_ids.index(r.replica_id) for r in deployment.replicas]
+        weights, posterior = np.array(routing.weights), np.array(routing.posterior)
+        self.shares = np.zeros((len(posterior), len(columns)))
+        for j in range(len(weights)):  # in the order in which `shares` adds
+            self.shares += posterior[:, j, None] * weights[j, columns]
 
     def route(self, state: SurrogateState, slots: Iterable[int], now_s: float) -> None:
         """Send requests to the replicas that are open now, or hold them while there is none."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from itertools import permutations
+from itertools import permutations, product
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -158,3 +160,37 @@ def test_a_replica_on_a_dead_device_does_not_stay() -> None:
     current = dense_deployment(parse_deployment_key("2xtp2pp1"))
     placed = place_optimally(spec, current, parse_deployment_key("1xtp2pp1"), [1])
     assert placed.deployment.replicas == current.replicas[1:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    numbers=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    num_kinds=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_two_nodes_are_filled_as_the_programme_fills_them(
+    numbers: list[int], num_kinds: int, seed: int
+) -> None:
+    """The same bytes, and as many replicas that stay; nothing where nothing fits."""
+    rng = np.random.default_rng(seed)
+    units = [nodes.Unit(ParallelConfig(n, 1), 0, n) for n in (4, 2, 1)]
+    patterns = [
+        p for p in product(*(range(n + 1) for n in numbers)) if 4 * p[0] + 2 * p[1] + p[2] <= 8
+    ]
+    columns = [
+        nodes.Column(kind, p, 1000 * int(rng.integers(6)), float(rng.integers(4)))
+        for kind in range(num_kinds)
+        for p in patterns
+    ]
+    sizes = [2] if num_kinds == 1 else [1, 1]
+    wanted = Counter(dict(zip(units, numbers, strict=True)))
+    found, nbytes = nodes.choose_for_two(columns, numbers)
+    solved, solved_bytes = nodes.choose(columns, sizes, units, wanted, 10.0)
+    assert (found is None) == (solved is None)
+    if found is not None and solved is not None:
+        moved = [
+            sum(n * c.nbytes for n, c in zip(x, columns, strict=True)) for x in (found, solved)
+        ]
+        stay = [sum(n * c.stays for n, c in zip(x, columns, strict=True)) for x in (found, solved)]
+        assert moved == [nbytes, solved_bytes] == [nbytes] * 2
+        assert stay[0] == stay[1]

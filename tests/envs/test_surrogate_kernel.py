@@ -18,7 +18,7 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.profile import ProfiledCluster, StepTimeModel
-from engine.router import ReplicaLoad, pick
+from engine.router import ReplicaLoad, pick, shares
 from envs.surrogate import kernel, layout
 from envs.surrogate.cluster import SurrogateCluster
 from tests.envs.plain_cluster import PlainCluster
@@ -143,6 +143,37 @@ def test_cutting_time_changes_nothing(small_cluster: ProfiledCluster) -> None:
     assert whole == cut
 
 
+@pytest.mark.parametrize("leader_computes", [False, True])
+@pytest.mark.parametrize("key", ["4xtp1pp1", "1xtp4pp1", "2xtp1pp2", "1xtp1pp4", "1xtp1pp3"])
+def test_coasting_changes_nothing(
+    curved_cluster: ProfiledCluster, key: str, leader_computes: bool
+) -> None:
+    """To the last bit: a cluster that traces its steps makes every one of them."""
+    steps = tuple(replace(s, leader_computes=leader_computes) for s in curved_cluster.profile.steps)
+    cluster = replace(curved_cluster, profile=replace(curved_cluster.profile, steps=steps))
+    deployment = dense_deployment(parse_deployment_key(key))
+    rng = np.random.default_rng(7)
+    requests = [
+        replace(r, output_tokens=int(n))
+        for r, n in zip(draw_requests(rng, 120, 8.0), rng.integers(1, 200, 120), strict=True)
+    ]
+    found, coasted = [], 0
+    for trace_items in (0, 1):
+        surrogate = SurrogateCluster(cluster, deployment, trace_items=trace_items)
+        for request in requests:
+            surrogate.submit(request)
+        for cut_s in np.arange(0.37, 60.0, 0.37).tolist():
+            surrogate.advance(cut_s)
+            surrogate.check_integrity()
+            coasted = max(coasted, int(surrogate.state.batches["coasted"].max()))
+            found.append(surrogate.snapshot())
+        found.append(surrogate.events(0))
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    assert surrogate.snapshot().num_finished == len(requests)
+    assert coasted > 1
+
+
 def test_one_request_by_hand(small_cluster: ProfiledCluster) -> None:
     """Prompt 100 in chunks of 64 and 36, then 3 decode steps of one token each."""
     deployment = dense_deployment(parse_deployment_key("1xtp1pp1"))
@@ -183,3 +214,22 @@ def test_a_leader_that_computes_sees_an_end_when_its_stage_is_done(
     outcomes = simulate(cluster, deployment, Routing((0,)), requests, [])
     assert outcomes["a"].finish_s == pytest.approx(shared + 30 * shared)
     assert outcomes["b"].finish_s == pytest.approx(shared + 30)
+
+
+def test_routing_tables_are_the_routers_shares(small_cluster: ProfiledCluster) -> None:
+    """To the last bit, per bucket, with replicas named in another order than the deployment's."""
+    surrogate = SurrogateCluster(
+        small_cluster, deployment := dense_deployment(parse_deployment_key("2xtp1pp1+1xtp2pp1"))
+    )
+    rng = np.random.default_rng(0)
+    weights, posterior = rng.dirichlet([1.0] * 3, 4), rng.dirichlet([1.0] * 4, 3)
+    routing = Routing(
+        tuple(r.replica_id for r in reversed(deployment.replicas)),
+        tuple(map(tuple, weights.tolist())),
+        (10, 20),
+        tuple(map(tuple, posterior.tolist())),
+    )
+    surrogate.set_routing(routing)
+    loads = [ReplicaLoad(r.replica_id, r.parallel.num_devices, 0, 0) for r in deployment.replicas]
+    wanted = [shares(routing, loads, prompt) for prompt in (10, 20, 21)]
+    assert surrogate.rows.shares.tolist() == wanted

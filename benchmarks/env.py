@@ -1,0 +1,198 @@
+"""How many full decisions a second the batched environment makes, and PPO on it.
+
+A decision is a step of `ServingEnv` on the fast path: traffic of one interval simulated, tick,
+candidates, observation, mask, reward; ends of episodes and the start of the next are among them.
+The pool is 16 H100s in two nodes that serve Llama-2-70B, an interval 15 s, traffic the embedded
+generator's at 10 requests/s. `env` keeps its deployment; `switching` draws legal rows uniformly, so
+that deployments switch as often as the guardrails let them, and every switch is planned in full.
+PPO has the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on
+an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.vec_env import VecEnv
+
+from controller.build import build_pipeline, load_profiled_cluster
+from controller.decision import DecisionConfig
+from controller.planner import Planner
+from controller.workload import fit_typing
+from engine.cluster import WorkloadTyping, deployment_key
+from engine.profile import ProfiledCluster
+from envs.build import surrogate_parts
+from envs.experiment_config import read_config
+from envs.serving_env import ServingEnv
+from envs.traffic import Shaping, Source, draw_window, generator_source
+from envs.vec_env import ServingVecEnv
+from envs.workload import Trace, WorkloadConfig
+from policies.ppo import PpoConfig, train
+
+ROOT = Path(__file__).parents[1]
+PROFILE = ROOT / "configs" / "profiles" / "h100-llama-2-70b.json"
+CONFIG = ROOT / "configs" / "demo.yaml"
+DEVICES, RATE_PER_S, EPISODE_S, NUM_TYPES = 16, 10.0, 1800.0, 4
+NUM_ENVS, CORES = 16, 2
+GOALS = {"env_steps_per_s": 2000, "ppo_steps_per_s": 1500}
+
+
+class Setup:
+    """Pool, traffic and typing, built once; one planner for all environments, as in training."""
+
+    def __init__(self) -> None:
+        profiled = load_profiled_cluster(PROFILE)
+        self.cluster: ProfiledCluster = replace(
+            profiled, spec=replace(profiled.spec, num_devices=DEVICES)
+        )
+        config = WorkloadConfig(mean_rate_per_s=RATE_PER_S)
+        longest = profiled.spec.model.max_model_len
+        self.source: Source = generator_source(config, Shaping(), longest, np.random.default_rng(0))
+        sample = self.source.trace
+        self.typing: WorkloadTyping = fit_typing(
+            sample.prompt_tokens, sample.output_tokens, NUM_TYPES, seed=0
+        )
+
+    def build_venv(self, num_threads: int) -> ServingVecEnv:
+        """With a planner that has nothing cached yet."""
+        planner = build_pipeline(self.cluster, self.typing, DecisionConfig()).planner
+        envs = [self._build_env(planner) for _ in range(NUM_ENVS)]
+        return ServingVecEnv(envs, num_threads)
+
+    def _build_env(self, planner: Planner) -> ServingEnv:
+        pipeline = build_pipeline(self.cluster, self.typing, DecisionConfig())
+        pipeline.planner = planner
+
+        def make_trace(rng: np.random.Generator) -> Trace:
+            return draw_window(self.source, RATE_PER_S, EPISODE_S, rng)
+
+        key = deployment_key(planner.optimum(np.full(NUM_TYPES, RATE_PER_S / NUM_TYPES)))
+        return ServingEnv(surrogate_parts(pipeline, make_trace, key, columns=True))
+
+
+class IdleVecEnv(VecEnv):
+    """Gives what another environment gave once, at no cost: what is left is the learner."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv.num_envs, venv.observation_space, venv.action_space)
+        self._flats, self._masks = venv.reset(), venv.env_method("action_masks")
+        self._rewards = np.random.default_rng(0).standard_normal(venv.num_envs).astype(np.float32)
+        self._dones = np.zeros(venv.num_envs, np.bool_)
+
+    def reset(self) -> Any:
+        return self._flats
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Nothing happens."""
+
+    def step_wait(self) -> Any:
+        return self._flats, self._rewards, self._dones, [{} for _ in range(self.num_envs)]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
+        assert method_name == "action_masks", method_name
+        return [self._masks[i] for i in self._get_indices(indices)]
+
+    def action_masks(self) -> None:
+        """That `env_method` has it."""
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+
+def measure_env(
+    venv: ServingVecEnv, rounds: int, steps: int, is_switching: bool
+) -> tuple[list[float], float]:
+    """Decisions per second of each round of `steps` decisions per environment, after a first one
+    that warms up; and the share of decisions that started a switch."""
+    rng, rates, switches = np.random.default_rng(0), [], 0
+    venv.seed(0)
+    venv.reset()
+    for _ in range(rounds + 1):
+        begun_s = time.perf_counter()
+        for _ in range(steps):
+            masks = np.array(venv.env_method("action_masks"))
+            drawn = (rng.random(masks.shape) * masks).argmax(axis=1)
+            _, _, _, infos = venv.step(drawn if is_switching else np.zeros_like(drawn))
+            switches += sum(info["ticket"] is not None for info in infos)
+        rates.append(steps * venv.num_envs / (time.perf_counter() - begun_s))
+    return rates[1:], switches / (steps * venv.num_envs * (rounds + 1))
+
+
+def measure_ppo(venv: VecEnv, setup: Setup, ppo: PpoConfig, rollouts: int) -> list[float]:
+    """Steps per second of each rollout but the first, with the updates before it."""
+    spec = build_pipeline(setup.cluster, setup.typing, DecisionConfig()).observation_spec
+    at_s: list[float] = []
+    steps = ppo.n_steps * venv.num_envs
+    ppo = replace(ppo, n_timesteps=rollouts * steps)
+    train(venv, ppo, spec, seed=0, report=lambda _: at_s.append(time.perf_counter()))
+    return [steps / wall_s for wall_s in np.diff(at_s)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and shorter rounds and rollouts"
+    )
+    args = parser.parse_args()
+    setup, ppo = Setup(), read_config(CONFIG, {}).ppo
+    episode = round(EPISODE_S / DecisionConfig().grid_s)
+    rounds, rollouts, steps, switching_steps = 7, 8, episode, 40
+    if args.quick:
+        rounds, rollouts, steps, switching_steps = 2, 3, episode // 3, 8
+        ppo = replace(ppo, n_steps=ppo.n_steps // 2)
+    figures: dict[str, float] = {}
+    spreads: dict[str, float] = {}
+
+    def record(name: str, rates: Sequence[float]) -> None:
+        figures[name] = round(float(np.median(rates)))
+        spreads[name] = float(np.ptp(rates) / np.median(rates))
+
+    for threads in (1, CORES):
+        venv = setup.build_venv(threads)
+        name = "env_steps_per_s" if threads == CORES else f"env_steps_per_s_{threads}_thread"
+        record(name, measure_env(venv, rounds, steps, False)[0])
+    rates, switched = measure_env(venv, rounds, switching_steps, True)
+    record("switching_steps_per_s", rates)
+    record("ppo_steps_per_s", measure_ppo(venv, setup, ppo, rollouts))
+    record("learner_only_steps_per_s", measure_ppo(IdleVecEnv(venv), setup, ppo, 3 * rollouts))
+    venv.close()
+    ratio = figures["ppo_steps_per_s"] / figures["learner_only_steps_per_s"]
+    table = Table("figure", "value", "goal", "spread")
+    for name, value in figures.items():
+        goal = f"{GOALS[name]:,}" if name in GOALS else ""
+        table.add_row(name, f"{value:,}", goal, f"{spreads[name]:.2f}")
+    table.add_row("ppo_vs_learner_only", f"{ratio:.2f}", "", "")
+    console = Console(width=110)
+    console.print(
+        f"{setup.cluster.profile.model} on {DEVICES} {setup.cluster.profile.device}s, "
+        f"{NUM_ENVS} environments, {CORES} cores; {switched:.1%} of drawn decisions switched; "
+        f"PPO as in {CONFIG.name}: {ppo.n_steps} steps a rollout, batches of {ppo.batch_size}, "
+        f"{ppo.n_epochs} epochs, {ppo.hidden_size} wide"
+    )
+    console.print(table)
+    spread = round(max(spreads.values()), 3)
+    figures["ppo_vs_learner_only"] = round(ratio, 3)
+    print(json.dumps({"benchmark": "env"} | figures | {"spread_max": spread}))
+
+
+if __name__ == "__main__":
+    main()
