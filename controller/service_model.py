@@ -30,8 +30,8 @@ Latency at rate R < r(n_max): Little's law n = r T with r = R m steps per second
 with E the positive root of, G = g - q r and k = max(1, s pp),
     (pp - k beta r) E^2 + (pp (G - a) - k beta r g) E - pp a G = 0,
 at least max(a + beta, k a / (1 - s r beta)), as with q = 0; at most that of one batch at a time,
-pp a / (1 - beta r), and at most T(n_max). The sequence spends m T in the replica. Before, it waits: with
-utilisation rho and n_max places, Sakasegawa's approximation for M/M/c (1977),
+pp a / (1 - beta r), and at most T(n_max). The sequence spends m T in the replica. Before, it waits:
+with utilisation rho and n_max places, Sakasegawa's approximation for M/M/c (1977),
     wait = m T / n_max * rho^(sqrt(2 (n_max + 1)) - 1) / (1 - rho),
 continued beyond RHO_KNEE by its tangent, so that overload costs much but finite time.
 """
