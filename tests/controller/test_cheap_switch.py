@@ -82,7 +82,7 @@ def test_the_best_within_either_budget(
             assert found.headroom == pytest.approx(headroom[cheap].max(), rel=1e-6)
             overhead_s = cluster.profile.switch_overhead_s
             assert found.weight_bytes <= most or found.switch_s <= overhead_s + longest
-            seen.add(found.key)
+            seen.add((key, found.key))
     assert len(seen) > len(keys)  # the budgets matter
 
 
@@ -108,18 +108,18 @@ def test_far_from_the_present_the_programme_finds_what_neighbours_do_not(
     cluster, rates = make_cluster(64, 4), RATES * 8
     costs = switch_cost(
         cluster.spec,
-        dense_deployment(parse_deployment_key("16xtp4pp1")),
+        dense_deployment(parse_deployment_key("16xtp2pp2")),
         Planner(cluster, four_types).optimum(rates),
     )
     planner = Planner(
         cluster, four_types, PlannerConfig(switch_budget_bytes=costs.weight_bytes // 2)
     )
-    found = _cheap(planner, "16xtp4pp1", rates)
+    found = _cheap(planner, "16xtp2pp2", rates)
     assert 0 < found.weight_bytes <= costs.weight_bytes // 2
     key, lengths_key = planner.scorer.rates_key(rates), planner.scorer.lengths_key(None)
-    live = tuple(16 if c.tp == 4 else 0 for c in planner.configs)
+    live = tuple(16 if (c.tp, c.pp) == (2, 2) else 0 for c in planner.configs)
     search = planner.optima.search(planner._space(()), lengths_key, live, (key,))
-    current = dense_deployment(parse_deployment_key("16xtp4pp1"))
+    current = dense_deployment(parse_deployment_key("16xtp2pp2"))
     near = [
         row
         for row in search.listed.astype(int).tolist()

@@ -63,7 +63,7 @@ def test_service_rate_by_hand(synthetic_cluster: ProfiledCluster) -> None:
     """tp1pp1, 400 prompt and 41 output tokens: 41 steps of n sequences, n limited by KV."""
     one = ParallelConfig(1, 1)
     kv_tokens = num_kv_blocks(synthetic_cluster.spec, one) * 16
-    n = min(64.0, kv_tokens / (400 + 41 / 2), 512 / (440 / 41))
+    n = min(64.0, kv_tokens / (400 + 41), 512 / (440 / 41))
     step_s = synthetic_cluster.profile.step_model(one).step_s(n * 440 / 41, n, n * 420.5)
     found = service_rates(synthetic_cluster, [one], np.array([[400.0, 41.0]]))
     assert found[0, 0] == pytest.approx(n / (41 * step_s))

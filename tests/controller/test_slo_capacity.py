@@ -224,6 +224,6 @@ def test_shipped_rates_serve_pools_of_any_size(devices: int) -> None:
     plain = build_pipeline(cluster, typing, DecisionConfig()).planner
     assert (_service(planner) <= 1.001 * plain.service_rates()).all()
     assert (_service(planner) == 0.0).any()
-    best = planner.estimate(planner.optimum([2.0, 1.0]), [2.0, 1.0]).headroom
-    ignored = planner.estimate(plain.optimum([2.0, 1.0]), [2.0, 1.0]).headroom
+    best = planner.estimate(planner.optimum([1.0, 2.0]), [1.0, 2.0]).headroom
+    ignored = planner.estimate(plain.optimum([1.0, 2.0]), [1.0, 2.0]).headroom
     assert best > max(ignored, 0.0)
