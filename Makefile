@@ -9,11 +9,12 @@ export OMP_NUM_THREADS ?= 1
 SOURCES := protos engine policies controller envs tests benchmarks $(wildcard *.py)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I.
 TRACE ?=
+TRACES ?=
 MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray check bench protos check-protos format model \
+.PHONY: help setup demo test test-slow test-ray check bench headroom protos check-protos format model \
   train-quick clean
 
 help: ## list the targets
@@ -52,6 +53,10 @@ check: $(STAMP) check-protos ## format, lint, types, import rules, stubs up to d
 
 bench: $(STAMP) ## every script in benchmarks/, table at the end; ARGS=--quick for a short run
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+headroom: $(STAMP) ## the study of what switching can win, TRACES=FOLDER, an hour or two; then docs/headroom.md
+	$(BIN)/python -m envs.study $(if $(TRACES),--traces $(TRACES)) $(ARGS)
+	$(BIN)/python -m envs.study --report
 
 protos: $(STAMP) ## regenerate the gRPC stubs from protos/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

@@ -56,7 +56,16 @@ def main() -> int:
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    print(json.dumps({**found, "cells": len(results), "reproduced_within": round(off, 5)}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "headroom",
+                **found,
+                "cells": len(results),
+                "reproduced_within": round(off, 5),
+            }
+        )
+    )
     return 0
 
 

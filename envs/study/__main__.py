@@ -12,7 +12,10 @@ from typing import Any
 from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
+from envs.study.report import write_page
 from envs.study.results import RESULTS, end_with_parent, read_results, run, write_results
+
+PAGE = Path(__file__).parents[2] / "docs" / "headroom.md"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -22,6 +25,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="results (gzipped JSON)")
     parser.add_argument("--cells", nargs="*", help="names of cells; default: those without results")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: put the results into docs/headroom.md"
+    )
     parser.add_argument("--verbose", action="store_true", help="say which rule is running")
     return parser.parse_args(arguments)
 
@@ -52,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = read_results(args.out)
+    if args.report:
+        write_page(list(results.values()), PAGE)
+        return 0
     cells, traces = _chosen(args, config, results), args.traces or Path()
     context = get_context("forkserver")
     with ProcessPoolExecutor(args.jobs, context, initializer=end_with_parent) as pool:

@@ -208,3 +208,30 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes.legend(ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------
+# The page
+
+BEGIN, END = "<!-- begin: made by `python -m envs.study --report` -->", "<!-- end -->"
+
+
+def write_page(results: Sequence[Result], page: Path) -> None:
+    """Puts the figures and tables between the marks of a page, and the plot beside it."""
+    text = page.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    shown = table(
+        ([name, f"{value:.4f}"] for name, value in figures(results).items()), ("figure", "mean")
+    )
+    parts = [
+        shown,
+        f"![Mean latency by rule over the best static deployment]({page.stem}.png)",
+        cells_table(results),
+        "Devices given back (`scaling` against all devices in the first deployment):",
+        scaling_table(results),
+        "Lost devices, requests that arrive after the loss:",
+        loss_table(results),
+    ]
+    page.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+    plot(results, page.with_suffix(".png"))
