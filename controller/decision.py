@@ -89,6 +89,26 @@ class PreparedDecision:
     posterior: tuple[tuple[float, ...], ...] = ()
 
 
+def plan_to(
+    cluster: ProfiledCluster,
+    snapshot: ClusterSnapshot,
+    target: Sequence[ParallelConfig],
+    decision_id: str,
+) -> SwitchPlan:
+    """From what a snapshot shows to `target`. Raises InfeasibleError."""
+    return plan_switch(
+        cluster.spec,
+        snapshot.deployment,
+        snapshot.epoch,
+        target,
+        kv_cost_params(cluster, target),
+        cluster.profile.switch_overhead_s,
+        decision_id,
+        snapshot.dead_devices,
+        kv_blocks_used=snapshot.kv_blocks_used,
+    )
+
+
 class DecisionPipeline:
     """Owns monitor, predictor, planner and deployment scheduler of one controlled cluster.
 
@@ -223,18 +243,8 @@ class DecisionPipeline:
 
     def plan(self, prepared: PreparedDecision, row: int, decision_id: str) -> SwitchPlan:
         """How to reach that candidate. Raises InfeasibleError."""
-        snapshot, target = prepared.snapshot, prepared.candidates[row].configs
-        return plan_switch(
-            self.cluster.spec,
-            snapshot.deployment,
-            snapshot.epoch,
-            target,
-            kv_cost_params(self.cluster, target),
-            self.cluster.profile.switch_overhead_s,
-            decision_id,
-            snapshot.dead_devices,
-            kv_blocks_used=snapshot.kv_blocks_used,
-        )
+        target = prepared.candidates[row].configs
+        return plan_to(self.cluster, prepared.snapshot, target, decision_id)
 
     def _decision(
         self,

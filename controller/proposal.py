@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.decision import DecisionPipeline, PreparedDecision
+from controller.decision import DecisionPipeline, PreparedDecision, plan_to
 from controller.guardrails import GuardrailConfig, mask_reasons
-from controller.service_model import kv_cost_params
 from engine.cluster import Candidate, Decision, ParallelConfig, deployment_key
-from engine.migration.plan import plan_switch, switch_cost
+from engine.migration.plan import switch_cost
 
 
 def propose(
@@ -21,17 +20,7 @@ def propose(
     """
     snapshot, cluster = prepared.snapshot, pipeline.cluster
     decision = pipeline.resolve(prepared, 0, policy_name="operator")
-    plan = plan_switch(
-        cluster.spec,
-        snapshot.deployment,
-        snapshot.epoch,
-        configs,
-        kv_cost_params(cluster, tuple(configs)),
-        cluster.profile.switch_overhead_s,
-        decision.decision_id,
-        snapshot.dead_devices,
-        kv_blocks_used=snapshot.kv_blocks_used,
-    )
+    plan = plan_to(cluster, snapshot, configs, decision.decision_id)
     candidate = _candidate(pipeline, prepared, tuple(configs))
     reasons = mask_reasons(
         cluster.spec,

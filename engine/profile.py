@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from engine.cluster import ClusterSpec, ModelSpec, ParallelConfig, TensorSpec
 from engine.errors import InvalidRequestError
 
+Floats = NDArray[np.float64]
 PROFILE_SCHEMA = 4
 TIME_FIELDS = ("base_s", "per_token_s", "per_seq_s", "per_context_token_s", "per_pair_s")
 
@@ -82,10 +84,16 @@ class StepTimeModel:
         return memory * bound_by_memory_s + arithmetic_s
 
     def token_term_s(self, tokens: float) -> float:
+        return float(self.token_terms_s(np.float64(tokens)))
+
+    def token_terms_s(self, tokens: ArrayLike) -> Floats:
+        """The token term of each of many steps, in the shape of `tokens`."""
+        number = np.asarray(tokens, np.float64)
         if not self.token_knots:
-            return self.per_token_s * tokens
-        beyond = max(tokens - self.token_knots[-1], 0.0)
-        return float(np.interp(tokens, self.token_knots, self.token_s)) + self.per_token_s * beyond
+            return np.asarray(self.per_token_s * number)
+        beyond = np.maximum(number - self.token_knots[-1], 0.0)
+        inside = np.interp(number, self.token_knots, self.token_s)
+        return np.asarray(inside + self.per_token_s * beyond)
 
     def scaled(self, factor: float) -> StepTimeModel:
         """Every time in it multiplied by `factor`."""

@@ -16,7 +16,6 @@ from controller.build import build_pipeline, load_profiled_cluster, pipeline_fac
 from controller.decision import DecisionPipeline
 from controller.planner import Planner
 from controller.slo import find_slo
-from controller.workload import fit_typing
 from engine.cluster import SloSpec, WorkloadTyping
 from engine.profile import ProfiledCluster
 from envs.build import engine_parts, surrogate_parts
@@ -29,6 +28,7 @@ from envs.traffic import (
     Source,
     draw_window,
     fastest_key,
+    fit_trace_typing,
     generator_source,
     measure_capacity,
     shape_trace,
@@ -37,8 +37,6 @@ from envs.traffic import (
 from envs.vec_env import ServingVecEnv
 from envs.workload import Trace
 from policies.evaluation import DecisionEnv, Evaluation
-
-MAX_FITTED = 50_000  # requests that the typing is fitted on
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +88,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     cluster = load_profiled_cluster(config.profile)
     source = build_source(config.workload, cluster.spec.model.max_model_len)
     sample = source.trace
-    step = max(1, len(sample) // MAX_FITTED)
-    lengths = sample.prompt_tokens[::step], sample.output_tokens[::step]
-    kinds = fit_typing(*lengths, config.workload.num_types, seed=0)
+    kinds = fit_trace_typing(sample, config.workload.num_types, seed=0)
     planner = build_pipeline(cluster, kinds, config.decision, config.predictor).planner
     capacity = measure_capacity(planner, sample, kinds)
     default_key = fastest_key(planner, capacity, config.workload.mean_load)

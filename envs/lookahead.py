@@ -39,14 +39,13 @@ class EnvOutlook:
         assert env.parts.columns, "an environment in columns"
         self._env, self._clairvoyant = env, clairvoyant
         self._rng = np.random.default_rng(seed)
-        self._finished = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        self._prompt, self._output = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def observe(self, traffic: TrafficColumns) -> None:
         """The requests that ended in an interval; each once."""
         done = traffic.finished
-        parts = [*self._finished, (traffic.prompt_tokens[done], traffic.output_tokens[done])]
-        prompt, output = (np.concatenate([p[i] for p in parts])[-MEMORY:] for i in (0, 1))
-        self._finished = [(prompt, output)]
+        self._prompt = np.concatenate([self._prompt, traffic.prompt_tokens[done]])[-MEMORY:]
+        self._output = np.concatenate([self._output, traffic.output_tokens[done]])[-MEMORY:]
 
     def simulator(self) -> SurrogateCluster:
         cluster = self._env.cluster
@@ -75,7 +74,7 @@ class EnvOutlook:
         """Poisson arrivals at the mean forecast; lengths of finished requests of the type."""
         prepared, typing = self._env.prepared, self._env.pipeline.typing
         assert prepared is not None
-        prompt, output = self._finished[0]
+        prompt, output = self._prompt, self._output
         types = assign(typing, prompt, output)
         state, parts = prepared.monitor_state, []
         for j, rate in enumerate(prepared.forecast.mean):
@@ -94,7 +93,7 @@ class EnvOutlook:
 
     def _draw_lengths(self, prompt_tokens: Counts, so_far: Counts) -> Counts:
         """Those of finished requests that were longer than a request is already."""
-        known = np.sort(self._finished[0][1])
+        known = np.sort(self._output)
         first = np.searchsorted(known, so_far, side="right")
         chosen = first + (self._rng.random(len(first)) * (len(known) - first)).astype(np.int64)
         found = np.append(known, 0)[np.minimum(chosen, len(known))]

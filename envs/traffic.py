@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from controller.deployments import configs_of, enumerate_counts
 from controller.planner import Planner
-from controller.workload import assign, centres
+from controller.workload import assign, centres, fit_typing
 from engine.cluster import WorkloadTyping, deployment_key, parse_deployment_key
 from engine.errors import InvalidRequestError
 from envs.workload import Trace, WorkloadConfig, generate
@@ -22,6 +22,7 @@ from envs.workload import Trace, WorkloadConfig, generate
 DAY_S = 86_400.0
 SAMPLE_S = 12 * 3600.0  # of generated traffic, for typing and capacity
 MAX_ENUMERATED_DEVICES = 8
+MAX_FITTED = 50_000  # requests that a typing is fitted on
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,12 @@ def static_keys(planner: Planner) -> tuple[str, ...]:
     return tuple(deployment_key(configs) for configs in found)
 
 
+def fit_trace_typing(trace: Trace, k: int, seed: int) -> WorkloadTyping:
+    """`controller.workload.fit_typing` on at most about MAX_FITTED requests, evenly spaced."""
+    step = max(1, len(trace) // MAX_FITTED)
+    return fit_typing(trace.prompt_tokens[::step], trace.output_tokens[::step], k, seed)
+
+
 def mean_mix(
     trace: Trace, typing: WorkloadTyping
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -169,6 +176,14 @@ def draw_window(
     return load_window(window, source.trace.mean_rate_per_s, rate_per_s, rng)
 
 
+def spaced_windows(trace: Trace, number: int, duration_s: float) -> list[Trace]:
+    """Windows in the middle of `number` equal parts; no longer than the parts are."""
+    part_s = trace.duration_s / number
+    duration_s = min(duration_s, part_s)
+    starts = [(i + 0.5) * part_s - duration_s / 2 for i in range(number)]
+    return [trace.window(start_s, duration_s) for start_s in starts]
+
+
 def evaluation_windows(
     source: Source, rate_per_s: float, number: int, duration_s: float, seeds: Sequence[int]
 ) -> tuple[Trace, ...]:
@@ -186,8 +201,7 @@ def evaluation_windows(
             f"{number} windows of {duration_s:g} s do not fit {source.trace.duration_s:g} s of "
             "trace; take fewer, shorter or more days."
         )
-    starts = [(i + 0.5) * part_s - duration_s / 2 for i in range(number)]
-    windows = [source.window(start_s, duration_s) for start_s in starts]
+    windows = spaced_windows(source.trace, number, duration_s)
     mean_rate_per_s = sum(map(len, windows)) / (number * duration_s)
     if not mean_rate_per_s:
         raise InvalidRequestError("no request arrives in any of the windows; choose other days.")

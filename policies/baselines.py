@@ -17,7 +17,7 @@ from policies.base import Observation, ObservationSpec
 KEEP_ROW = 0
 
 
-def _one_hot(observation: Observation, row: int) -> NDArray[np.float64]:
+def one_hot(observation: Observation, row: int) -> NDArray[np.float64]:
     """All probability on `row`, or on keep when `row` is masked."""
     chosen = row if observation.mask[row] else KEEP_ROW
     assert observation.mask[chosen], "keep must always be legal"
@@ -26,24 +26,23 @@ def _one_hot(observation: Observation, row: int) -> NDArray[np.float64]:
     return probabilities
 
 
+def _column(names: tuple[str, ...], name: str, kind: str) -> int:
+    if name not in names:
+        raise InvalidRequestError(
+            f"the observation has no {kind} feature {name!r}, only "
+            f"{', '.join(names)}; this baseline cannot run on it."
+        )
+    return names.index(name)
+
+
 def state_column(spec: ObservationSpec, name: str) -> int:
     """Index of a state feature. Raises InvalidRequestError naming those that exist."""
-    if name not in spec.state_features:
-        raise InvalidRequestError(
-            f"the observation has no state feature {name!r}, only "
-            f"{', '.join(spec.state_features)}; this baseline cannot run on it."
-        )
-    return spec.state_features.index(name)
+    return _column(spec.state_features, name, "state")
 
 
 def feature_column(spec: ObservationSpec, name: str) -> int:
     """Column of a candidate feature. Raises InvalidRequestError naming those that exist."""
-    if name not in spec.candidate_features:
-        raise InvalidRequestError(
-            f"the observation has no candidate feature {name!r}, only "
-            f"{', '.join(spec.candidate_features)}; this baseline cannot run on it."
-        )
-    return spec.candidate_features.index(name)
+    return _column(spec.candidate_features, name, "candidate")
 
 
 class KeepPolicy:
@@ -55,7 +54,7 @@ class KeepPolicy:
         """Nothing to clear."""
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        return _one_hot(observation, KEEP_ROW)
+        return one_hot(observation, KEEP_ROW)
 
 
 class StaticPolicy:
@@ -69,7 +68,7 @@ class StaticPolicy:
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         keys = observation.keys
-        return _one_hot(observation, keys.index(self.key) if self.key in keys else KEEP_ROW)
+        return one_hot(observation, keys.index(self.key) if self.key in keys else KEEP_ROW)
 
 
 class MyopicPolicy:
@@ -86,7 +85,7 @@ class MyopicPolicy:
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         marked = observation.candidates[: len(observation.keys), self._optimum] > 0.5
-        return _one_hot(observation, int(np.argmax(marked)) if marked.any() else KEEP_ROW)
+        return one_hot(observation, int(np.argmax(marked)) if marked.any() else KEEP_ROW)
 
 
 class GreedyPolicy:
@@ -110,7 +109,7 @@ class GreedyPolicy:
             worth = np.where(legal & holds, -rows[:, self._latency], -np.inf)
         else:
             worth = np.where(legal, rows[:, self._headroom], -np.inf)
-        return _one_hot(observation, int(np.argmax(worth)))
+        return one_hot(observation, int(np.argmax(worth)))
 
 
 class ScalingPolicy:
@@ -143,8 +142,8 @@ class ScalingPolicy:
         enough = legal & (headroom >= self._correction(observation))
         if enough.any():
             order = np.lexsort((-headroom, np.where(enough, rows[:, self._devices], np.inf)))
-            return _one_hot(observation, int(order[0]))
-        return _one_hot(observation, int(np.argmax(np.where(legal, headroom, -np.inf))))
+            return one_hot(observation, int(order[0]))
+        return one_hot(observation, int(np.argmax(np.where(legal, headroom, -np.inf))))
 
 
 def switch_cost_s(stop_s: NDArray[np.float64], latency_s: float) -> NDArray[np.float64]:
@@ -196,11 +195,11 @@ class HysteresisPolicy:
         row = int(np.argmax(self._advantage_s(observation)))
         if row == KEEP_ROW:
             self.reset()
-            return _one_hot(observation, KEEP_ROW)
+            return one_hot(observation, KEEP_ROW)
         key = observation.keys[row]
         self._streak = self._streak + 1 if key == self._pending else 1
         self._pending = key
-        return _one_hot(observation, row if self._streak >= self._config.num_ticks else KEEP_ROW)
+        return one_hot(observation, row if self._streak >= self._config.num_ticks else KEEP_ROW)
 
 
 class WorkFunctionPolicy:
@@ -239,4 +238,4 @@ class WorkFunctionPolicy:
         total = np.where(observation.mask[: len(keys)], work + price, np.inf)
         work = (work[:, None] + between).min(axis=0)
         self._work = dict(zip(keys, (work - work.min()).tolist(), strict=True))
-        return _one_hot(observation, int(np.argmin(total)))
+        return one_hot(observation, int(np.argmin(total)))

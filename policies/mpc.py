@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidRequestError, TidewrightError
 from policies.base import Future, Observation, Outlook, request_seconds
-from policies.baselines import KEEP_ROW, _one_hot
+from policies.baselines import KEEP_ROW, one_hot
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class MpcPolicy:
         due, self._count = self._count % self._config.decisions == 0, self._count + 1
         rows = np.flatnonzero(observation.mask)
         if not due or len(rows) < 2:
-            return _one_hot(observation, KEEP_ROW)
+            return one_hot(observation, KEEP_ROW)
         futures = self.outlook.futures(self._config.horizon_s, self._config.num_futures)
         costs = {int(row): self._cost_s(int(row), futures) for row in rows}
         best = min(costs, key=lambda row: costs[row])
         worth_it = costs[best] < (1.0 - self._config.margin) * costs[KEEP_ROW]
-        return _one_hot(observation, best if worth_it else KEEP_ROW)
+        return one_hot(observation, best if worth_it else KEEP_ROW)
 
     def _cost_s(self, row: int, futures: Sequence[Future]) -> float:
         """Mean request-seconds over the futures; inf where the switch cannot be made. What is

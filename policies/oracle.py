@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cluster import ClusterSnapshot, Routing, SwitchPlan, deployment_key
+from engine.cluster import ClusterSnapshot, SwitchPlan, deployment_key
 from engine.errors import InvalidRequestError, TidewrightError
 from policies.base import Future, Simulator, TrafficColumns, request_seconds
 
@@ -37,12 +37,12 @@ class BeamConfig:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the beam knows: deployments to choose from, and the future."""
+    """What the beam knows: deployments to choose from, and the future. Requests go where least is
+    going on."""
 
     keys: tuple[str, ...]
     plan: Callable[[ClusterSnapshot, str], SwitchPlan | None]  # None: it cannot be reached
     future: Callable[[float, float], Future]  # the arrivals in (from, to]
-    routing: Callable[[ClusterSnapshot, Future], Routing | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,7 @@ def _roll(
     course: Course, world: World, future: Future, end_s: float, plan: SwitchPlan | None
 ) -> Course:
     simulator, before = course.simulator.fork(), course.snapshot
-    routing = None if before.switch_in_flight or plan else world.routing(before, future)
-    after = simulator.rollout(end_s, future, plan, routing)
+    after = simulator.rollout(end_s, future, plan)
     switches = course.switches
     if plan is not None:
         switches = (*switches, (before.now_s, deployment_key(plan.target.configs)))

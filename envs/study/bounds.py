@@ -37,14 +37,6 @@ def bounds(world: World) -> dict[str, Any]:
     }
 
 
-def _token_s(model: StepTimeModel, tokens: Floats) -> Floats:
-    if not model.token_knots:
-        return np.asarray(model.per_token_s * tokens)
-    beyond = np.maximum(tokens - model.token_knots[-1], 0.0)
-    inside = np.interp(tokens, model.token_knots, model.token_s)
-    return np.asarray(inside + model.per_token_s * beyond)
-
-
 def _alone(
     cluster: ProfiledCluster, configs: list[StepTimeModel], window: Trace
 ) -> list[tuple[Floats, Floats]]:
@@ -55,10 +47,10 @@ def _alone(
         full = np.floor(prompt / limit)
         rest = prompt - full * limit
         fixed_s = model.base_s + model.per_seq_s
-        ttft_s = full * (fixed_s + _token_s(model, np.array(limit)))
-        ttft_s = ttft_s + np.where(rest > 0, fixed_s + _token_s(model, rest), 0.0)
+        ttft_s = full * (fixed_s + model.token_term_s(limit))
+        ttft_s = ttft_s + np.where(rest > 0, fixed_s + model.token_terms_s(rest), 0.0)
         ttft_s = ttft_s + model.per_context_token_s * prompt
-        tpot_s = fixed_s + _token_s(model, np.array(1.0)) + model.per_context_token_s * prompt
+        tpot_s = fixed_s + model.token_term_s(1.0) + model.per_context_token_s * prompt
         found.append((ttft_s, tpot_s))
     return found
 
@@ -68,7 +60,7 @@ def _work_s(cluster: ProfiledCluster, model: StepTimeModel, window: Trace) -> Fl
     part of the base, and its own terms; a replica starts a step each stage_share of one."""
     limit = float(cluster.spec.max_num_batched_tokens)
     sizes = np.array([1.0, *(k for k in model.token_knots if k < limit), limit])
-    token_s = float(((model.base_s + _token_s(model, sizes)) / sizes).min())
+    token_s = float(((model.base_s + model.token_terms_s(sizes)) / sizes).min())
     prompt, output = (t.astype(np.float64) for t in (window.prompt_tokens, window.output_tokens))
     tokens = prompt + output - 1.0
     context = prompt * output + output * (output - 1.0) / 2.0

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from controller.service_model import kv_cost_params
+from controller.decision import plan_to
 from engine.cluster import (
     ClusterSnapshot,
     SwitchPlan,
@@ -16,7 +16,6 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.errors import InfeasibleError
-from engine.migration.plan import plan_switch
 from envs.lookahead import future_of
 from envs.study.bounds import bounds
 from envs.study.config import Cell, StudyConfig
@@ -180,7 +179,6 @@ def _beam_window(world: World, window: Trace, keys: tuple[str, ...]) -> WindowRe
     course = beam_search(
         start, _beam_world(world, window, keys), window.duration_s, world.config.beam
     )
-    switches = ((0.0, world.initial_key), *course.switches)
     return WindowRecord(
         window,
         TrafficColumns.join(list(course.traffic)),
@@ -188,28 +186,15 @@ def _beam_window(world: World, window: Trace, keys: tuple[str, ...]) -> WindowRe
         world.cell.devices * window.duration_s,
         len(course.switches),
         0.0,
-        switches,
     )
 
 
 def _beam_world(world: World, window: Trace, keys: tuple[str, ...]) -> Beam:
-    spec, profile = world.cluster.spec, world.cluster.profile
-
     def plan(snapshot: ClusterSnapshot, key: str) -> SwitchPlan | None:
-        target = parse_deployment_key(key)
+        target, name = parse_deployment_key(key), f"beam-{snapshot.now_s:g}"
         try:
-            return plan_switch(
-                spec,
-                snapshot.deployment,
-                snapshot.epoch,
-                target,
-                kv_cost_params(world.cluster, target),
-                profile.switch_overhead_s,
-                f"beam-{snapshot.now_s:g}",
-                snapshot.dead_devices,
-                kv_blocks_used=snapshot.kv_blocks_used,
-            )
+            return plan_to(world.cluster, snapshot, target, name)
         except InfeasibleError:
             return None
 
-    return Beam(keys, plan, lambda a, b: future_of(window, 0.0, a, b), lambda s, f: None)
+    return Beam(keys, plan, lambda a, b: future_of(window, 0.0, a, b))

@@ -6,16 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from numpy.typing import ArrayLike
-
 from controller.build import build_pipeline
 from controller.decision import DecisionConfig, DecisionPipeline, PreparedDecision
-from engine.cluster import (
-    Decision,
-    Routing,
-    SwitchMode,
-    parse_deployment_key,
-)
+from engine.cluster import Routing, SwitchMode, SwitchPlan, parse_deployment_key
 from envs.lookahead import EnvOutlook
 from envs.study.world import PREDICTOR, MakePolicy, World
 from policies.base import ObservationSpec, Policy
@@ -59,19 +52,9 @@ class ColdReload(DecisionPipeline):
 
     reload_s = 0.0
 
-    def resolve(
-        self,
-        prepared: PreparedDecision,
-        action: int,
-        probabilities: ArrayLike | None = None,
-        policy_name: str = "",
-        decision_id: str | None = None,
-    ) -> Decision:
-        found = super().resolve(prepared, action, probabilities, policy_name, decision_id)
-        if found.plan is None:
-            return found
-        plan = replace(found.plan, mode=SwitchMode.IN_PLACE, predicted_s=self.reload_s)
-        return replace(found, plan=plan)
+    def plan(self, prepared: PreparedDecision, row: int, decision_id: str) -> SwitchPlan:
+        plan = super().plan(prepared, row, decision_id)
+        return replace(plan, mode=SwitchMode.IN_PLACE, predicted_s=self.reload_s)
 
 
 def _build(
@@ -105,14 +88,8 @@ def _scaling(world: World) -> DecisionPipeline:
     profile = world.cluster.profile
     only = tuple(s for s in profile.steps if s.parallel == parallel)
     cluster = replace(world.cluster, profile=replace(profile, steps=only))
-    built = build_pipeline(
-        cluster,
-        world.typing,
-        DecisionConfig(
-            objective="cost", give_back=True, max_candidates=MANY_ROWS, grid_s=SLOW_GRID_S
-        ),
-        PREDICTOR,
-    )
+    counting: dict[str, Any] = {"objective": "cost", "give_back": True, "max_candidates": MANY_ROWS}
+    built = _build(replace(world, cluster=cluster), **counting, grid_s=SLOW_GRID_S)
     most = devices // parallel.num_devices
     built.planner.standing = tuple((parallel,) * n for n in range(1, most + 1))
     return built

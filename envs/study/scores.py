@@ -25,7 +25,6 @@ class WindowRecord:
     device_s: float  # devices in the deployment times seconds
     num_switches: int
     switch_s: float
-    timeline: tuple[tuple[float, str], ...] = ()  # (second, key) at each change
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from controller.decision import DecisionConfig, DecisionPipeline
 from controller.planner import Planner
 from controller.scoring import Objective
 from controller.slo import read_slo
-from controller.workload import PromptPosterior, assign, centres, fit_typing
+from controller.workload import PromptPosterior, assign, centres
 from engine.cluster import SloSpec, WorkloadTyping, deployment_key, parse_deployment_key
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
@@ -24,14 +24,13 @@ from envs.serving_env import ServingEnv
 from envs.study.config import GENERATED, Cell, StudyConfig
 from envs.study.scores import Objectives, WindowRecord
 from envs.traces import load_trace
-from envs.traffic import DAY_S, mean_mix
+from envs.traffic import DAY_S, fit_trace_typing, mean_mix, spaced_windows
 from envs.workload import Trace, WorkloadConfig, generate
 from policies.base import Policy, TrafficColumns
 
 PROFILES = Path(__file__).parents[2] / "configs" / "profiles"
 GENERATED_S = 4 * DAY_S
 GENERATED_TRAFFIC = WorkloadConfig(mean_rate_per_s=2.0, cycle_s=DAY_S, regime_s=3600.0)
-MAX_FITTED = 50_000  # requests that the typing is fitted on
 PREDICTOR = "ewma4"
 OBJECTIVES: tuple[Objective, Objective] = ("goodput", "latency")
 Floats = NDArray[np.float64]
@@ -67,9 +66,6 @@ class World:
     objectives: Objectives
     initial_key: str  # where all but the static ones start
 
-    def pipeline(self, decision: DecisionConfig | None = None) -> DecisionPipeline:
-        return build_pipeline(self.cluster, self.typing, decision or DecisionConfig(), PREDICTOR)
-
 
 def _read(cell: Cell, traces: Path, seed: int) -> Trace:
     if cell.trace == GENERATED:
@@ -81,14 +77,6 @@ def split_s(trace: Trace, share: float) -> float:
     """Where training ends: at the end of a day where there are several, else after that share."""
     days = trace.duration_s / DAY_S
     return float(round(days * share)) * DAY_S if days >= 2 else share * trace.duration_s
-
-
-def spaced(trace: Trace, number: int, window_s: float) -> list[Trace]:
-    """Windows in the middle of `number` equal parts; shorter where the parts are."""
-    part_s = trace.duration_s / number
-    window_s = min(window_s, part_s)
-    starts = [(i + 0.5) * part_s - window_s / 2 for i in range(number)]
-    return [trace.window(start_s, window_s) for start_s in starts]
 
 
 def parts_of(windows: Sequence[Trace], part_s: float, typing: WorkloadTyping) -> list[Part]:
@@ -137,14 +125,12 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
     whole = whole.scale_lengths(cell.length_factor, cluster.spec.model.max_model_len)
     cut_s = split_s(whole, windows.training_share)
     training, test = whole.window(0.0, cut_s), whole.window(cut_s, whole.duration_s - cut_s)
-    step = max(1, len(training) // MAX_FITTED)
-    lengths = training.prompt_tokens[::step], training.output_tokens[::step]
-    typing = fit_typing(*lengths, config.num_types, config.seed)
+    typing = fit_trace_typing(training, config.num_types, config.seed)
     planner, fast_planner = (
         build_pipeline(cluster, typing, DecisionConfig(objective=objective), PREDICTOR).planner
         for objective in OBJECTIVES
     )
-    scored = spaced(test, windows.number, windows.window_s)
+    scored = spaced_windows(test, windows.number, windows.window_s)
     natural = parts_of(scored, windows.peak_s, typing)
     keys = {key for part in natural for key in best_for((planner,), part)}
     loads = peak_loads(planner, natural, sorted(keys | set(homogeneous_keys(planner))))
@@ -159,7 +145,7 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
         )
 
     scored_windows = loaded(scored, 1)
-    tuning = loaded(spaced(training, windows.tuning, windows.window_s), 0)
+    tuning = loaded(spaced_windows(training, windows.tuning, windows.window_s), 0)
     return World(
         config,
         cell,
@@ -243,18 +229,13 @@ def _run_window(
     env = make_env(world, window, pipeline, key)
     env.reset(seed=world.config.seed)
     policy, traffic = make_policy(pipeline, env), []
-    timeline: list[tuple[float, str]] = []
     outlook = getattr(policy, "outlook", None)
     policy.reset()
     device_s = 0.0
     while not env.is_over:
         prepared = env.prepared
         assert prepared is not None
-        present = prepared.snapshot.deployment
-        name = deployment_key(present.configs)
-        if not timeline or timeline[-1][1] != name:
-            timeline.append((prepared.at_s, name))
-        device_s += env.grid_s * len(present.devices)
+        device_s += env.grid_s * len(prepared.snapshot.deployment.devices)
         action = int(np.argmax(policy.probabilities(prepared.observation)))
         *_, info = env.step(action)
         traffic.append(TrafficColumns(**info["traffic"]))
@@ -269,7 +250,6 @@ def _run_window(
         device_s,
         len(tickets),
         sum(t.duration_s for t in tickets if t.phase.is_terminal),
-        tuple(timeline),
     )
 
 

@@ -124,7 +124,7 @@ def test_a_wide_beam_finds_the_best_course(times: np.ndarray) -> None:
     def future(a: float, b: float) -> Future:
         return arrivals(times[(times > a) & (times <= b)])
 
-    world = World((SLOW, FAST), plan_to, future, lambda s, f: None)
+    world = World((SLOW, FAST), plan_to, future)
     found = beam_search(Toy(), world, 60.0, BeamConfig(width=2, step_s=10.0))
     steps = np.arange(0.0, 60.0, 10.0).tolist()
     courses = []
