@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         setting.policy,
         setting.pipeline,
         setting.windows,
-        setting.slo,
+        setting.reward,
         setting.initial_key,
         reporter(args.progress),
     )

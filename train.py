@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         result.policy,
         pipeline,
         windows,
-        experiment.slo,
+        experiment.reward,
         experiment.default_key,
         reporter(args.progress),
     )

@@ -51,7 +51,7 @@ def find_slo_rates(
 
     Raises InvalidRequestError when there is none, and for files that are no SLO rates.
     """
-    targets, made_from = (slo or read_slo()).model_dump(), fingerprint(cluster)
+    targets, made_from = (slo or read_slo()).targets, fingerprint(cluster)
     for path in sorted(folder.glob("*.json")):
         try:
             found = SloRates.from_json(json.loads(path.read_text()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.cluster import SloSpec
+from engine.cluster import SloSpec, UtilitySpec
 from engine.config import load_config
 from engine.errors import InvalidRequestError
 
@@ -29,6 +30,31 @@ class Target(BaseModel):
         return SloSpec(self.ttft_s, self.tpot_s, self.ttft_per_prompt_token_s)
 
 
+class UtilityConfig(BaseModel):
+    """What a request is worth in rewards: see `envs.reward`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latency: float = Field(ge=0, description="weight of latency, arrival to last token")
+    tpot: float = Field(ge=0, description="weight of the time per output token")
+    slo: float = Field(ge=0, description="weight of meeting both targets")
+    worst_slowdown: float = Field(gt=1, description="latency / reference that is worth -1")
+    window_s: float = Field(gt=0, description="over which arrivals are counted")
+
+    @property
+    def spec(self) -> UtilitySpec:
+        return UtilitySpec(**self.model_dump())
+
+    @model_validator(mode="after")
+    def _sum(self) -> Self:
+        if abs(self.latency + self.tpot + self.slo - 1.0) > 1e-9:
+            raise ValueError(
+                f"weights latency, tpot and slo are {self.latency:g}, {self.tpot:g} and "
+                f"{self.slo:g}; their sum must be 1"
+            )
+        return self
+
+
 class SloConfig(BaseModel):
     """Targets by pool and class, and what counts as meeting them."""
 
@@ -39,6 +65,7 @@ class SloConfig(BaseModel):
         description="what a request that does not finish scores; anything else would pay for "
         "dropping the slow ones"
     )
+    utility: UtilityConfig = Field(description="what a request is worth in rewards")
     pools: dict[str, dict[str, Target]] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -50,6 +77,11 @@ class SloConfig(BaseModel):
                     f"one each for {' and '.join(CLASSES)}"
                 )
         return self
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """What SLO rates depend on."""
+        return self.model_dump(exclude={"utility"})
 
     def spec(self, device: str, request_class: str) -> SloSpec:
         """Targets of a class on a profile's device. Raises InvalidRequestError."""
@@ -66,6 +98,7 @@ class SloConfig(BaseModel):
         )
 
 
+@cache
 def read_slo(path: Path = DEFAULT_SLO) -> SloConfig:
     """Raises InvalidRequestError in one sentence that names the key."""
     return load_config(SloConfig, path, {})

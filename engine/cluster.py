@@ -709,6 +709,17 @@ class SloSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class UtilitySpec:
+    """What a request is worth, from -1 to 1: weights of its parts, and where the scale ends."""
+
+    latency: float = 1.0  # weight of arrival to last token
+    tpot: float = 0.0  # of the time per output token
+    slo: float = 0.0  # of meeting the service-level objective
+    worst_slowdown: float = 32.0  # time over its reference that is worth -1
+    window_s: float = 60.0  # over which arrivals are counted, for the reference at their rate
+
+
+@dataclass(frozen=True, slots=True)
 class WorkloadTyping:
     """Frozen typing: k-means centres in (ln prompt, ln output), stored with the policy.
 

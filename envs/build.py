@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from controller.decision import DecisionPipeline
+from controller.slo import read_slo
 from engine.build import build_runtime
-from engine.cluster import ClusterSpec, SloSpec, dense_deployment, parse_deployment_key
+from engine.cluster import ClusterSpec, dense_deployment, parse_deployment_key
 from engine.config import EngineConfig, validate
 from engine.errors import InvalidRequestError
 from engine.facade import EngineCluster
+from engine.profile import ProfiledCluster
 from envs.reward import RewardConfig, reward_config
 from envs.serving_env import EnvParts, MakeTrace
 from envs.surrogate.cluster import SurrogateCluster
@@ -32,7 +34,6 @@ def surrogate_parts(
     initial_key: MakeKey,
     reward: RewardConfig | None = None,
     spread: float | Callable[[np.random.Generator], float] = 0.0,
-    slo: SloSpec | None = None,
     columns: bool = False,
 ) -> EnvParts:
     """Parts of an environment over the surrogate of the pipeline's cluster.
@@ -48,8 +49,7 @@ def surrogate_parts(
         seed = int(rng.integers(2**31))
         return SurrogateCluster(cluster, initial, seed=seed, spread=width, columns=columns)
 
-    found = reward or reward_config(cluster)
-    return EnvParts(pipeline, make_cluster, make_trace, found, slo or SloSpec(), columns)
+    return EnvParts(pipeline, make_cluster, make_trace, reward or default_reward(cluster), columns)
 
 
 def engine_parts(
@@ -58,7 +58,6 @@ def engine_parts(
     initial_key: MakeKey,
     options: Mapping[str, Any],
     reward: RewardConfig | None = None,
-    slo: SloSpec | None = None,
 ) -> EnvParts:
     """Parts of an environment over a real engine of the pool that the pipeline was profiled on.
 
@@ -78,9 +77,12 @@ def engine_parts(
             raise
         return engine
 
-    return EnvParts(
-        pipeline, make_cluster, make_trace, reward or reward_config(cluster), slo or SloSpec()
-    )
+    return EnvParts(pipeline, make_cluster, make_trace, reward or default_reward(cluster))
+
+
+def default_reward(cluster: ProfiledCluster) -> RewardConfig:
+    """With the utility of configs/slo.yaml, no objective, and lone requests as references."""
+    return reward_config(cluster, read_slo().utility.spec)
 
 
 def engine_config(spec: ClusterSpec, deployment: str, options: Mapping[str, Any]) -> EngineConfig:

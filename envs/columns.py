@@ -16,7 +16,14 @@ from controller.decision import DecisionPipeline
 from controller.monitor import LENGTH_MEMORY, Monitor
 from controller.workload import assign
 from engine.cluster import ClusterEvent, Drivable, SloSpec
-from envs.reward import WORST, RewardConfig, slo_met
+from envs.reward import (
+    RewardConfig,
+    RewardTerms,
+    reward_terms,
+    slo_met,
+    tpot_of,
+    trace_rates,
+)
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
 from policies.base import Counts, Seconds, TrafficColumns
@@ -92,25 +99,48 @@ class ColumnLedger:
 
     def __init__(self, config: RewardConfig, trace: Trace, start_s: float) -> None:
         self.config = config
+        self._stretch = config.stretch.at(trace_rates(config, trace))
         decoding_s = config.ref_tpot_s * (trace.output_tokens - 1)
         prefill_s = config.ref_prompt_token_s * trace.prompt_tokens
-        self._reference_s = config.ref_ttft_s + prefill_s + decoding_s
-        self._due_s = trace.arrival_s + start_s + config.worst_slowdown * self._reference_s
+        self._reference_s = self._stretch * (config.ref_ttft_s + prefill_s + decoding_s)
+        worst_s = config.utility.worst_slowdown * self._reference_s
+        self._due_s = trace.arrival_s + start_s + worst_s
         self._is_charged = np.zeros(len(trace), np.bool_)
 
-    def settle(self, traffic: TrafficColumns, now_s: float, switched_bytes: int = 0) -> float:
+    def settle(
+        self,
+        traffic: TrafficColumns,
+        now_s: float,
+        switched_bytes: int = 0,
+        device_s: float = 0.0,
+    ) -> RewardTerms:
         """As `RewardLedger.settle`."""
-        config, index = self.config, traffic.index
-        slowdown = (traffic.finish_s - traffic.ended_arrival_s) / self._reference_s[index]
-        scale = math.log(config.worst_slowdown)
-        served = np.clip(1.0 - 2.0 * np.log(np.maximum(slowdown, 1e-9)) / scale, -1.0, 1.0)
-        utility = np.where(traffic.finished, served, WORST)
-        total = float(utility[~self._is_charged[index]].sum())
+        index = traffic.index
+        is_new = ~self._is_charged[index]
+        served = self._parts(traffic)[:, is_new & traffic.finished].sum(axis=1)
+        unserved = int((is_new & ~traffic.finished).sum())
         self._is_charged[index] = True
         overdue = ~self._is_charged & (self._due_s <= now_s)
         self._is_charged |= overdue
-        total += WORST * int(overdue.sum())
-        return total / config.scale_requests - config.switch_byte_cost * switched_bytes
+        unserved += int(overdue.sum())
+        return reward_terms(self.config, served, unserved, switched_bytes, device_s)
+
+    def _parts(self, ended: TrafficColumns) -> Seconds:
+        """[3, E] `parts_of_utility` of each request, as if it had finished."""
+        config, weigh = self.config, self.config.utility
+
+        def log_worth(slowdown: Seconds) -> Seconds:
+            fall = 2.0 * np.log(np.maximum(slowdown, 1e-9)) / math.log(weigh.worst_slowdown)
+            return np.clip(1.0 - fall, -1.0, 1.0)
+
+        latency_s = ended.finish_s - ended.ended_arrival_s
+        by_latency = log_worth(latency_s / self._reference_s[ended.index])
+        reference_s = self._stretch[ended.index] * config.ref_tpot_s
+        by_tpot = np.where(
+            ended.output_tokens > 1, log_worth(tpot_of(ended) / reference_s), by_latency
+        )
+        by_slo = np.where(slo_met(config.slo, ended), 1.0, -1.0)
+        return np.stack([weigh.latency * by_latency, weigh.tpot * by_tpot, weigh.slo * by_slo])
 
 
 class ColumnTraffic:
@@ -146,9 +176,9 @@ class ColumnTraffic:
         self._interval = self._cluster.take_columns()
         self._monitor.observe_columns(self._interval)
 
-    def settle(self, now_s: float, switched_bytes: int) -> float:
+    def settle(self, now_s: float, switched_bytes: int, device_s: float) -> RewardTerms:
         assert self._interval is not None, "observe first"
-        return self._ledger.settle(self._interval, now_s, switched_bytes)
+        return self._ledger.settle(self._interval, now_s, switched_bytes, device_s)
 
     def interval_info(self) -> dict[str, Any]:
         assert self._interval is not None, "observe first"

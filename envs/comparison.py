@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from controller.decision import DecisionPipeline
-from engine.cluster import SloSpec
 from envs.experiment import build_evaluation
+from envs.reward import RewardConfig
 from envs.traffic import static_keys
 from envs.workload import Trace
 from policies.base import Policy
@@ -43,7 +43,7 @@ def compare(
     policy: Policy,
     pipeline: DecisionPipeline,
     windows: tuple[Trace, ...],
-    slo: SloSpec,
+    reward: RewardConfig,
     initial_key: str,
     report: Report = lambda name: None,
 ) -> Comparison:
@@ -52,7 +52,7 @@ def compare(
     All act through the same mask and guardrails; `keep` is the initial deployment kept.
     """
     spec = pipeline.observation_spec
-    ground = build_evaluation(pipeline, windows, slo, initial_key)
+    ground = build_evaluation(pipeline, windows, reward, initial_key)
     statics = rank_static(ground, static_keys(pipeline.planner), report)
     rules: dict[str, Policy] = {
         "keep": KeepPolicy(),

@@ -15,11 +15,12 @@ import numpy as np
 from controller.build import build_pipeline, load_profiled_cluster, pipeline_facts
 from controller.decision import DecisionPipeline
 from controller.planner import Planner
-from controller.slo import find_slo
+from controller.slo import find_slo, read_slo
 from engine.cluster import SloSpec, WorkloadTyping
 from engine.profile import ProfiledCluster
 from envs.build import engine_parts, surrogate_parts
 from envs.experiment_config import ANY, ExperimentConfig, WorkloadSection
+from envs.reward import RewardConfig, reward_config
 from envs.scenarios import Disturbances, draw, draw_disturbances, draw_workload
 from envs.serving_env import MakeTrace, ServingEnv, undisturbed
 from envs.traces import load_trace
@@ -31,6 +32,7 @@ from envs.traffic import (
     fit_trace_typing,
     generator_source,
     measure_capacity,
+    measure_stretch,
     shape_trace,
     static_keys,
 )
@@ -49,7 +51,7 @@ class Experiment:
     source: Source
     capacity: Capacity
     default_key: str  # always among the candidates; where evaluation starts
-    slo: SloSpec
+    reward: RewardConfig
 
     def pipeline(self) -> DecisionPipeline:
         config = self.config
@@ -65,7 +67,7 @@ class Experiment:
         )
         return pipeline | {
             "config": config.model_dump(mode="json"),
-            "slo": dataclasses.asdict(self.slo),
+            "slo": dataclasses.asdict(self.reward.slo),
             "training_load": {
                 "best_static": self.capacity.key,
                 "capacity_per_s": self.capacity.rate_per_s,
@@ -93,7 +95,21 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     capacity = measure_capacity(planner, sample, kinds)
     default_key = fastest_key(planner, capacity, config.workload.mean_load)
     slo = find_slo(config.slo, cluster.profile.device)
-    return Experiment(config, cluster, kinds, source, capacity, default_key, slo)
+    reward = experiment_reward(planner, capacity, slo, config.env.device_hour_cost)
+    return Experiment(config, cluster, kinds, source, capacity, default_key, reward)
+
+
+def experiment_reward(
+    planner: Planner, capacity: Capacity, slo: SloSpec, device_hour_cost: float
+) -> RewardConfig:
+    """The utility of configs/slo.yaml, with references at the traffic's own rates."""
+    return reward_config(
+        planner.cluster,
+        read_slo().utility.spec,
+        slo,
+        measure_stretch(planner, capacity),
+        device_hour_cost,
+    )
 
 
 def _episode_draws(
@@ -136,7 +152,7 @@ def build_env(
     pipeline.planner = planner or pipeline.planner
     make_trace, draw_key = _episode_draws(experiment, pipeline.planner, group)
     parts = surrogate_parts(
-        pipeline, make_trace, draw_key, None, _draw_spread(config), experiment.slo, columns
+        pipeline, make_trace, draw_key, experiment.reward, _draw_spread(config), columns
     )
     parts = dataclasses.replace(parts, make_disturbances=_disturber(experiment))
     return ServingEnv(parts, render_mode)
@@ -161,7 +177,7 @@ def build_engine_env(
     """The same over a real engine, in real time; see `envs.build.engine_parts`."""
     pipeline = experiment.pipeline()
     make_trace, draw_key = _episode_draws(experiment, pipeline.planner, None)
-    parts = engine_parts(pipeline, make_trace, draw_key, options, slo=experiment.slo)
+    parts = engine_parts(pipeline, make_trace, draw_key, options, experiment.reward)
     parts = dataclasses.replace(parts, make_disturbances=_disturber(experiment))
     return ServingEnv(parts, render_mode)
 
@@ -176,13 +192,16 @@ def build_venv(experiment: Experiment) -> ServingVecEnv:
 
 
 def build_evaluation(
-    pipeline: DecisionPipeline, windows: tuple[Trace, ...], slo: SloSpec, initial_key: str
+    pipeline: DecisionPipeline,
+    windows: tuple[Trace, ...],
+    reward: RewardConfig,
+    initial_key: str,
 ) -> Evaluation[Trace]:
     """A comparison on fixed windows over the surrogate, exactly as profiled. One pipeline serves
     all episodes, one after another: it is reset at each start."""
 
     def make_env(window: Trace, key: str | None) -> DecisionEnv:
-        parts = surrogate_parts(pipeline, lambda rng: window, key or initial_key, slo=slo)
+        parts = surrogate_parts(pipeline, lambda rng: window, key or initial_key, reward)
         return ServingEnv(parts)
 
     return Evaluation(make_env, windows)

@@ -65,6 +65,9 @@ class EnvSection(_Section):
     episode_s: float = Field(default=3600.0, gt=0, description="seconds of an episode")
     spread: float = Field(default=0.1, ge=0, description="of step and switch times, in ln")
     initial: str = Field(default=ANY, description="first deployment; 'any': drawn per episode")
+    device_hour_cost: float = Field(
+        default=0.0, ge=0, description="reward that a device in use costs per hour"
+    )
 
 
 class EvaluationSection(_Section):

@@ -1,13 +1,19 @@
 """What a decision interval was worth. Pure.
 
-Each request is worth its utility once, in the interval in which it ends:
+Each request is worth its utility once, in the interval in which it ends: the weighted mean of three
+parts in [-1, 1] (`UtilitySpec`, fixed in configs/slo.yaml),
 
-    utility = 1 - 2 ln(x) / ln(worst_slowdown), cut to [-1, 1],   x = latency / reference,
+    of its latency, and of its time per output token:
+        1 - 2 ln(x) / ln(worst_slowdown), cut to [-1, 1],   x = what it took / reference,
+    of its service level: 1 when it was met, else -1.
 
-where the reference is the latency it would have had alone on the fastest configuration. A request
-that is rejected, lost or cancelled is worth -1; so is one not ended when x reaches
-`worst_slowdown`: it is charged at that moment and counts for nothing when it ends. The sum is
-divided by a constant, and a small price per moved weight byte settles ties in favour of staying.
+The reference is what the request would take alone on the fastest configuration, times `stretch`:
+how many times as long requests take in the best deployment at the rate at which they arrive just
+then. That rate is the trace's own, never that of a queue which the policy made. A request that is
+rejected, lost or cancelled is worth -1; so is one not ended when its latency reaches
+`worst_slowdown` references: it is charged at that moment and counts for nothing when it ends. The
+sum is divided by a constant; a small price per moved weight byte settles ties in favour of staying,
+and a price per device-second, zero unless set, pays for devices given back.
 
 Ways to earn reward without serving well that were considered:
 - *Finish few requests.* A mean over ended requests would pay for that; the sum is over all, and
@@ -15,13 +21,15 @@ Ways to earn reward without serving well that were considered:
 - *Never finish the slow ones* (starvation, endless preemption, requests stuck in a switch). They
   fall due at `worst_slowdown` without ending.
 - *Reject when busy.* A rejection costs as much as the worst latency.
+- *Delay the first token and then hurry* (or the reverse). Latency counts from arrival to the end.
 - *Leave a backlog at the end.* Episodes are truncated, not terminated, so the value of the last
   state is bootstrapped; what fell due before has been charged.
 - *Switch for its own sake* (a switch resets queues or counters). Only latency pays; bytes cost.
 - *Serve the many short requests and let the few long ones wait.* A request's latency is divided by
   its own reference, so waiting hurts short ones more, which is how users feel it; but long ones
   count no more than short ones. Whoever is paid by token should weigh the utility.
-- *Make the reference slow.* It comes from the profile before training, never from the run.
+- *Make the reference slow.* It comes from the profile before training and from the arrivals of the
+  trace, never from the run.
 """
 
 from __future__ import annotations
@@ -34,30 +42,74 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cluster import Request, RequestOutcome, RequestStatus, SloSpec
+from engine.cluster import Request, RequestOutcome, RequestStatus, SloSpec, UtilitySpec
 from engine.profile import ProfiledCluster, StepTimeModel
-from policies.base import TrafficColumns
+from envs.workload import Trace
+from policies.base import Seconds, TrafficColumns
 
 WORST = -1.0
+NO_SLO, LATENCY_ONLY = SloSpec(), UtilitySpec()
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """How many times as long requests take, in the best deployment, at some arrival rates: linear
+    between them, flat beyond the last."""
+
+    rates_per_s: tuple[float, ...]  # rising
+    factors: tuple[float, ...]  # at least 1
+
+    def at(self, rate_per_s: float | Seconds) -> NDArray[np.float64]:
+        return np.asarray(np.interp(rate_per_s, self.rates_per_s, self.factors))
+
+
+NO_STRETCH = Stretch((0.0,), (1.0,))
 
 
 @dataclass(frozen=True, slots=True)
 class RewardConfig:
-    """Reference latency, in seconds: ttft_s + prompt_token_s * prompt + tpot_s * (output - 1)."""
+    """Reference latency, in seconds, of a lone request:
+    ref_ttft_s + ref_prompt_token_s * prompt + ref_tpot_s * (output - 1)."""
 
     ref_ttft_s: float
     ref_prompt_token_s: float
     ref_tpot_s: float
-    worst_slowdown: float = 32.0  # latency / reference at which a request is worth -1
+    utility: UtilitySpec = LATENCY_ONLY
+    slo: SloSpec = NO_SLO  # of the third part of the utility
+    stretch: Stretch = NO_STRETCH
     scale_requests: float = 100.0  # the sum of utilities is divided by this
     switch_byte_cost: float = 1e-10  # per weight byte moved, after that division
+    device_s_cost: float = 0.0  # per device-second in use, after that division
 
     def reference_s(self, prompt_tokens: int, output_tokens: int) -> float:
         decoding_s = self.ref_tpot_s * (output_tokens - 1)
         return self.ref_ttft_s + self.ref_prompt_token_s * prompt_tokens + decoding_s
 
 
-def reward_config(cluster: ProfiledCluster, scale_requests: float = 100.0) -> RewardConfig:
+@dataclass(frozen=True, slots=True)
+class RewardTerms:
+    """A reward by what it came from; they add up to it."""
+
+    latency: float = 0.0
+    tpot: float = 0.0
+    slo: float = 0.0
+    unserved: float = 0.0  # rejected, lost, or fallen due
+    switch: float = 0.0
+    devices: float = 0.0
+
+    @property
+    def total(self) -> float:
+        served = self.latency + self.tpot + self.slo
+        return served + self.unserved + self.switch + self.devices
+
+
+def reward_config(
+    cluster: ProfiledCluster,
+    utility: UtilitySpec,
+    slo: SloSpec = NO_SLO,
+    stretch: Stretch = NO_STRETCH,
+    device_hour_cost: float = 0.0,
+) -> RewardConfig:
     """References of an unloaded replica: the least of each figure over the profiled
     configurations. One switch of every weight of one model copy costs 0.02."""
     steps = [s.linear(cluster.spec.max_num_batched_tokens) for s in cluster.profile.steps]
@@ -67,8 +119,11 @@ def reward_config(cluster: ProfiledCluster, scale_requests: float = 100.0) -> Re
         ref_ttft_s=min(_first_token_s(s) for s in steps),
         ref_prompt_token_s=min(s.per_token_s + s.per_context_token_s for s in steps),
         ref_tpot_s=min(_first_token_s(s) + s.per_token_s for s in steps),
-        scale_requests=scale_requests,
+        utility=utility,
+        slo=slo,
+        stretch=stretch,
         switch_byte_cost=0.02 / max(model_bytes, 1),
+        device_s_cost=device_hour_cost / 3600.0,
     )
 
 
@@ -76,12 +131,31 @@ def _first_token_s(step: StepTimeModel) -> float:
     return step.base_s + step.per_seq_s
 
 
-def utility(config: RewardConfig, outcome: RequestOutcome, reference_s: float) -> float:
-    """In [-1, 1]; see the module."""
-    if outcome.status is not RequestStatus.FINISHED:
-        return WORST
-    slowdown = max((outcome.finish_s - outcome.arrival_s) / reference_s, 1e-9)
-    return max(-1.0, min(1.0, 1.0 - 2.0 * math.log(slowdown) / math.log(config.worst_slowdown)))
+# --------------------------------------------------------------------------------------
+# One request
+
+
+def log_worth(slowdown: float, worst_slowdown: float) -> float:
+    """1 at the reference or faster, -1 at `worst_slowdown` times it or slower."""
+    fall = 2.0 * math.log(max(slowdown, 1e-9)) / math.log(worst_slowdown)
+    return max(-1.0, min(1.0, 1.0 - fall))
+
+
+def parts_of_utility(
+    config: RewardConfig, outcome: RequestOutcome, stretch: float
+) -> tuple[float, float, float]:
+    """Weighted parts of latency, time per token and service level of a finished request. A
+    request of one token has no time per token: its latency stands for it."""
+    weigh = config.utility
+    reference_s = stretch * config.reference_s(outcome.prompt_tokens, outcome.output_tokens)
+    by_latency = log_worth(
+        (outcome.finish_s - outcome.arrival_s) / reference_s, weigh.worst_slowdown
+    )
+    by_tpot, tpot_s = by_latency, outcome.tpot_s
+    if tpot_s is not None:
+        by_tpot = log_worth(tpot_s / (stretch * config.ref_tpot_s), weigh.worst_slowdown)
+    by_slo = 1.0 if meets_slo(config.slo, outcome) else -1.0
+    return weigh.latency * by_latency, weigh.tpot * by_tpot, weigh.slo * by_slo
 
 
 def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
@@ -98,10 +172,31 @@ def slo_met(slo: SloSpec, ended: TrafficColumns) -> NDArray[np.bool_]:
     """[E] `meets_slo` of each request."""
     due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * ended.prompt_tokens
     ttft_s = ended.first_token_s - ended.ended_arrival_s
-    tpot_s = (ended.finish_s - ended.first_token_s) / np.maximum(ended.output_tokens - 1, 1)
     slow_start = (due_s > 0) & (ttft_s > due_s)
-    slow_tokens = (slo.tpot_s > 0) & (ended.output_tokens > 1) & (tpot_s > slo.tpot_s)
+    slow_tokens = (slo.tpot_s > 0) & (ended.output_tokens > 1) & (tpot_of(ended) > slo.tpot_s)
     return np.asarray(ended.finished & ~slow_start & ~slow_tokens)
+
+
+def tpot_of(ended: TrafficColumns) -> Seconds:
+    """[E] seconds per output token after the first; 0 where there is only one."""
+    decoding_s = ended.finish_s - ended.first_token_s
+    return np.asarray(decoding_s / np.maximum(ended.output_tokens - 1, 1))
+
+
+def trace_rates(config: RewardConfig, trace: Trace) -> Seconds:
+    """[N] requests per second around each arrival of a trace: over the utility's window before
+    it, at the start over the first window."""
+    width_s = min(config.utility.window_s, trace.duration_s)
+    until_s = np.maximum(trace.arrival_s, width_s)
+    until, since = (
+        np.searchsorted(trace.arrival_s, edge_s, side="right")
+        for edge_s in (until_s, until_s - width_s)
+    )
+    return np.asarray((until - since) / width_s)
+
+
+# --------------------------------------------------------------------------------------
+# An interval
 
 
 class RewardLedger:
@@ -109,27 +204,54 @@ class RewardLedger:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        self._reference_s: dict[str, float] = {}
+        self._stretch: dict[str, float] = {}
         self._due: list[tuple[float, str]] = []  # heap of (time it falls due, id)
 
-    def admit(self, request: Request) -> None:
+    def admit(self, request: Request, stretch: float = 1.0) -> None:
         """Call at submission; the lengths are the trace's, which only the environment knows."""
-        reference_s = self.config.reference_s(request.prompt_tokens, request.output_tokens)
-        self._reference_s[request.request_id] = reference_s
-        due_s = request.arrival_s + self.config.worst_slowdown * reference_s
+        config = self.config
+        reference_s = stretch * config.reference_s(request.prompt_tokens, request.output_tokens)
+        self._stretch[request.request_id] = stretch
+        due_s = request.arrival_s + config.utility.worst_slowdown * reference_s
         heapq.heappush(self._due, (due_s, request.request_id))
 
     def settle(
-        self, outcomes: Iterable[RequestOutcome], now_s: float, switched_bytes: int = 0
-    ) -> float:
+        self,
+        outcomes: Iterable[RequestOutcome],
+        now_s: float,
+        switched_bytes: int = 0,
+        device_s: float = 0.0,
+    ) -> RewardTerms:
         """The reward of the interval that ends at `now_s`, in which `outcomes` ended."""
-        total = 0.0
+        served, unserved = np.zeros(3), 0
         for outcome in outcomes:
-            reference_s = self._reference_s.pop(outcome.request_id, None)
-            if reference_s is not None:
-                total += utility(self.config, outcome, reference_s)
+            stretch = self._stretch.pop(outcome.request_id, None)
+            if stretch is None:
+                continue
+            if outcome.status is RequestStatus.FINISHED:
+                served += parts_of_utility(self.config, outcome, stretch)
+            else:
+                unserved += 1
         while self._due and self._due[0][0] <= now_s:
             _, request_id = heapq.heappop(self._due)
-            if self._reference_s.pop(request_id, None) is not None:
-                total += WORST
-        return total / self.config.scale_requests - self.config.switch_byte_cost * switched_bytes
+            unserved += self._stretch.pop(request_id, None) is not None
+        return reward_terms(self.config, served, unserved, switched_bytes, device_s)
+
+
+def reward_terms(
+    config: RewardConfig,
+    served: NDArray[np.float64],
+    num_unserved: int,
+    switched_bytes: int,
+    device_s: float,
+) -> RewardTerms:
+    """`served` [3]: sums over requests of what `parts_of_utility` gives."""
+    latency, tpot, slo = (served / config.scale_requests).tolist()
+    return RewardTerms(
+        latency,
+        tpot,
+        slo,
+        WORST * num_unserved / config.scale_requests,
+        -config.switch_byte_cost * switched_bytes,
+        -config.device_s_cost * device_s,
+    )

@@ -7,7 +7,7 @@ prepare the next. Episodes end by truncation alone; serving has no terminal stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import gymnasium
@@ -20,7 +20,6 @@ from engine.cluster import (
     ClusterSnapshot,
     Decision,
     Drivable,
-    SloSpec,
     SwitchTicket,
 )
 from engine.errors import (
@@ -38,7 +37,6 @@ from envs.workload import Trace
 from policies.base import Floats, Mask, Observation
 from policies.evaluation import EpisodeRecord
 
-NO_SLO = SloSpec()
 MakeTrace = Callable[[np.random.Generator], Trace]
 MakeCluster = Callable[[np.random.Generator], Drivable]
 MakeDisturbances = Callable[[np.random.Generator, float], Disturbances]
@@ -57,7 +55,6 @@ class EnvParts:
     make_cluster: MakeCluster  # a fresh cluster per episode; the environment closes it
     make_trace: MakeTrace  # the traffic of an episode; its duration is the episode's
     reward: RewardConfig
-    slo: SloSpec = NO_SLO
     columns: bool = False  # the fast path: make_cluster gives a `ColumnDrivable`
     make_disturbances: MakeDisturbances = undisturbed  # of an episode of that many seconds
 
@@ -68,7 +65,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
     `action_masks()` [max_candidates] tells which rows are legal; an illegal choice is turned into
     keep by the guardrails, as in production. `info` after a step: `outcomes` (requests ended in
     the interval; on the fast path `traffic`, in columns), `decision`, `ticket` (of the switch
-    applied, else None), `arrived`, `at_s`.
+    applied, else None), `arrived`, `reward_terms` (they add up to the reward), `at_s`.
     It is also the `DecisionEnv` that evaluation runs: `start`, `decide`, `record`.
     """
 
@@ -132,16 +129,19 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         arrived = self._feed.submit_until(self.end_s)
         self.cluster.advance(self.end_s)
         self._feed.observe(self._take_events(self.cluster))
-        self._counts = self._feed.counts(arrived, self.parts.slo)
+        self._counts = self._feed.counts(arrived, self.parts.reward.slo)
         snapshot = self.cluster.snapshot()
         moved = decision.plan.weight_bytes if decision.plan is not None and ticket else 0
-        reward = self._feed.settle(snapshot.now_s, moved)
+        device_s = self.grid_s * len(snapshot.deployment.devices)
+        terms = self._feed.settle(snapshot.now_s, moved, device_s)
+        reward = terms.total
         self._rewards.append(reward)
         self.prepared = self.pipeline.prepare(self._as_seen(snapshot))
         info = self._feed.interval_info() | {
             "decision": decision,
             "ticket": ticket,
             "arrived": arrived,
+            "reward_terms": asdict(terms),
             "at_s": snapshot.now_s,
         }
         return self.prepared.observation.flat(), reward, False, self.is_over, info
@@ -261,5 +261,5 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             rewards=tuple(self._rewards),
             num_switches=len(self._tickets),
             switch_s=sum(t.duration_s for t in done),
-            num_slo_met=sum(meets_slo(self.parts.slo, o) for o in feed.outcomes),
+            num_slo_met=sum(meets_slo(self.parts.reward.slo, o) for o in feed.outcomes),
         )

@@ -13,8 +13,9 @@ from controller.decision import DecisionPipeline
 from engine.cluster import SloSpec, dense_deployment, parse_deployment_key
 from engine.config import validate
 from engine.errors import CheckpointError, InvalidRequestError
-from envs.experiment import build_source
+from envs.experiment import build_source, experiment_reward
 from envs.experiment_config import ExperimentConfig, WorkloadSection
+from envs.reward import RewardConfig
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import Capacity, Source, evaluation_windows, measure_capacity
 from envs.workload import Trace
@@ -44,7 +45,7 @@ class Setting:
     policy: Policy
     pipeline: DecisionPipeline
     windows: tuple[Trace, ...]
-    slo: SloSpec
+    reward: RewardConfig
     initial_key: str
     notes: tuple[str, ...]
     facts: dict[str, Any]
@@ -100,7 +101,12 @@ def build_setting(folder: Path, options: SettingOptions) -> Setting:
         policy,
         pipeline,
         windows,
-        SloSpec(**manifest["slo"]),
+        experiment_reward(
+            pipeline.planner,
+            capacity,
+            SloSpec(**manifest["slo"]),
+            trained.env.device_hour_cost,
+        ),
         initial_key,
         _notes(workload, options, source, capacity, windows),
         _facts(folder, workload, options, capacity, rate_per_s, source),

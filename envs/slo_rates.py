@@ -113,7 +113,7 @@ def slo_rates(
             for name, spec in specs.items():
                 rate_per_s = replica.highest_rate(spec, slo.attainment)
                 found[name][c, j] = float(f"{rate_per_s:.4g}")
-    made = digest(fingerprint(cluster), typing, slo.model_dump())
+    made = digest(fingerprint(cluster), typing, slo.targets)
     return SloRates(configs, typing, found, made)
 
 

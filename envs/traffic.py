@@ -13,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.deployments import configs_of, enumerate_counts
+from controller.library import Space, list_homogeneous
+from controller.packing import nodes_of
 from controller.planner import Planner
 from controller.workload import assign, centres, fit_typing
 from engine.cluster import WorkloadTyping, deployment_key, parse_deployment_key
 from engine.errors import InvalidRequestError
+from envs.reward import Stretch
 from envs.workload import Trace, WorkloadConfig, generate
 
 DAY_S = 86_400.0
 SAMPLE_S = 12 * 3600.0  # of generated traffic, for typing and capacity
 MAX_ENUMERATED_DEVICES = 8
+STRETCHED_LOAD, NUM_STRETCHES = 0.95, 20  # where the last of the tabulated loads is; how many
 MAX_FITTED = 50_000  # requests that a typing is fitted on
 
 
@@ -93,14 +97,11 @@ class Capacity:
 
 
 def static_keys(planner: Planner) -> tuple[str, ...]:
-    """Every deployment that leaves no usable device idle. Raises InvalidRequestError for pools too
-    large to list."""
+    """Every deployment that leaves no usable device idle; in pools of more than
+    MAX_ENUMERATED_DEVICES those of equal replicas."""
     devices = planner.cluster.spec.num_devices
     if devices > MAX_ENUMERATED_DEVICES:
-        raise InvalidRequestError(
-            f"{devices} devices have too many static deployments to try them all; at most "
-            f"{MAX_ENUMERATED_DEVICES} are supported."
-        )
+        return homogeneous_keys(planner)
     sizes = [c.num_devices for c in planner.configs]
     found = (configs_of(counts, planner.configs) for counts in enumerate_counts(sizes, devices))
     return tuple(deployment_key(configs) for configs in found)
@@ -140,6 +141,32 @@ def measure_capacity(planner: Planner, trace: Trace, typing: WorkloadTyping) -> 
         )
     rows = ((float(prompt), float(output)) for prompt, output in lengths)
     return Capacity(key, rate_per_s, tuple(shares.tolist()), tuple(rows))
+
+
+def measure_stretch(planner: Planner, capacity: Capacity) -> Stretch:
+    """By arrival rate the least estimated latency of equal replicas over that of an idle pool, on
+    the mean mix, up to STRETCHED_LOAD of the capacity."""
+    shares, lengths = np.array(capacity.shares), np.array(capacity.lengths)
+    rates_per_s = capacity.rate_per_s * np.linspace(0.0, STRETCHED_LOAD, NUM_STRETCHES)
+    keys = homogeneous_keys(planner)
+
+    def least_s(rate_per_s: float) -> float:
+        estimates = (
+            planner.estimate(parse_deployment_key(key), shares * max(rate_per_s, 1e-6), lengths)
+            for key in keys
+        )
+        return min(found.latency_s for found in estimates)
+
+    latencies_s = np.maximum.accumulate([least_s(rate) for rate in rates_per_s.tolist()])
+    factors = latencies_s / latencies_s[0]
+    return Stretch(tuple(rates_per_s.tolist()), tuple(factors.tolist()))
+
+
+def homogeneous_keys(planner: Planner) -> tuple[str, ...]:
+    """Equal replicas of every configuration, as many as there is room for in the whole pool."""
+    spec = planner.cluster.spec
+    counts = list_homogeneous(planner.configs, Space(nodes_of(spec), spec.num_devices))
+    return tuple(deployment_key(configs_of(row, planner.configs)) for row in counts)
 
 
 def fastest_key(planner: Planner, capacity: Capacity, load: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from controller.decision import DecisionPipeline
 from engine.cluster import ClusterEvent, Drivable, RequestOutcome, RequestStatus, SloSpec
-from envs.reward import RewardConfig, RewardLedger, meets_slo
+from envs.reward import RewardConfig, RewardLedger, RewardTerms, meets_slo, trace_rates
 from envs.workload import Trace
 
 
@@ -33,8 +33,8 @@ class TrafficFeed(Protocol):
         """Tell the pipeline of the interval's traffic; `events` are all of the interval's."""
         ...
 
-    def settle(self, now_s: float, switched_bytes: int) -> float:
-        """The interval's reward."""
+    def settle(self, now_s: float, switched_bytes: int, device_s: float) -> RewardTerms:
+        """The interval's reward, in which `device_s` device-seconds were in use."""
         ...
 
     def interval_info(self) -> dict[str, Any]: ...
@@ -58,6 +58,7 @@ class EventTraffic:
         self._cluster, self._pipeline = cluster, pipeline
         self._requests, self._start_s = trace.requests(), start_s
         self._ledger = RewardLedger(reward)
+        self._stretch = reward.stretch.at(trace_rates(reward, trace)).tolist()
         self._next = 0
         self._interval: list[RequestOutcome] = []
         self.open_arrivals_s: dict[str, float] = {}  # of requests not ended
@@ -72,7 +73,7 @@ class EventTraffic:
             if request.arrival_s > until_s:
                 break
             self._cluster.submit(request)
-            self._ledger.admit(request)
+            self._ledger.admit(request, self._stretch[self._next])
             self.open_arrivals_s[request.request_id] = request.arrival_s
             self._next += 1
         return self._next - first
@@ -84,8 +85,8 @@ class EventTraffic:
         for outcome in self._interval:
             self.open_arrivals_s.pop(outcome.request_id, None)
 
-    def settle(self, now_s: float, switched_bytes: int) -> float:
-        return self._ledger.settle(self._interval, now_s, switched_bytes)
+    def settle(self, now_s: float, switched_bytes: int, device_s: float) -> RewardTerms:
+        return self._ledger.settle(self._interval, now_s, switched_bytes, device_s)
 
     def interval_info(self) -> dict[str, Any]:
         return {"outcomes": self._interval}

@@ -32,13 +32,13 @@ from envs.study.world import (
     World,
     best_for,
     build_world,
-    homogeneous_keys,
     lost_at_s,
     mean_latency_s,
     run_windows,
     shares_of_types,
 )
 from envs.surrogate.cluster import SurrogateCluster
+from envs.traffic import homogeneous_keys
 from envs.workload import Trace
 from policies.base import TrafficColumns
 from policies.baselines import HysteresisConfig

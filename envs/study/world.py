@@ -15,7 +15,7 @@ from controller.planner import Planner
 from controller.scoring import Objective
 from controller.slo import read_slo
 from controller.workload import PromptPosterior, assign, centres
-from engine.cluster import SloSpec, WorkloadTyping, deployment_key, parse_deployment_key
+from engine.cluster import WorkloadTyping, deployment_key, parse_deployment_key
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
 from envs.lookahead import EnvOutlook
@@ -24,7 +24,13 @@ from envs.serving_env import ServingEnv
 from envs.study.config import GENERATED, Cell, StudyConfig
 from envs.study.scores import Objectives, WindowRecord
 from envs.traces import load_trace
-from envs.traffic import DAY_S, fit_trace_typing, mean_mix, spaced_windows
+from envs.traffic import (
+    DAY_S,
+    fit_trace_typing,
+    homogeneous_keys,
+    mean_mix,
+    spaced_windows,
+)
 from envs.workload import Trace, WorkloadConfig, generate
 from policies.base import Policy, TrafficColumns
 
@@ -172,12 +178,6 @@ def _objectives(cluster: ProfiledCluster, typing: WorkloadTyping) -> Objectives:
     return Objectives(slo.spec(device, "interactive"), slo.spec(device, "batch"), is_batch)
 
 
-def homogeneous_keys(planner: Planner) -> list[str]:
-    """Equal replicas of every configuration, as many as there is room for."""
-    devices = planner.cluster.spec.num_devices
-    return [deployment_key([c] * (devices // c.num_devices)) for c in planner.configs]
-
-
 def mean_latency_s(planner: Planner, parts: Sequence[Part], key: str) -> float:
     """Estimated for a deployment that stays."""
     configs = parse_deployment_key(key)
@@ -215,7 +215,7 @@ def lost_at_s(window: Trace) -> float:
 
 
 def make_env(world: World, window: Trace, pipeline: DecisionPipeline, key: str) -> ServingEnv:
-    parts = surrogate_parts(pipeline, lambda rng: window, key, slo=SloSpec(), columns=True)
+    parts = surrogate_parts(pipeline, lambda rng: window, key, columns=True)
     lost = world.cell.lost_devices
     failures = tuple(
         DeviceFailure(lost_at_s(window), device, 2.0 * window.duration_s) for device in range(lost)

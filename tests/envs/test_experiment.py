@@ -65,8 +65,9 @@ def test_facts_build_the_same_pipeline(experiment: Experiment) -> None:
 
 
 def test_service_levels_by_class_or_in_seconds(experiment: Experiment, tmp_path: Path) -> None:
-    assert experiment.slo == read_slo().spec("cpu", "interactive")
-    assert SloSpec(**experiment.facts()["slo"]) == experiment.slo
+    assert experiment.reward.slo == read_slo().spec("cpu", "interactive")
+    assert SloSpec(**experiment.facts()["slo"]) == experiment.reward.slo
+    assert experiment.reward.utility == read_slo().utility.spec
     path = tmp_path / "micro.yaml"
     path.write_text(CONFIG)
     assert read_config(path, {"slo": "batch"}).slo == "batch"

@@ -14,12 +14,13 @@ from engine.cluster import (
     RequestOutcome,
     RequestStatus,
     SloSpec,
+    UtilitySpec,
     WorkloadType,
     WorkloadTyping,
 )
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
-from envs.reward import RewardLedger, meets_slo
+from envs.reward import RewardConfig, RewardLedger, Stretch, meets_slo
 from envs.serving_env import ServingEnv
 from envs.workload import RequestType, Trace, WorkloadConfig, generate
 
@@ -29,6 +30,15 @@ TYPING = WorkloadTyping(
 TYPES = (RequestType("short", 12, 20), RequestType("long", 120, 40))
 STEPS = 12
 MakeEnv = Callable[..., ServingEnv]
+REWARD = RewardConfig(
+    0.05,
+    1e-4,
+    0.02,
+    UtilitySpec(0.5, 0.3, 0.2),
+    SloSpec(0.5, 0.05),
+    Stretch((0.0, 50.0), (1.0, 3.0)),
+    device_s_cost=1e-3,
+)
 
 
 @pytest.fixture
@@ -102,10 +112,11 @@ def test_rewards_are_those_of_the_ledger(make_env: MakeEnv) -> None:
         total += reward
         moved += info["decision"].plan.weight_bytes if info["ticket"] else 0
         outcomes += info["outcomes"]
+        assert sum(info["reward_terms"].values()) == pytest.approx(reward)
     submitted = env.parts.make_trace(np.random.default_rng(2)).requests()
     for request in submitted:
         ledger.admit(request)
-    assert ledger.settle(outcomes, 5.0 * STEPS, moved) == pytest.approx(total)
+    assert ledger.settle(outcomes, 5.0 * STEPS, moved).total == pytest.approx(total)
 
 
 def test_illegal_action_keeps(make_env: MakeEnv) -> None:
@@ -131,7 +142,8 @@ def test_switch_is_followed_by_a_new_epoch(make_env: MakeEnv) -> None:
 @pytest.mark.parametrize("rate_per_s", [20.0, 150.0])
 def test_columns_equal_events(make_env: MakeEnv, rate_per_s: float) -> None:
     """The fast path: same observations, masks, rewards and switches, also under overload."""
-    plain, fast = make_env(rate_per_s, spread=0.1), make_env(rate_per_s, spread=0.1, columns=True)
+    options = {"spread": 0.1, "reward": REWARD}
+    plain, fast = make_env(rate_per_s, **options), make_env(rate_per_s, **options, columns=True)
     for seed in (7, 8):
         first, _ = plain.reset(seed=seed)
         np.testing.assert_allclose(fast.reset(seed=seed)[0], first, rtol=1e-6)

@@ -18,8 +18,10 @@ from envs.traffic import (
     evaluation_windows,
     fastest_key,
     generator_source,
+    homogeneous_keys,
     mean_mix,
     measure_capacity,
+    measure_stretch,
     shape_trace,
     static_keys,
 )
@@ -115,3 +117,24 @@ def test_generated_windows_take_their_rate_from_the_load() -> None:
     drawn = [draw_window(source, 5.0, 3600.0, rng) for _ in range(12)]
     assert np.mean([w.mean_rate_per_s for w in drawn]) == pytest.approx(5.0, rel=0.25)
     assert max(int((w.prompt_tokens + w.output_tokens).max()) for w in drawn) <= 512
+
+
+def test_stretch_starts_at_one_and_rises(planned: tuple[Planner, WorkloadTyping]) -> None:
+    """By hand at one rate: the least latency of equal replicas over that of an idle pool."""
+    planner, typing = planned
+    capacity = measure_capacity(planner, trace(), typing)
+    stretch = measure_stretch(planner, capacity)
+    assert stretch.factors[0] == 1.0
+    assert list(stretch.factors) == sorted(stretch.factors)
+    assert stretch.rates_per_s[-1] == pytest.approx(0.95 * capacity.rate_per_s)
+    keys = homogeneous_keys(planner)
+    assert {"4xtp1pp1", "2xtp2pp1"} <= set(keys)
+
+    def least_s(rate_per_s: float) -> float:
+        rates, lengths = np.array(capacity.shares) * rate_per_s, np.array(capacity.lengths)
+        configs = [parse_deployment_key(key) for key in keys]
+        return min(planner.estimate(c, rates, lengths).latency_s for c in configs)
+
+    assert stretch.factors[9] == pytest.approx(
+        least_s(stretch.rates_per_s[9]) / least_s(1e-6), rel=1e-3
+    )
