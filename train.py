@@ -12,7 +12,6 @@ from engine.errors import TidewrightError
 from envs.comparison import compare, print_table, reporter
 from envs.experiment import build_experiment, build_venv
 from envs.experiment_config import read_config
-from envs.traffic import evaluation_windows
 from policies.checkpoint import save_checkpoint
 from policies.ppo import train
 
@@ -24,6 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-seedN)")
     parser.add_argument("--n-timesteps", type=int, help="decisions (default: the config's)")
     parser.add_argument("--trace", type=str, help="trace file in place of the config's traffic")
+    parser.add_argument("--traces", type=str, help="folder of the config's trace files")
     parser.add_argument("-P", "--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "ppo.n_timesteps": args.n_timesteps,
         "workload.trace": args.trace,
+        "workload.folder": args.traces,
     }
     config = read_config(args.config, overrides)
     out = args.out or Path("runs") / f"{args.config.stem}-seed{config.seed}"
@@ -60,14 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     section, load = config.evaluation, config.workload.mean_load
-    rate_per_s = load * experiment.capacity.rate_per_s
-    windows = evaluation_windows(
-        experiment.source, rate_per_s, section.num_windows, section.window_s, [section.seed]
-    )
     found = compare(
         result.policy,
         pipeline,
-        windows,
+        experiment.validation_windows(),
         experiment.reward,
         experiment.default_key,
         reporter(args.progress),

@@ -19,10 +19,10 @@ from engine.cluster import ClusterEvent, Drivable, SloSpec
 from envs.reward import (
     RewardConfig,
     RewardTerms,
+    lone_seconds,
     reward_terms,
     slo_met,
     tpot_of,
-    trace_rates,
 )
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
@@ -99,10 +99,8 @@ class ColumnLedger:
 
     def __init__(self, config: RewardConfig, trace: Trace, start_s: float) -> None:
         self.config = config
-        self._stretch = config.stretch.at(trace_rates(config, trace))
-        decoding_s = config.ref_tpot_s * (trace.output_tokens - 1)
-        prefill_s = config.ref_prompt_token_s * trace.prompt_tokens
-        self._reference_s = self._stretch * (config.ref_ttft_s + prefill_s + decoding_s)
+        self._stretch = config.stretch.of(config, trace)
+        self._reference_s = self._stretch * lone_seconds(config, trace)
         worst_s = config.utility.worst_slowdown * self._reference_s
         self._due_s = trace.arrival_s + start_s + worst_s
         self._is_charged = np.zeros(len(trace), np.bool_)

@@ -21,18 +21,26 @@ from engine.profile import ProfiledCluster
 from envs.build import engine_parts, surrogate_parts
 from envs.experiment_config import ANY, ExperimentConfig, WorkloadSection
 from envs.reward import RewardConfig, reward_config
-from envs.scenarios import Disturbances, draw, draw_disturbances, draw_workload
+from envs.scenarios import (
+    Disturbances,
+    ScenarioConfig,
+    draw,
+    draw_disturbances,
+    draw_workload,
+)
 from envs.serving_env import MakeTrace, ServingEnv, undisturbed
 from envs.traces import load_trace
 from envs.traffic import (
     Capacity,
     Source,
     draw_window,
+    evaluation_windows,
     fastest_key,
     fit_trace_typing,
     generator_source,
     measure_capacity,
     measure_stretch,
+    pool_traces,
     shape_trace,
     static_keys,
 )
@@ -42,14 +50,35 @@ from policies.evaluation import DecisionEnv, Evaluation
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedSource:
+    """A source of traffic, and the rate that stands for load 1."""
+
+    source: Source
+    capacity: Capacity
+
+    def draw(
+        self,
+        load: float,
+        duration_s: float,
+        rng: np.random.Generator,
+        scenario: ScenarioConfig | None,
+    ) -> Trace:
+        """A window for training."""
+        source = self.source
+        if scenario is not None and source.generator is not None:
+            drawn = draw_workload(scenario, source.generator, rng)
+            source = dataclasses.replace(source, generator=drawn)
+        return draw_window(source, load * self.capacity.rate_per_s, duration_s, rng)
+
+
+@dataclass(frozen=True, slots=True)
 class Experiment:
     """Everything that training and evaluation share, built once."""
 
     config: ExperimentConfig
     cluster: ProfiledCluster
     typing: WorkloadTyping
-    source: Source
-    capacity: Capacity
+    sources: tuple[LoadedSource, ...]  # an episode draws one
     default_key: str  # always among the candidates; where evaluation starts
     reward: RewardConfig
 
@@ -65,51 +94,76 @@ class Experiment:
         pipeline = pipeline_facts(
             self.cluster, self.typing, config.decision, config.predictor, self.default_key
         )
+        capacities = [s.capacity for s in self.sources]
         return pipeline | {
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", exclude={"workload": {"folder"}}),
             "slo": dataclasses.asdict(self.reward.slo),
-            "training_load": {
-                "best_static": self.capacity.key,
-                "capacity_per_s": self.capacity.rate_per_s,
-            },
+            "training_load": [
+                {"best_static": c.key, "capacity_per_s": c.rate_per_s} for c in capacities
+            ],
             "seed": config.seed,
             "git_revision": git_revision(),
         }
 
+    def validation_windows(self) -> tuple[Trace, ...]:
+        """Windows of every source, on the days and at the seed of the evaluation section.
 
-def build_source(workload: WorkloadSection, max_tokens: int) -> Source:
-    """Reads the trace, if there is one. Raises InvalidRequestError."""
-    if workload.trace is None:
+        Raises InvalidRequestError.
+        """
+        section, workload = self.config.evaluation, self.config.workload
+        sources = self.sources
+        if section.days is not None:
+            days = workload.model_copy(update={"days": section.days})
+            read = build_sources(days, self.cluster.spec.model.max_model_len)
+            sources = tuple(
+                LoadedSource(source, trained.capacity)
+                for source, trained in zip(read, self.sources, strict=True)
+            )
+        return tuple(
+            window
+            for loaded in sources
+            for window in evaluation_windows(
+                loaded.source,
+                workload.mean_load * loaded.capacity.rate_per_s,
+                section.num_windows,
+                section.window_s,
+                [section.seed],
+            )
+        )
+
+
+def build_sources(workload: WorkloadSection, max_tokens: int) -> tuple[Source, ...]:
+    """Reads the traces, if there are any. Raises InvalidRequestError."""
+    if not workload.files:
         rng = np.random.default_rng(0)
-        return generator_source(workload.generator, workload.shaping, max_tokens, rng)
-    return shape_trace(load_trace(workload.trace), workload.shaping, max_tokens)
+        return (generator_source(workload.generator, workload.shaping, max_tokens, rng),)
+    return tuple(shape_trace(load_trace(f), workload.shaping, max_tokens) for f in workload.files)
 
 
 def build_experiment(config: ExperimentConfig) -> Experiment:
-    """Read profile and trace, fit the typing, measure capacity. Raises TidewrightErrors."""
+    """Read profile and traces, fit the typing, measure capacity. Raises TidewrightErrors."""
     cluster = load_profiled_cluster(config.profile)
-    source = build_source(config.workload, cluster.spec.model.max_model_len)
-    sample = source.trace
-    kinds = fit_trace_typing(sample, config.workload.num_types, seed=0)
+    if config.num_devices is not None:
+        spec = dataclasses.replace(cluster.spec, num_devices=config.num_devices)
+        cluster = dataclasses.replace(cluster, spec=spec)
+    sources = build_sources(config.workload, cluster.spec.model.max_model_len)
+    pooled = pool_traces([source.trace for source in sources])
+    kinds = fit_trace_typing(pooled, config.workload.num_types, seed=0)
     planner = build_pipeline(cluster, kinds, config.decision, config.predictor).planner
-    capacity = measure_capacity(planner, sample, kinds)
+    loaded = tuple(LoadedSource(s, measure_capacity(planner, s.trace, kinds)) for s in sources)
+    capacity = measure_capacity(planner, pooled, kinds)
     default_key = fastest_key(planner, capacity, config.workload.mean_load)
     slo = find_slo(config.slo, cluster.profile.device)
     reward = experiment_reward(planner, capacity, slo, config.env.device_hour_cost)
-    return Experiment(config, cluster, kinds, source, capacity, default_key, reward)
+    return Experiment(config, cluster, kinds, loaded, default_key, reward)
 
 
 def experiment_reward(
     planner: Planner, capacity: Capacity, slo: SloSpec, device_hour_cost: float
 ) -> RewardConfig:
     """The utility of configs/slo.yaml, with references at the traffic's own rates."""
-    return reward_config(
-        planner.cluster,
-        read_slo().utility.spec,
-        slo,
-        measure_stretch(planner, capacity),
-        device_hour_cost,
-    )
+    lone = reward_config(planner.cluster, read_slo().utility.spec, slo, device_hour_cost)
+    return dataclasses.replace(lone, stretch=measure_stretch(planner, capacity, lone))
 
 
 def _episode_draws(
@@ -123,12 +177,9 @@ def _episode_draws(
     def make_trace(rng: np.random.Generator) -> Trace:
         if group is not None:
             rng = np.random.default_rng((config.seed, group, next(episode)))
-        rate_per_s = float(rng.uniform(*config.workload.load)) * experiment.capacity.rate_per_s
-        source, scenario = experiment.source, config.scenario
-        if scenario is not None and source.generator is not None:
-            drawn = draw_workload(scenario, source.generator, rng)
-            source = dataclasses.replace(source, generator=drawn)
-        return draw_window(source, rate_per_s, config.env.episode_s, rng)
+        load = float(rng.uniform(*config.workload.load))
+        loaded = experiment.sources[int(rng.integers(len(experiment.sources)))]
+        return loaded.draw(load, config.env.episode_s, rng, config.scenario)
 
     def draw_key(rng: np.random.Generator) -> str:
         return str(rng.choice(keys)) if first == ANY else first

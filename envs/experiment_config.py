@@ -35,11 +35,15 @@ class WorkloadSection(_Section):
     """Traffic: a trace file, or the embedded generator."""
 
     trace: Path | None = Field(default=None, description="trace file; null: the embedded generator")
+    traces: tuple[Path, ...] = Field(
+        default=(), description="several in its place: an episode draws one"
+    )
+    folder: Path = Field(default=Path(), description="that trace files are looked for in")
     days: tuple[int, int] | None = Field(default=None, description="first, last; from 1")
     length_factor: float = Field(default=1.0, gt=0, description="multiplies lengths in tokens")
     load: tuple[float, float] = Field(
         default=(0.7, 0.7),
-        description="range; share of best static capacity, drawn per episode",
+        description="range; mean, as share of best static capacity; drawn per episode",
     )
     num_types: int = Field(default=4, ge=1, description="workload types")
     generator: WorkloadConfig = Field(
@@ -49,6 +53,12 @@ class WorkloadSection(_Section):
     @property
     def shaping(self) -> Shaping:
         return Shaping(self.days, self.length_factor)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Trace files; none: the embedded generator."""
+        names = self.traces or ((self.trace,) if self.trace else ())
+        return tuple(self.folder / name for name in names)
 
     @property
     def mean_load(self) -> float:
@@ -71,9 +81,12 @@ class EnvSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """The comparison at the end of training, on traffic of its own seed."""
+    """Validation, during training and at its end, on traffic of its own seed."""
 
-    num_windows: int = Field(default=3, ge=1)
+    days: tuple[int, int] | None = Field(
+        default=None, description="of the traces; null: the days of training"
+    )
+    num_windows: int = Field(default=3, ge=1, description="of each trace")
     window_s: float = Field(default=1800.0, gt=0, description="seconds of a window")
     seed: int = Field(default=1_000_003, ge=0)
 
@@ -82,6 +95,7 @@ class ExperimentConfig(_Section):
     """One published experiment: one YAML file in configs/."""
 
     profile: Path = Field(default=DEFAULT_PROFILE, description="measured cluster JSON")
+    num_devices: int | None = Field(default=None, ge=1, description="null: the profile's")
     workload: WorkloadSection = Field(default_factory=WorkloadSection)
     decision: DecisionConfig = DecisionConfig()
     scenario: ScenarioConfig | None = Field(

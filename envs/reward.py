@@ -8,12 +8,12 @@ parts in [-1, 1] (`UtilitySpec`, fixed in configs/slo.yaml),
     of its service level: 1 when it was met, else -1.
 
 The reference is what the request would take alone on the fastest configuration, times `stretch`:
-how many times as long requests take in the best deployment at the rate at which they arrive just
-then. That rate is the trace's own, never that of a queue which the policy made. A request that is
-rejected, lost or cancelled is worth -1; so is one not ended when its latency reaches
-`worst_slowdown` references: it is charged at that moment and counts for nothing when it ends. The
-sum is divided by a constant; a small price per moved weight byte settles ties in favour of staying,
-and a price per device-second, zero unless set, pays for devices given back.
+how many times as long requests take in the best deployment at the load that arrives just then.
+That load is counted in the trace (reference seconds of arrivals per second), never in a queue which
+the policy made. A request that is rejected, lost or cancelled is worth -1; so is one not ended when
+its latency reaches `worst_slowdown` references: it is charged at that moment and counts for nothing
+when it ends. The sum is divided by a constant; a small price per moved weight byte settles ties in
+favour of staying, and a price per device-second, zero unless set, pays for devices given back.
 
 Ways to earn reward without serving well that were considered:
 - *Finish few requests.* A mean over ended requests would pay for that; the sum is over all, and
@@ -53,14 +53,18 @@ NO_SLO, LATENCY_ONLY = SloSpec(), UtilitySpec()
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """How many times as long requests take, in the best deployment, at some arrival rates: linear
-    between them, flat beyond the last."""
+    """How many times as long requests take, in the best deployment, by the work that arrives:
+    linear between the loads, flat beyond the last."""
 
-    rates_per_s: tuple[float, ...]  # rising
+    loads: tuple[float, ...]  # reference seconds per second, rising
     factors: tuple[float, ...]  # at least 1
 
-    def at(self, rate_per_s: float | Seconds) -> NDArray[np.float64]:
-        return np.asarray(np.interp(rate_per_s, self.rates_per_s, self.factors))
+    def at(self, load: float | Seconds) -> NDArray[np.float64]:
+        return np.asarray(np.interp(load, self.loads, self.factors))
+
+    def of(self, config: RewardConfig, trace: Trace) -> Seconds:
+        """[N] at each arrival of a trace."""
+        return self.at(offered_load(config, trace))
 
 
 NO_STRETCH = Stretch((0.0,), (1.0,))
@@ -81,7 +85,7 @@ class RewardConfig:
     switch_byte_cost: float = 1e-10  # per weight byte moved, after that division
     device_s_cost: float = 0.0  # per device-second in use, after that division
 
-    def reference_s(self, prompt_tokens: int, output_tokens: int) -> float:
+    def reference_s(self, prompt_tokens: float, output_tokens: float) -> float:
         decoding_s = self.ref_tpot_s * (output_tokens - 1)
         return self.ref_ttft_s + self.ref_prompt_token_s * prompt_tokens + decoding_s
 
@@ -107,7 +111,6 @@ def reward_config(
     cluster: ProfiledCluster,
     utility: UtilitySpec,
     slo: SloSpec = NO_SLO,
-    stretch: Stretch = NO_STRETCH,
     device_hour_cost: float = 0.0,
 ) -> RewardConfig:
     """References of an unloaded replica: the least of each figure over the profiled
@@ -121,7 +124,6 @@ def reward_config(
         ref_tpot_s=min(_first_token_s(s) + s.per_token_s for s in steps),
         utility=utility,
         slo=slo,
-        stretch=stretch,
         switch_byte_cost=0.02 / max(model_bytes, 1),
         device_s_cost=device_hour_cost / 3600.0,
     )
@@ -183,16 +185,24 @@ def tpot_of(ended: TrafficColumns) -> Seconds:
     return np.asarray(decoding_s / np.maximum(ended.output_tokens - 1, 1))
 
 
-def trace_rates(config: RewardConfig, trace: Trace) -> Seconds:
-    """[N] requests per second around each arrival of a trace: over the utility's window before
-    it, at the start over the first window."""
+def offered_load(config: RewardConfig, trace: Trace) -> Seconds:
+    """[N] reference seconds that arrive per second, around each arrival of a trace: over the
+    utility's window before it, at the start over the first window."""
     width_s = min(config.utility.window_s, trace.duration_s)
     until_s = np.maximum(trace.arrival_s, width_s)
+    work_s = np.concatenate([[0.0], np.cumsum(lone_seconds(config, trace))])
     until, since = (
         np.searchsorted(trace.arrival_s, edge_s, side="right")
         for edge_s in (until_s, until_s - width_s)
     )
-    return np.asarray((until - since) / width_s)
+    return np.asarray((work_s[until] - work_s[since]) / width_s)
+
+
+def lone_seconds(config: RewardConfig, trace: Trace) -> Seconds:
+    """[N] `RewardConfig.reference_s` of each request."""
+    decoding_s = config.ref_tpot_s * (trace.output_tokens - 1)
+    prefill_s = config.ref_prompt_token_s * trace.prompt_tokens
+    return np.asarray(config.ref_ttft_s + prefill_s + decoding_s)
 
 
 # --------------------------------------------------------------------------------------

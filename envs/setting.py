@@ -13,7 +13,7 @@ from controller.decision import DecisionPipeline
 from engine.cluster import SloSpec, dense_deployment, parse_deployment_key
 from engine.config import validate
 from engine.errors import CheckpointError, InvalidRequestError
-from envs.experiment import build_source, experiment_reward
+from envs.experiment import build_sources, experiment_reward
 from envs.experiment_config import ExperimentConfig, WorkloadSection
 from envs.reward import RewardConfig
 from envs.surrogate.cluster import SurrogateCluster
@@ -65,7 +65,7 @@ def _workload(trained: ExperimentConfig, options: SettingOptions) -> WorkloadSec
     """The policy's training traffic with what the options change; training days never carry over
     to another trace."""
     values: dict[str, Any] = trained.workload.model_dump()
-    values |= {"trace": options.trace, "days": parse_days(options.days)}
+    values |= {"trace": options.trace, "traces": (), "folder": Path(), "days": parse_days(options.days)}
     if options.length_factor is not None:
         values["length_factor"] = options.length_factor
     if options.load is not None:
@@ -88,7 +88,7 @@ def build_setting(folder: Path, options: SettingOptions) -> Setting:
     pipeline = pipeline_from_facts(manifest, cluster)
     policy = load_policy(folder, expected_spec_hash=pipeline.observation_spec.hash)
     workload = _workload(trained, options)
-    source = build_source(workload, pipeline.cluster.spec.model.max_model_len)
+    (source,) = build_sources(workload, pipeline.cluster.spec.model.max_model_len)
     capacity = measure_capacity(pipeline.planner, source.trace, pipeline.typing)
     rate_per_s = workload.mean_load * capacity.rate_per_s
     windows = evaluation_windows(

@@ -19,7 +19,7 @@ from controller.planner import Planner
 from controller.workload import assign, centres, fit_typing
 from engine.cluster import WorkloadTyping, deployment_key, parse_deployment_key
 from engine.errors import InvalidRequestError
-from envs.reward import Stretch
+from envs.reward import RewardConfig, Stretch
 from envs.workload import Trace, WorkloadConfig, generate
 
 DAY_S = 86_400.0
@@ -80,6 +80,18 @@ def generator_source(
     """The embedded generator; a sample of it stands for its mean mix."""
     sample = generate(config, SAMPLE_S, rng).scale_lengths(shaping.length_factor, max_tokens)
     return Source(sample, shaping, max_tokens, config)
+
+
+def pool_traces(traces: Sequence[Trace]) -> Trace:
+    """About as many requests of each of several traces, for typing and mean mix; when they arrive
+    says nothing."""
+    if len(traces) == 1:
+        return traces[0]
+    few = min(map(len, traces))
+    chosen = [np.linspace(0, len(t) - 1, few).astype(np.int64) for t in traces]
+    prompt = np.concatenate([t.prompt_tokens[i] for t, i in zip(traces, chosen, strict=True)])
+    output = np.concatenate([t.output_tokens[i] for t, i in zip(traces, chosen, strict=True)])
+    return Trace(np.arange(len(prompt), dtype=np.float64), prompt, output)
 
 
 # --------------------------------------------------------------------------------------
@@ -143,23 +155,25 @@ def measure_capacity(planner: Planner, trace: Trace, typing: WorkloadTyping) -> 
     return Capacity(key, rate_per_s, tuple(shares.tolist()), tuple(rows))
 
 
-def measure_stretch(planner: Planner, capacity: Capacity) -> Stretch:
-    """By arrival rate the least estimated latency of equal replicas over that of an idle pool, on
-    the mean mix, up to STRETCHED_LOAD of the capacity."""
+def measure_stretch(planner: Planner, capacity: Capacity, lone: RewardConfig) -> Stretch:
+    """By arriving work the least estimated latency of equal replicas over that of an idle pool, on
+    the mean mix, up to STRETCHED_LOAD of the capacity; `lone` has the references."""
     shares, lengths = np.array(capacity.shares), np.array(capacity.lengths)
-    rates_per_s = capacity.rate_per_s * np.linspace(0.0, STRETCHED_LOAD, NUM_STRETCHES)
     keys = homogeneous_keys(planner)
 
-    def least_s(rate_per_s: float) -> float:
-        estimates = (
-            planner.estimate(parse_deployment_key(key), shares * max(rate_per_s, 1e-6), lengths)
-            for key in keys
-        )
+    def least_s(load: float) -> float:
+        rates = shares * capacity.rate_per_s * max(load, 1e-6)
+        estimates = (planner.estimate(parse_deployment_key(key), rates, lengths) for key in keys)
         return min(found.latency_s for found in estimates)
 
-    latencies_s = np.maximum.accumulate([least_s(rate) for rate in rates_per_s.tolist()])
-    factors = latencies_s / latencies_s[0]
-    return Stretch(tuple(rates_per_s.tolist()), tuple(factors.tolist()))
+    loads = np.linspace(0.0, STRETCHED_LOAD, NUM_STRETCHES).tolist()
+    latencies_s = np.maximum.accumulate([least_s(load) for load in loads])
+    work_s = sum(
+        share * lone.reference_s(prompt, output)
+        for share, (prompt, output) in zip(capacity.shares, capacity.lengths, strict=True)
+    )
+    arriving = [load * capacity.rate_per_s * work_s for load in loads]
+    return Stretch(tuple(arriving), tuple((latencies_s / latencies_s[0]).tolist()))
 
 
 def homogeneous_keys(planner: Planner) -> tuple[str, ...]:

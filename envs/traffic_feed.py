@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from controller.decision import DecisionPipeline
 from engine.cluster import ClusterEvent, Drivable, RequestOutcome, RequestStatus, SloSpec
-from envs.reward import RewardConfig, RewardLedger, RewardTerms, meets_slo, trace_rates
+from envs.reward import RewardConfig, RewardLedger, RewardTerms, meets_slo
 from envs.workload import Trace
 
 
@@ -58,7 +58,7 @@ class EventTraffic:
         self._cluster, self._pipeline = cluster, pipeline
         self._requests, self._start_s = trace.requests(), start_s
         self._ledger = RewardLedger(reward)
-        self._stretch = reward.stretch.at(trace_rates(reward, trace)).tolist()
+        self._stretch = reward.stretch.of(reward, trace).tolist()
         self._next = 0
         self._interval: list[RequestOutcome] = []
         self.open_arrivals_s: dict[str, float] = {}  # of requests not ended

@@ -16,9 +16,9 @@ from envs.reward import (
     RewardLedger,
     RewardTerms,
     Stretch,
+    offered_load,
     parts_of_utility,
     reward_config,
-    trace_rates,
 )
 from envs.workload import Trace
 
@@ -64,7 +64,7 @@ def test_latency_stands_for_the_time_per_token_of_a_single_token() -> None:
     assert latency == tpot == pytest.approx(0.5 * (1 - 2 * math.log(2.0) / math.log(16.0)))
 
 
-def test_references_stretch_with_the_rate_of_arrivals() -> None:
+def test_references_stretch_with_the_load_that_arrives() -> None:
     """Three times as long at three times the stretch is worth the same."""
     assert parts_of_utility(CONFIG, outcome(6.0), 3.0) == pytest.approx(
         parts_of_utility(CONFIG, outcome(2.0), 1.0)
@@ -73,17 +73,22 @@ def test_references_stretch_with_the_rate_of_arrivals() -> None:
     assert stretch.at(np.array([0.0, 5.0, 10.0, 99.0])).tolist() == [1.0, 2.0, 3.0, 3.0]
 
 
-def test_rates_are_counted_in_the_trace_by_brute_force() -> None:
+def test_load_is_counted_in_the_trace_by_brute_force() -> None:
     rng = np.random.default_rng(3)
     times = np.sort(rng.uniform(0.0, 300.0, 200))
-    trace = Trace(times, np.full(200, 8), np.full(200, 8), duration_s=300.0)
+    prompt, output = rng.integers(1, 400, (2, 200))
+    trace = Trace(times, prompt, output, duration_s=300.0)
     wanted = []
     for at_s in times:
         until_s = max(at_s, 60.0)
-        wanted.append(sum(until_s - 60.0 < t <= until_s for t in times) / 60.0)
-    assert trace_rates(CONFIG, trace).tolist() == pytest.approx(wanted)
+        recent = [i for i, t in enumerate(times) if until_s - 60.0 < t <= until_s]
+        lone_s = [CONFIG.reference_s(prompt[i], output[i]) for i in recent]
+        wanted.append(sum(lone_s) / 60.0)
+    assert offered_load(CONFIG, trace).tolist() == pytest.approx(wanted)
     short = trace.window(0.0, 30.0)
-    assert trace_rates(CONFIG, short).tolist() == pytest.approx([len(short) / 30.0] * len(short))
+    assert set(offered_load(CONFIG, short).round(9)) == {
+        round(sum(map(CONFIG.reference_s, short.prompt_tokens, short.output_tokens)) / 30.0, 9)
+    }
 
 
 @pytest.mark.parametrize("status", [s for s in RequestStatus if s is not RequestStatus.FINISHED])
@@ -189,18 +194,6 @@ def test_starving_one_type_does_not_pay() -> None:
     fair = served(dict.fromkeys(ALL_FINE, 3.0))
     starved = dict.fromkeys(list(ALL_FINE)[:8], 2.0)
     assert served(starved) < fair
-
-
-def test_a_backlog_cannot_be_hidden_by_making_the_reference_slow(
-    small_cluster: ProfiledCluster,
-) -> None:
-    """References follow the trace alone: the same requests at the same times have the same ones,
-    whenever and however they end."""
-    stretch = Stretch((0.0, 1.0), (1.0, 2.0))
-    config = reward_config(small_cluster, read_slo().utility.spec, stretch=stretch)
-    trace = Trace(np.arange(1.0, 61.0), np.full(60, 100), np.full(60, 41), duration_s=60.0)
-    at_s = config.stretch.at(trace_rates(config, trace))
-    assert at_s.tolist() == pytest.approx([2.0] * 60)
 
 
 # --------------------------------------------------------------------------------------

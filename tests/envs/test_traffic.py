@@ -10,6 +10,7 @@ from controller.workload import fit_typing
 from engine.cluster import WorkloadTyping, parse_deployment_key
 from engine.errors import InvalidRequestError
 from envs.build import DEFAULT_PROFILE
+from envs.reward import RewardConfig
 from envs.traffic import (
     DAY_S,
     Shaping,
@@ -22,6 +23,7 @@ from envs.traffic import (
     mean_mix,
     measure_capacity,
     measure_stretch,
+    pool_traces,
     shape_trace,
     static_keys,
 )
@@ -123,10 +125,13 @@ def test_stretch_starts_at_one_and_rises(planned: tuple[Planner, WorkloadTyping]
     """By hand at one rate: the least latency of equal replicas over that of an idle pool."""
     planner, typing = planned
     capacity = measure_capacity(planner, trace(), typing)
-    stretch = measure_stretch(planner, capacity)
+    lone = RewardConfig(0.1, 0.001, 0.02)
+    stretch = measure_stretch(planner, capacity, lone)
     assert stretch.factors[0] == 1.0
     assert list(stretch.factors) == sorted(stretch.factors)
-    assert stretch.rates_per_s[-1] == pytest.approx(0.95 * capacity.rate_per_s)
+    means = zip(capacity.shares, capacity.lengths, strict=True)
+    work_s = sum(share * lone.reference_s(*lengths) for share, lengths in means)
+    assert stretch.loads[-1] == pytest.approx(0.95 * capacity.rate_per_s * work_s)
     keys = homogeneous_keys(planner)
     assert {"4xtp1pp1", "2xtp2pp1"} <= set(keys)
 
@@ -136,5 +141,15 @@ def test_stretch_starts_at_one_and_rises(planned: tuple[Planner, WorkloadTyping]
         return min(planner.estimate(c, rates, lengths).latency_s for c in configs)
 
     assert stretch.factors[9] == pytest.approx(
-        least_s(stretch.rates_per_s[9]) / least_s(1e-6), rel=1e-3
+        least_s(stretch.loads[9] / work_s) / least_s(1e-6 * capacity.rate_per_s), rel=1e-3
     )
+
+
+def test_pooled_traces_count_alike() -> None:
+    few, many = trace(1, 300), trace(3, 9000)
+    many = Trace(many.arrival_s, many.prompt_tokens + 1000, many.output_tokens, many.duration_s)
+    pooled = pool_traces([few, many])
+    assert len(pooled) == 600
+    assert (pooled.prompt_tokens >= 1000).sum() == 300
+    assert set(pooled.prompt_tokens[:300]) == set(few.prompt_tokens)
+    assert pool_traces([few]) is few
