@@ -6,7 +6,6 @@ episode on both paths equal. Only the surrogate can record columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +18,7 @@ from engine.cluster import ClusterEvent, Drivable, SloSpec
 from envs.reward import (
     RewardConfig,
     RewardTerms,
+    log_worths,
     lone_seconds,
     reward_terms,
     slo_met,
@@ -102,7 +102,8 @@ class ColumnLedger:
         self._stretch = config.stretch.of(config, trace)
         self._reference_s = self._stretch * lone_seconds(config, trace)
         worst_s = config.utility.worst_slowdown * self._reference_s
-        self._due_s = trace.arrival_s + start_s + worst_s
+        self._arrival_s = trace.arrival_s + start_s
+        self._due_s = self._arrival_s + worst_s
         self._is_charged = np.zeros(len(trace), np.bool_)
 
     def settle(
@@ -123,19 +124,24 @@ class ColumnLedger:
         unserved += int(overdue.sum())
         return reward_terms(self.config, served, unserved, switched_bytes, device_s)
 
+    def open_worth(self, now_s: float) -> float:
+        """At most what the requests that are still open will be worth: as if all that arrived
+        until `now_s` ended then, their objective missed."""
+        config, weigh = self.config, self.config.utility
+        is_open = ~self._is_charged & (self._arrival_s <= now_s)
+        slowdown = (now_s - self._arrival_s[is_open]) / self._reference_s[is_open]
+        worth = (weigh.latency + weigh.tpot) * log_worths(slowdown, weigh.worst_slowdown)
+        return float((worth - weigh.slo).sum()) / config.scale_requests
+
     def _parts(self, ended: TrafficColumns) -> Seconds:
         """[3, E] `parts_of_utility` of each request, as if it had finished."""
         config, weigh = self.config, self.config.utility
-
-        def log_worth(slowdown: Seconds) -> Seconds:
-            fall = 2.0 * np.log(np.maximum(slowdown, 1e-9)) / math.log(weigh.worst_slowdown)
-            return np.clip(1.0 - fall, -1.0, 1.0)
-
+        worst = weigh.worst_slowdown
         latency_s = ended.finish_s - ended.ended_arrival_s
-        by_latency = log_worth(latency_s / self._reference_s[ended.index])
+        by_latency = log_worths(latency_s / self._reference_s[ended.index], worst)
         reference_s = self._stretch[ended.index] * config.ref_tpot_s
         by_tpot = np.where(
-            ended.output_tokens > 1, log_worth(tpot_of(ended) / reference_s), by_latency
+            ended.output_tokens > 1, log_worths(tpot_of(ended) / reference_s, worst), by_latency
         )
         by_slo = np.where(slo_met(config.slo, ended), 1.0, -1.0)
         return np.stack([weigh.latency * by_latency, weigh.tpot * by_tpot, weigh.slo * by_slo])

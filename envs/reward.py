@@ -143,6 +143,12 @@ def log_worth(slowdown: float, worst_slowdown: float) -> float:
     return max(-1.0, min(1.0, 1.0 - fall))
 
 
+def log_worths(slowdown: Seconds, worst_slowdown: float) -> Seconds:
+    """`log_worth` of each."""
+    fall = 2.0 * np.log(np.maximum(slowdown, 1e-9)) / math.log(worst_slowdown)
+    return np.clip(1.0 - fall, -1.0, 1.0)
+
+
 def parts_of_utility(
     config: RewardConfig, outcome: RequestOutcome, stretch: float
 ) -> tuple[float, float, float]:

@@ -65,7 +65,12 @@ def _workload(trained: ExperimentConfig, options: SettingOptions) -> WorkloadSec
     """The policy's training traffic with what the options change; training days never carry over
     to another trace."""
     values: dict[str, Any] = trained.workload.model_dump()
-    values |= {"trace": options.trace, "traces": (), "folder": Path(), "days": parse_days(options.days)}
+    values |= {
+        "trace": options.trace,
+        "traces": (),
+        "folder": Path(),
+        "days": parse_days(options.days),
+    }
     if options.length_factor is not None:
         values["length_factor"] = options.length_factor
     if options.load is not None:

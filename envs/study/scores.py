@@ -10,7 +10,8 @@ import numpy as np
 
 from controller.workload import assign
 from engine.cluster import SloSpec, WorkloadTyping
-from envs.reward import slo_met
+from envs.columns import ColumnLedger
+from envs.reward import RewardConfig, slo_met, tpot_of
 from envs.workload import Trace
 from policies.base import TrafficColumns
 
@@ -34,6 +35,7 @@ class Objectives:
     interactive: SloSpec
     batch: SloSpec
     is_batch: tuple[bool, ...]  # [J]
+    reward: RewardConfig  # whose utility is J
 
     def attainment(self, records: Sequence[WindowRecord], typing: WorkloadTyping) -> dict[str, int]:
         """Requests that meet each."""
@@ -48,10 +50,17 @@ class Objectives:
         return met
 
 
+def total_utility(config: RewardConfig, record: WindowRecord) -> float:
+    """Of all requests of a window; of those still open at its end at most what they come to."""
+    ledger = ColumnLedger(config, record.trace, 0.0)
+    ended = ledger.settle(record.traffic, record.end_s).total
+    return (ended + ledger.open_worth(record.end_s)) * config.scale_requests
+
+
 @dataclass(frozen=True, slots=True)
 class RunScore:
     """A rule over all windows. Latency counts every request that was not rejected, with its age at
-    the end where it has not finished; attainment counts every arrival."""
+    the end where it has not finished; attainment and utility count every arrival."""
 
     rule: str
     arrived: int
@@ -62,6 +71,8 @@ class RunScore:
     ttft_p99_s: float
     tpot_p99_s: float
     attainment: dict[str, float]
+    utility: float  # J: mean worth of a request, from -1 to 1
+    windows: list[dict[str, float]]  # utility (a sum), arrived and switches of each
     unfinished: int
     rejected: int
     device_hours: float
@@ -73,6 +84,8 @@ class RunScore:
         def short(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: short(v) for k, v in value.items()}
+            if isinstance(value, list):
+                return [short(v) for v in value]
             return round(value, 5) if isinstance(value, float) else value
 
         return {key: short(value) for key, value in asdict(self).items()}
@@ -122,11 +135,17 @@ def score_run(
     latency_s = np.concatenate([(ended.finish_s - ended.ended_arrival_s)[done], ages_s])
     ttft_s = (ended.first_token_s - ended.ended_arrival_s)[done]
     several = done & (ended.output_tokens > 1)
-    tpot_s = ((ended.finish_s - ended.first_token_s) / np.maximum(ended.output_tokens - 1, 1))[
-        several
-    ]
+    tpot_s = tpot_of(ended)[several]
     arrived = sum(len(r.trace) for r in records)
     met = objectives.attainment(records, typing)
+    windows: list[dict[str, float]] = [
+        {
+            "utility": total_utility(objectives.reward, r),
+            "arrived": len(r.trace),
+            "switches": r.num_switches,
+        }
+        for r in records
+    ]
 
     def percentile(values: Any, q: float) -> float:
         return float(np.percentile(values, q)) if len(values) else 0.0
@@ -141,6 +160,8 @@ def score_run(
         ttft_p99_s=percentile(ttft_s, 99),
         tpot_p99_s=percentile(tpot_s, 99),
         attainment={name: count / arrived for name, count in met.items()},
+        utility=sum(w["utility"] for w in windows) / arrived,
+        windows=windows,
         unfinished=len(ages_s),
         rejected=int((~done).sum()),
         device_hours=sum(r.device_s for r in records) / 3600.0,

@@ -18,7 +18,9 @@ from controller.workload import PromptPosterior, assign, centres
 from engine.cluster import WorkloadTyping, deployment_key, parse_deployment_key
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
+from envs.experiment import experiment_reward
 from envs.lookahead import EnvOutlook
+from envs.reward import RewardConfig
 from envs.scenarios import DeviceFailure, Disturbances
 from envs.serving_env import ServingEnv
 from envs.study.config import GENERATED, Cell, StudyConfig
@@ -29,6 +31,7 @@ from envs.traffic import (
     fit_trace_typing,
     homogeneous_keys,
     mean_mix,
+    measure_capacity,
     spaced_windows,
 )
 from envs.workload import Trace, WorkloadConfig, generate
@@ -152,6 +155,9 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
 
     scored_windows = loaded(scored, 1)
     tuning = loaded(spaced_windows(training, windows.tuning, windows.window_s), 0)
+    interactive = read_slo().spec(cluster.profile.device, "interactive")
+    measured = measure_capacity(planner, test, typing)
+    reward = experiment_reward(planner, measured, interactive, device_hour_cost=0.0)
     return World(
         config,
         cell,
@@ -165,17 +171,19 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
         {key: factor * load for key, load in loads.items()},
         factor * moving,
         factor,
-        _objectives(cluster, typing),
+        _objectives(cluster, typing, reward),
         _first_key(planner, parts_of(tuning, windows.peak_s, typing)),
     )
 
 
-def _objectives(cluster: ProfiledCluster, typing: WorkloadTyping) -> Objectives:
+def _objectives(
+    cluster: ProfiledCluster, typing: WorkloadTyping, reward: RewardConfig
+) -> Objectives:
     """Of the types those with the longer half of requests are batch in the mixed objective."""
     slo, device = read_slo(), cluster.profile.device
     tokens = centres(typing).sum(axis=1)
     is_batch = tuple(bool(t > np.median(tokens)) for t in tokens)
-    return Objectives(slo.spec(device, "interactive"), slo.spec(device, "batch"), is_batch)
+    return Objectives(reward.slo, slo.spec(device, "batch"), is_batch, reward)
 
 
 def mean_latency_s(planner: Planner, parts: Sequence[Part], key: str) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.cluster import SloSpec, WorkloadType, WorkloadTyping
+from engine.cluster import SloSpec, UtilitySpec, WorkloadType, WorkloadTyping
 from engine.config import load_config
+from envs.reward import RewardConfig
 from envs.study.__main__ import main
 from envs.study.cell import run_cell
 from envs.study.config import DEFAULT_STUDY, Cell, StudyConfig, Windows
@@ -129,13 +131,21 @@ def test_scores_by_hand() -> None:
         output_tokens=np.full(2, 3),
     )
     typing = WorkloadTyping((WorkloadType("only", 10.0, 3.0),), (1.0,))
-    objectives = Objectives(SloSpec(2.0, 1.0), SloSpec(2.0, 10.0), (True,))
+    slo = SloSpec(2.0, 1.0)
+    reward = RewardConfig(1.0, 0.0, 0.5, UtilitySpec(0.5, 0.3, 0.2, 16.0), slo)
+    objectives = Objectives(slo, SloSpec(2.0, 10.0), (True,), reward)
     record = WindowRecord(trace, columns, 10.0, 40.0, 1, 2.0)
     found = score_run("rule", [record], objectives, typing)
     assert found.latency_s == pytest.approx((2 + 8 + 6) / 3)
     assert found.latency_geometric_s == pytest.approx((2 * 8 * 6) ** (1 / 3))
     assert found.attainment == pytest.approx({"interactive": 1 / 3, "batch": 2 / 3, "mixed": 2 / 3})
     assert found.unfinished == 1
+    ended = (
+        0.3 * (1 - 2 * math.log(7) / math.log(16)) - 0.2
+    )  # 4 times the reference, tokens 7 times
+    waiting = 0.8 * (1 - 2 * math.log(3) / math.log(16)) - 0.2
+    assert found.utility == pytest.approx((1.0 + ended + waiting) / 3)
+    assert found.windows == [{"utility": found.utility * 3, "arrived": 3, "switches": 1}]
     later = score_run("rule", [arrived_since(record, 0.5)], objectives, typing)
     assert later.latency_s == pytest.approx((8 + 6) / 2)
     assert later.arrived == 2
