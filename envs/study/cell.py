@@ -142,13 +142,15 @@ def _statics(world: World, report: Report) -> list[RunScore]:
 
 
 def _tune(world: World, report: Report) -> HysteresisConfig:
-    """The settings of hysteresis with the least mean latency on the tuning windows."""
+    """The settings of hysteresis that are best on the tuning windows."""
     found = []
     for setting in hysteresis_settings(world):
         report(f"tuning hysteresis {setting.horizon_s:g} s, {setting.num_ticks}")
         pipeline = rule_pipeline(world)
         records = run_windows(world, world.training, hysteresis_policy(setting), pipeline)
-        found.append((_score(world, "", records).latency_s, setting))
+        score = _score(world, "", records)
+        by_utility = world.config.tuning.by == "utility"
+        found.append((-score.utility if by_utility else score.latency_s, setting))
     return min(found, key=lambda pair: pair[0])[1]
 
 

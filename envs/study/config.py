@@ -7,11 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from policies.guarded import GuardedConfig
 from policies.mpc import MpcConfig
 from policies.oracle import BeamConfig
 
 GENERATED = "generated"  # the embedded generator in place of a trace file
-Ladder = Literal["full", "rules", "failures"]
+Ladder = Literal["full", "rules", "failures", "policy"]
 
 
 class _Section(BaseModel):
@@ -42,7 +43,11 @@ class Cell(_Section):
     lost_devices: int = Field(default=0, ge=0, description="lost a third into each window")
     ladder: Ladder = Field(
         default="rules",
-        description="full: also those that look ahead; failures: keep and those that re-plan",
+        description="full: also those that look ahead; failures: keep and those that re-plan; "
+        "policy: those that a learned policy is compared with",
+    )
+    policy: str | None = Field(
+        default=None, description="folder of checkpoints, one a seed, in policies/artifacts"
     )
     windows: Windows | None = Field(default=None, description="in place of the study's own")
 
@@ -53,6 +58,7 @@ class Tuning(_Section):
     horizon_s: tuple[float, ...] = Field(min_length=1)
     num_ticks: tuple[int, ...] = Field(min_length=1)
     margin: tuple[float, ...] = Field(min_length=1)
+    by: Literal["latency", "utility"] = Field(default="latency", description="what is best")
 
 
 class StudyConfig(_Section):
@@ -67,6 +73,9 @@ class StudyConfig(_Section):
     tuning: Tuning
     mpc: MpcConfig
     beam: BeamConfig
+    guarded: GuardedConfig = Field(
+        default=GuardedConfig(), description="of the learned policies of a cell together"
+    )
     beam_deployments: int = Field(ge=1, description="deployments that the beam chooses from")
     cells: tuple[Cell, ...] = Field(min_length=1)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from controller.build import build_pipeline
+from controller.build import build_pipeline, pipeline_from_facts
 from controller.decision import DecisionConfig, DecisionPipeline, PreparedDecision
 from engine.cluster import Routing, SwitchMode, SwitchPlan, parse_deployment_key
+from engine.errors import CheckpointError
 from envs.lookahead import EnvOutlook
 from envs.study.world import PREDICTOR, MakePolicy, World
 from policies.base import ObservationSpec, Policy
@@ -21,9 +23,12 @@ from policies.baselines import (
     ScalingPolicy,
     WorkFunctionPolicy,
 )
+from policies.checkpoint import MANIFEST, load_manifest, load_policy
+from policies.guarded import GuardedPolicy
 from policies.mpc import MpcPolicy
 
 SLOW_GRID_S = 60.0  # between decisions of rules that plan each minute, and of those that stay
+ARTIFACTS = Path(__file__).parents[2] / "policies" / "artifacts"
 MANY_ROWS = 24  # candidates of rules that count replicas
 
 
@@ -169,12 +174,45 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
     if world.cell.ladder == "failures":
         names = ("keep", "homogeneous_replanned", "oserve", "replanned", "hysteresis")
         return [rule for rule in rules if rule.name in names]
+    if world.cell.ladder == "policy":
+        names = ("keep", "oserve", "greedy", "hysteresis")
+        rules = [rule for rule in rules if rule.name in names]
+    if world.cell.policy is not None:
+        rules += learned(world, ARTIFACTS / world.cell.policy, tuned)
     if world.cell.ladder == "full":
         rules += [
             Rule("mpc", "looks ahead on draws from the forecast", rule_pipeline, looking(False)),
             Rule("mpc_perfect", "looks ahead on the true future", rule_pipeline, looking(True)),
         ]
     return rules
+
+
+def learned(world: World, folder: Path, tuned: HysteresisConfig) -> list[Rule]:
+    """Each checkpoint in the folder, and all of them guarded by hysteresis.
+
+    Raises CheckpointError.
+    """
+    seeds = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not seeds:
+        raise CheckpointError(f"{folder} has no folders with checkpoints, such as seed0.")
+    loaded = {seed.name: load_policy(seed) for seed in seeds}
+
+    def pipeline(world: World) -> DecisionPipeline:
+        return pipeline_from_facts(load_manifest(seeds[0]), world.cluster)
+
+    def together(spec: ObservationSpec) -> Policy:
+        rule = HysteresisPolicy(spec, tuned)
+        return GuardedPolicy(tuple(loaded.values()), rule, world.config.guarded)
+
+    def alone(policy: Policy) -> MakePolicy:
+        return lambda pipeline, env: policy
+
+    each = [
+        Rule(f"ppo {name}", "trained, alone", pipeline, alone(policy))
+        for name, policy in loaded.items()
+    ]
+    meaning = "trained policies where they agree, else hysteresis"
+    return [*each, Rule("guarded", meaning, pipeline, _of_spec(together))]
 
 
 def hysteresis_settings(world: World) -> list[HysteresisConfig]:

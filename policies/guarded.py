@@ -1,0 +1,87 @@
+"""A learned policy that acts only where it is sure, and leaves everything else to a rule.
+
+Several policies that were trained alike but for their seeds stand for what is not known: where they
+agree on another row than the rule's, and each of them prefers it by a margin, it is taken; else the
+rule decides. Exploration, when asked for, stays among rows that nearly tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import InvalidRequestError
+from policies.base import Observation, Policy
+
+Floats = NDArray[np.float64]
+LEAST = 1e-12  # probability that counts in place of zero
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedConfig:
+    """When the members may overrule the rule."""
+
+    margin: float = 0.5  # ln of how many times as probable as the rule's row theirs must be
+    agreement: float = 1.0  # share of the members that must prefer the same row by the margin
+    epsilon: float = 0.0  # probability shared by the rows that nearly tie with the chosen one
+    tie: float = 0.25  # ln of how much less probable, in the members' mean, such a row may be
+
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.tie < 0 or not 0.5 < self.agreement <= 1:
+            raise InvalidRequestError(
+                "a guarded policy needs margin and tie of at least 0 and an agreement above 0.5 "
+                f"and up to 1, got {self.margin}, {self.tie} and {self.agreement}."
+            )
+        if not 0 <= self.epsilon < 1:
+            raise InvalidRequestError(f"epsilon must be in [0, 1), got {self.epsilon}.")
+
+
+class GuardedPolicy:
+    """`members` overrule `rule` where they are sure. All see the same observation and mask."""
+
+    def __init__(
+        self,
+        members: Sequence[Policy],
+        rule: Policy,
+        config: GuardedConfig | None = None,
+        name: str = "guarded",
+    ) -> None:
+        assert members, "at least one member"
+        self.members, self.rule, self.name = tuple(members), rule, name
+        self.config = config or GuardedConfig()
+
+    def reset(self) -> None:
+        for policy in (*self.members, self.rule):
+            policy.reset()
+
+    def probabilities(self, observation: Observation) -> Floats:
+        """[K] float64; see `policies.base.Policy`."""
+        by_rule = self.rule.probabilities(observation)
+        logs = np.log([np.maximum(m.probabilities(observation), LEAST) for m in self.members])
+        chosen = self._chosen(logs, int(np.argmax(by_rule)))
+        if chosen is None:
+            return by_rule if not self.config.epsilon else self._explore(logs, by_rule, observation)
+        certain = np.zeros(len(observation.mask), np.float64)
+        certain[chosen] = 1.0
+        return self._explore(logs, certain, observation) if self.config.epsilon else certain
+
+    def _chosen(self, logs: Floats, by_rule: int) -> int | None:
+        """The row that enough of the members prefer by the margin; None: the rule's. [M, K]"""
+        best = logs.argmax(axis=1)
+        votes = np.bincount(best, minlength=logs.shape[1])
+        row = int(votes.argmax())
+        gains = logs[best == row, row] - logs[best == row, by_rule]
+        sure = int((gains > self.config.margin).sum()) >= self.config.agreement * len(logs)
+        return row if row != by_rule and sure else None
+
+    def _explore(self, logs: Floats, chosen: Floats, observation: Observation) -> Floats:
+        """`epsilon` of the probability, evenly over the legal rows that nearly tie."""
+        mean, top = logs.mean(axis=0), int(chosen.argmax())
+        near = observation.mask & (mean >= mean[top] - self.config.tie)
+        near[top] = True
+        epsilon = self.config.epsilon
+        mixed: Floats = (1.0 - epsilon) * chosen + epsilon * near / near.sum()
+        return mixed
