@@ -39,9 +39,8 @@ def _chosen(args: argparse.Namespace, config: StudyConfig, done: dict[str, Any])
         raise SystemExit(f"cells {unknown} are not in {args.config}; it has {', '.join(known)}.")
     if args.cells:
         return [known[name] for name in args.cells]
-    wanted = [
-        c for c in config.cells if done.get(c.name, {}).get("cell") != c.model_dump(mode="json")
-    ]
+    ran = [Cell.model_validate(result["cell"]) for result in done.values()]
+    wanted = [cell for cell in config.cells if cell not in ran]
     if args.traces is None:
         skipped = [c.name for c in wanted if c.trace != GENERATED]
         if skipped:

@@ -175,8 +175,8 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
         names = ("keep", "homogeneous_replanned", "oserve", "replanned", "hysteresis")
         return [rule for rule in rules if rule.name in names]
     if world.cell.ladder == "policy":
-        names = ("keep", "oserve", "greedy", "hysteresis")
-        rules = [rule for rule in rules if rule.name in names]
+        peers = ("keep", "oserve", "greedy", "hysteresis")
+        rules = [rule for rule in rules if rule.name in peers]
     if world.cell.policy is not None:
         rules += learned(world, ARTIFACTS / world.cell.policy, tuned)
     if world.cell.ladder == "full":
