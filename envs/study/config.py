@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from envs.adversarial import Adversary
 from policies.guarded import GuardedConfig
 from policies.mpc import MpcConfig
 from policies.oracle import BeamConfig
@@ -41,6 +42,7 @@ class Cell(_Section):
     load: float = Field(gt=0, description="peak over the best static capacity")
     length_factor: float = Field(default=1.0, gt=0, description="multiplies lengths in tokens")
     lost_devices: int = Field(default=0, ge=0, description="lost a third into each window")
+    adversary: Adversary | None = Field(default=None, description="that shapes what is scored")
     ladder: Ladder = Field(
         default="rules",
         description="full: also those that look ahead; failures: keep and those that re-plan; "

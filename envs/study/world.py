@@ -153,7 +153,10 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
             for w, rng in zip(found, rngs, strict=True)
         )
 
-    scored_windows = loaded(scored, 1)
+    scored_windows, adversary = loaded(scored, 1), cell.adversary
+    if adversary is not None:
+        rng = np.random.default_rng((config.seed, 2))
+        scored_windows = tuple(adversary.shape(w, typing, rng) for w in scored_windows)
     tuning = loaded(spaced_windows(training, windows.tuning, windows.window_s), 0)
     interactive = read_slo().spec(cluster.profile.device, "interactive")
     measured = measure_capacity(planner, test, typing)
@@ -228,7 +231,10 @@ def make_env(world: World, window: Trace, pipeline: DecisionPipeline, key: str) 
     failures = tuple(
         DeviceFailure(lost_at_s(window), device, 2.0 * window.duration_s) for device in range(lost)
     )
-    return ServingEnv(replace(parts, make_disturbances=lambda rng, s: Disturbances(failures)))
+    adversary = world.cell.adversary
+    stale = adversary.disturbances(window.duration_s).stale if adversary else ()
+    drawn = Disturbances(failures, stale)
+    return ServingEnv(replace(parts, make_disturbances=lambda rng, s: drawn))
 
 
 def _run_window(
