@@ -14,8 +14,9 @@ import numpy as np
 from controller.decision import DecisionPipeline
 from controller.monitor import LENGTH_MEMORY, Monitor
 from controller.workload import assign
-from engine.cluster import ClusterEvent, Drivable, SloSpec
+from engine.cluster import ClusterEvent, ClusterSnapshot, Drivable, SloSpec
 from envs.reward import (
+    WORST,
     RewardConfig,
     RewardTerms,
     log_worths,
@@ -26,7 +27,7 @@ from envs.reward import (
 )
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
-from policies.base import Counts, Seconds, TrafficColumns
+from policies.base import Counts, Rollout, Seconds, TrafficColumns
 
 
 @runtime_checkable
@@ -123,6 +124,12 @@ class ColumnLedger:
         self._is_charged |= overdue
         unserved += int(overdue.sum())
         return reward_terms(self.config, served, unserved, switched_bytes, device_s)
+
+    def loss(self, before: ClusterSnapshot, after: Rollout) -> float:
+        """By how much requests that ended in a stretch of simulated time miss a worth of 1."""
+        ended = after.traffic
+        served = self._parts(ended)[:, ended.finished].sum()
+        return float(len(ended.finished) - served - WORST * (~ended.finished).sum())
 
     def open_worth(self, now_s: float) -> float:
         """At most what the requests that are still open will be worth: as if all that arrived

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from engine.cluster import ClusterSnapshot, SwitchPlan, deployment_key
 from engine.errors import InvalidRequestError, TidewrightError
-from policies.base import Future, Simulator, TrafficColumns, request_seconds
+from policies.base import Future, Rollout, Simulator, TrafficColumns, request_seconds
 
 Floats = NDArray[np.float64]
+Cost = Callable[[ClusterSnapshot, Rollout], float]
+"""What a stretch of simulated time costs, 0 or more; given the snapshot before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class World:
     keys: tuple[str, ...]
     plan: Callable[[ClusterSnapshot, str], SwitchPlan | None]  # None: it cannot be reached
     future: Callable[[float, float], Future]  # the arrivals in (from, to]
+    cost: Cost = request_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Course:
 
     simulator: Simulator
     snapshot: ClusterSnapshot
-    spent_s: float  # by all requests in the system
+    spent: float  # the sum of `World.cost`
     switches: tuple[tuple[float, str], ...] = ()
     traffic: tuple[TrafficColumns, ...] = ()
 
@@ -62,15 +65,15 @@ class Course:
         return self.switches[-1][1] if going else deployment_key(self.snapshot.deployment.configs)
 
     @property
-    def cost_s(self) -> float:
-        """What is still in the system is charged once more for the mean time in it so far."""
+    def cost(self) -> float:
+        """What is still in the system is charged as requests were in the mean so far."""
         now = self.snapshot
         left = now.num_arrived - now.num_finished - now.num_rejected
-        return self.spent_s * (1.0 + left / max(now.num_arrived, 1))
+        return self.spent * (1.0 + left / max(now.num_arrived, 1))
 
 
 def beam_search(start: Simulator, world: World, until_s: float, config: BeamConfig) -> Course:
-    """The course with the least request-seconds that the beam finds."""
+    """The course with the least cost that the beam finds."""
     beam = [Course(start.fork(), start.snapshot(), 0.0)]
     now_s = beam[0].snapshot.now_s
     while now_s < until_s - 1e-9:
@@ -108,7 +111,7 @@ def _roll(
     return Course(
         simulator,
         after.snapshot,
-        course.spent_s + request_seconds(before, after),
+        course.spent + world.cost(before, after),
         switches,
         (*course.traffic, after.traffic),
     )
@@ -117,7 +120,7 @@ def _roll(
 def _best(courses: list[Course], width: int) -> list[Course]:
     """The best of each deployment, and of those the best: a beam of equals sees one future."""
     kept: dict[str, Course] = {}
-    for course in sorted(courses, key=lambda c: c.cost_s):
+    for course in sorted(courses, key=lambda c: c.cost):
         kept.setdefault(course.key, course)
     return list(kept.values())[:width]
 

@@ -16,6 +16,7 @@ from engine.cluster import (
     parse_deployment_key,
 )
 from engine.errors import InfeasibleError
+from envs.columns import ColumnLedger
 from envs.lookahead import future_of
 from envs.study.bounds import bounds
 from envs.study.config import Cell, StudyConfig
@@ -40,7 +41,7 @@ from envs.study.world import (
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import homogeneous_keys
 from envs.workload import Trace
-from policies.base import TrafficColumns
+from policies.base import TrafficColumns, request_seconds
 from policies.baselines import HysteresisConfig
 from policies.oracle import World as Beam
 from policies.oracle import beam_search
@@ -60,9 +61,13 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         pipeline = rule.pipeline(world)
         records = run_windows(world, world.test, rule.policy, pipeline)
         runs.append(_score(world, rule.name, records, {"meaning": rule.meaning}))
+    training: dict[str, float] = {}
     if cell.ladder == "full":
         report("beam")
-        runs.append(_beam(world, statics))
+        runs.append(_beam(world, world.test, statics))
+        if cell.policy is not None:
+            report("headroom on training days")
+            training = _training_headroom(world, tuned, statics)
     return {
         "cell": cell.model_dump(mode="json"),
         "capacity": _capacity(world),
@@ -75,6 +80,7 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         "initial": world.initial_key,
         "hysteresis": asdict(tuned),
         "bounds": bounds(world),
+        "training": training,
         "runs": [run.to_json() for run in runs],
         "took_s": round(time.perf_counter() - began_s, 1),
     }
@@ -149,22 +155,35 @@ def _tune(world: World, report: Report) -> HysteresisConfig:
         pipeline = rule_pipeline(world)
         records = run_windows(world, world.training, hysteresis_policy(setting), pipeline)
         score = _score(world, "", records)
-        by_utility = world.config.tuning.by == "utility"
-        found.append((-score.utility if by_utility else score.latency_s, setting))
+        found.append((_badness(world, score), setting))
     return min(found, key=lambda pair: pair[0])[1]
+
+
+def _badness(world: World, score: RunScore) -> float:
+    return -score.utility if world.config.by == "utility" else score.latency_s
 
 
 # --------------------------------------------------------------------------------------
 # The beam
 
 
-def _beam(world: World, statics: Sequence[RunScore]) -> RunScore:
+def _training_headroom(
+    world: World, tuned: HysteresisConfig, statics: Sequence[RunScore]
+) -> dict[str, float]:
+    """Utility of hysteresis and of the beam on the tuning windows."""
+    pipeline = rule_pipeline(world)
+    records = run_windows(world, world.training, hysteresis_policy(tuned), pipeline)
+    by_rule, beam = _score(world, "", records), _beam(world, world.training, statics)
+    return {"hysteresis": round(by_rule.utility, 5), "beam": round(beam.utility, 5)}
+
+
+def _beam(world: World, windows: Sequence[Trace], statics: Sequence[RunScore]) -> RunScore:
     """Over the best static deployments and the fastest at every load."""
-    ranked = sorted(statics, key=lambda s: s.latency_s)
+    ranked = sorted(statics, key=lambda s: _badness(world, s))
     keys = [str(s.detail["key"]) for s in ranked if s.detail["static"] != "by_load"]
     fastest = [str(world.initial_key), _fastest(world)]
     keys = list(dict.fromkeys([*fastest, *keys]))[: world.config.beam_deployments]
-    records = [_beam_window(world, window, tuple(keys)) for window in world.test if len(window)]
+    records = [_beam_window(world, window, tuple(keys)) for window in windows if len(window)]
     return _score(world, "beam", records, {"meaning": "with hindsight", "keys": keys})
 
 
@@ -199,4 +218,6 @@ def _beam_world(world: World, window: Trace, keys: tuple[str, ...]) -> Beam:
         except InfeasibleError:
             return None
 
-    return Beam(keys, plan, lambda a, b: future_of(window, 0.0, a, b))
+    by_utility = world.config.by == "utility"
+    cost = ColumnLedger(world.objectives.reward, window, 0.0).loss if by_utility else None
+    return Beam(keys, plan, lambda a, b: future_of(window, 0.0, a, b), cost or request_seconds)

@@ -60,7 +60,6 @@ class Tuning(_Section):
     horizon_s: tuple[float, ...] = Field(min_length=1)
     num_ticks: tuple[int, ...] = Field(min_length=1)
     margin: tuple[float, ...] = Field(min_length=1)
-    by: Literal["latency", "utility"] = Field(default="latency", description="what is best")
 
 
 class StudyConfig(_Section):
@@ -77,6 +76,9 @@ class StudyConfig(_Section):
     beam: BeamConfig
     guarded: GuardedConfig = Field(
         default=GuardedConfig(), description="of the learned policies of a cell together"
+    )
+    by: Literal["latency", "utility"] = Field(
+        default="latency", description="what rules are tuned by, and the beam seeks"
     )
     beam_deployments: int = Field(ge=1, description="deployments that the beam chooses from")
     cells: tuple[Cell, ...] = Field(min_length=1)
