@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only score what is committed")
     args = parser.parse_args()
     config: StudyConfig = load_config(StudyConfig, DEFAULT_STUDY, {})
-    results = read_results(RESULTS)
+    results = read_results(RESULTS / "headroom.json.gz")
     off = 0.0
     if not args.quick:
         cell = next(c for c in config.cells if c.trace == GENERATED)

@@ -117,7 +117,7 @@ class ColumnLedger:
         """As `RewardLedger.settle`."""
         index = traffic.index
         is_new = ~self._is_charged[index]
-        served = self._parts(traffic)[:, is_new & traffic.finished].sum(axis=1)
+        served = self.parts(traffic)[:, is_new & traffic.finished].sum(axis=1)
         unserved = int((is_new & ~traffic.finished).sum())
         self._is_charged[index] = True
         overdue = ~self._is_charged & (self._due_s <= now_s)
@@ -128,7 +128,7 @@ class ColumnLedger:
     def loss(self, before: ClusterSnapshot, after: Rollout) -> float:
         """By how much requests that ended in a stretch of simulated time miss a worth of 1."""
         ended = after.traffic
-        served = self._parts(ended)[:, ended.finished].sum()
+        served = self.parts(ended)[:, ended.finished].sum()
         return float(len(ended.finished) - served - WORST * (~ended.finished).sum())
 
     def open_worth(self, now_s: float) -> float:
@@ -140,7 +140,7 @@ class ColumnLedger:
         worth = (weigh.latency + weigh.tpot) * log_worths(slowdown, weigh.worst_slowdown)
         return float((worth - weigh.slo).sum()) / config.scale_requests
 
-    def _parts(self, ended: TrafficColumns) -> Seconds:
+    def parts(self, ended: TrafficColumns) -> Seconds:
         """[3, E] `parts_of_utility` of each request, as if it had finished."""
         config, weigh = self.config, self.config.utility
         worst = weigh.worst_slowdown

@@ -1,4 +1,4 @@
-"""`python -m envs.study`: runs the cells of configs/headroom.yaml; goes on where it was stopped."""
+"""`python -m envs.study`: runs the cells of a study; goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from engine.errors import TidewrightError
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
 from envs.study.report import write_page
 from envs.study.results import RESULTS, end_with_parent, read_results, run, write_results
+from envs.study.verdict import write_verdict
 
-PAGE = Path(__file__).parents[2] / "docs" / "headroom.md"
+ROOT = Path(__file__).parents[2]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m envs.study", description=__doc__)
     parser.add_argument("--config", type=Path, default=DEFAULT_STUDY, help="study (YAML)")
     parser.add_argument("--traces", type=Path, help="folder of trace files")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results (gzipped JSON)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="results, gzipped JSON (default: benchmarks/results/CONFIG.json.gz)",
+    )
     parser.add_argument("--cells", nargs="*", help="names of cells; default: those without results")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     parser.add_argument(
-        "--report", action="store_true", help="run nothing: put the results into docs/headroom.md"
+        "--report", action="store_true", help="run nothing: put the results into docs/CONFIG.md"
     )
     parser.add_argument("--verbose", action="store_true", help="say which rule is running")
     return parser.parse_args(arguments)
@@ -56,9 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     except TidewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = read_results(args.out)
+    out = args.out or RESULTS / f"{args.config.stem}.json.gz"
+    results = read_results(out)
     if args.report:
-        write_page(list(results.values()), PAGE)
+        write = write_page if config.report == "headroom" else write_verdict
+        write(list(results.values()), ROOT / "docs" / f"{args.config.stem}.md")
         return 0
     cells, traces = _chosen(args, config, results), args.traces or Path()
     context = get_context("forkserver")
@@ -68,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             for number, future in enumerate(as_completed(running), 1):
                 result = future.result()
                 results[running[future].name] = result
-                write_results(args.out, results)
+                write_results(out, results)
                 name, took_s = running[future].name, result["took_s"]
                 print(f"{number}/{len(cells)} {name}: {took_s:.0f} s", file=sys.stderr, flush=True)
         except TidewrightError as error:

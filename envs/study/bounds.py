@@ -8,8 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.profile import ProfiledCluster, StepTimeModel
+from envs.columns import ColumnLedger
+from envs.reward import RewardConfig
 from envs.study.world import World
 from envs.workload import Trace
+from policies.base import TrafficColumns
 from policies.oracle import goodput_bound, latency_bound
 
 Floats = NDArray[np.float64]
@@ -17,13 +20,14 @@ Floats = NDArray[np.float64]
 
 def bounds(world: World) -> dict[str, Any]:
     """`goodput`: the share of requests that can meet the interactive objective at most;
-    `latency_s`: the least that the mean can be."""
+    `latency_s`: the least that the mean can be; `utility`: the most that its mean can be."""
     cluster, slo = world.cluster, world.objectives.interactive
     configs = [cluster.profile.step_model(c) for c in world.planner.configs]
-    met, alone = 0, []
+    met, alone, worth = 0, [], 0.0
     for window in world.test:
         ttft_s, tpot_s = np.min(_alone(cluster, configs, window), axis=0)
         alone.append(ttft_s + tpot_s * (window.output_tokens - 1))
+        worth += best_worth(world.objectives.reward, window, ttft_s, tpot_s)
         work_s = np.min([_work_s(cluster, model, window) for model in configs], axis=0)
         due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * window.prompt_tokens
         several = window.output_tokens > 1
@@ -33,8 +37,27 @@ def bounds(world: World) -> dict[str, Any]:
     total = sum(map(len, world.test))
     return {
         "goodput": round(met / max(total, 1), 5),
+        "utility": round(worth / max(total, 1), 5),
         "latency_s": round(latency_bound(np.concatenate(alone)), 5) if total else 0.0,
     }
+
+
+def best_worth(reward: RewardConfig, window: Trace, ttft_s: Floats, tpot_s: Floats) -> float:
+    """Sum of the utilities of requests that have these times alone on the best configuration."""
+    several = np.maximum(window.output_tokens - 1, 0)
+    first_s = window.arrival_s + ttft_s
+    ended = TrafficColumns(
+        window.arrival_s,
+        window.prompt_tokens,
+        np.arange(len(window)),
+        np.ones(len(window), np.bool_),
+        window.arrival_s,
+        first_s,
+        first_s + tpot_s * several,
+        window.prompt_tokens,
+        window.output_tokens,
+    )
+    return float(ColumnLedger(reward, window, 0.0).parts(ended).sum())
 
 
 def _alone(

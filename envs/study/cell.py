@@ -62,7 +62,7 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         records = run_windows(world, world.test, rule.policy, pipeline)
         runs.append(_score(world, rule.name, records, {"meaning": rule.meaning}))
     training: dict[str, float] = {}
-    if cell.ladder == "full":
+    if cell.ladder == "full" or cell.beam:
         report("beam")
         runs.append(_beam(world, world.test, statics))
         if cell.policy is not None:

@@ -13,6 +13,7 @@ from policies.mpc import MpcConfig
 from policies.oracle import BeamConfig
 
 GENERATED = "generated"  # the embedded generator in place of a trace file
+Role = Literal["seen", "unseen", "bursts", "misleading"]
 Ladder = Literal["full", "rules", "failures", "policy"]
 
 
@@ -48,6 +49,10 @@ class Cell(_Section):
         description="full: also those that look ahead; failures: keep and those that re-plan; "
         "policy: those that a learned policy is compared with",
     )
+    beam: bool = Field(default=False, description="hindsight too, as in the full ladder")
+    role: Role = Field(
+        default="seen", description="of the traffic, to the policies: whether they trained on it"
+    )
     policy: str | None = Field(
         default=None, description="folder of checkpoints, one a seed, in policies/artifacts"
     )
@@ -65,6 +70,9 @@ class Tuning(_Section):
 class StudyConfig(_Section):
     """One study."""
 
+    report: Literal["headroom", "verdict"] = Field(
+        default="headroom", description="what the page made from the results says"
+    )
     windows: Windows
     num_types: int = Field(ge=1)
     num_equal: int = Field(ge=1, description="static deployments of equal replicas, simulated")

@@ -216,11 +216,15 @@ def plot(results: Sequence[Result], path: Path) -> None:
 BEGIN, END = "<!-- begin: made by `python -m envs.study --report` -->", "<!-- end -->"
 
 
+def fill_page(parts: Sequence[str], page: Path) -> None:
+    """Puts paragraphs between the marks of a page."""
+    before, rest = page.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+
+
 def write_page(results: Sequence[Result], page: Path) -> None:
     """Puts the figures and tables between the marks of a page, and the plot beside it."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
     shown = table(
         ([name, f"{value:.4f}"] for name, value in figures(results).items()), ("figure", "mean")
     )
@@ -233,5 +237,5 @@ def write_page(results: Sequence[Result], page: Path) -> None:
         "Lost devices, requests that arrive after the loss:",
         loss_table(results),
     ]
-    page.write_text(before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+    fill_page(parts, page)
     plot(results, page.with_suffix(".png"))

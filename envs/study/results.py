@@ -15,7 +15,7 @@ from typing import Any
 from envs.study.cell import run_cell
 from envs.study.config import Cell, StudyConfig
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "headroom.json.gz"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_every_rule_meets_the_same_requests_and_no_bound_is_beaten(result: dict[
         assert run["arrived"] == result["requests"] > 50
         assert run["attainment"]["interactive"] <= bound["goodput"] <= 1.0
         assert run["latency_s"] >= bound["latency_s"] > 0.0
+        assert -1.0 <= run["utility"] <= bound["utility"] <= 1.0
         assert run["latency_p50_s"] <= run["latency_p99_s"]
     keep, first = run_of(result, "keep"), result["initial"]
     assert keep is not None

@@ -1,0 +1,118 @@
+"""What learned policies are worth, from results written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import load_config
+from envs.study.config import DEFAULT_STUDY, StudyConfig
+from envs.study.report import BEGIN, END
+from envs.study.verdict import capacity_at, figures, gains, interval, worth_ratio_low, write_verdict
+
+POLICY = DEFAULT_STUDY.with_name("policy.yaml")
+
+
+def run(rule: str, utilities: list[float], latency_s: float, **detail: str) -> dict[str, Any]:
+    windows = [{"utility": 10.0 * u, "arrived": 10, "switches": 1} for u in utilities]
+    return {
+        "rule": rule,
+        "utility": float(np.mean(utilities)),
+        "windows": windows,
+        "latency_s": latency_s,
+        "latency_p99_s": 10 * latency_s,
+        "attainment": {"interactive": 1.0 - latency_s / 10.0},
+        "switches": len(utilities),
+        "detail": detail,
+    }
+
+
+def result(name: str, role: str, guarded: list[float], **cell: Any) -> dict[str, Any]:
+    return {
+        "cell": {"name": name, "role": role, "load": 0.85, "trace": "t", "devices": 8} | cell,
+        "seconds": 7200.0,
+        "bounds": {"utility": 0.9},
+        "training": {"hysteresis": 0.4, "beam": 0.5},
+        "runs": [
+            run("static 2xtp4pp1", [0.3, 0.3], 3.0, static="equal", key="2xtp4pp1"),
+            run("static 1xtp8pp1", [0.2, 0.2], 4.0, static="equal", key="1xtp8pp1"),
+            run("oserve", [0.3, 0.3], 3.0),
+            run("greedy", [0.3, 0.3], 3.0),
+            run("hysteresis", [0.4, 0.4], 2.5),
+            run("ppo seed0", [0.4, 0.5], 2.4),
+            run("ppo seed1", [0.6, 0.5], 2.4),
+            run("guarded", guarded, 2.0),
+            run("beam", [0.6, 0.6], 1.5),
+        ],
+    }
+
+
+def test_figures_by_hand() -> None:
+    cells = [result("a", "seen", [0.5, 0.5]), result("b", "bursts", [0.4, 0.3])]
+    found = figures(cells)
+    assert found["latency_vs_static_mean"] == pytest.approx(1.5)
+    assert found["latency_vs_oserve_mean"] == pytest.approx(1.5)
+    assert found["goodput_vs_static_mean"] == pytest.approx(0.8 / 0.7, abs=1e-4)
+    assert found["j_vs_hysteresis"] == pytest.approx(0.1)
+    assert found["j_vs_hysteresis_ci_low"] == pytest.approx(0.1)
+    assert found["j_alone_vs_hysteresis"] == pytest.approx(0.1)
+    assert found["j_alone_vs_hysteresis_ci_low"] < 0.1 < found["j_alone_vs_hysteresis_ci_high"]
+    assert found["recovered_vs_beam"] == pytest.approx(0.5)
+    assert found["recovered_vs_bound"] == pytest.approx(0.2)
+    assert found["excluded_share"] == 0.0
+    assert found["switches_per_hour"] == 1.0
+    assert found["seeds"] == 2
+    low = worth_ratio_low(cells[1])
+    assert found["ood_worst_block_ci_low"] == pytest.approx(low, abs=1e-4)
+    assert low == pytest.approx(0.65 / 0.7)  # both windows drawn as the worse one
+
+
+def test_gains_are_paired_by_window() -> None:
+    cell = result("a", "seen", [0.5, 0.5])
+    assert gains(cell, ["ppo seed0", "ppo seed1"]) == pytest.approx(
+        np.array([[0, 0.2], [0.1, 0.1]])
+    )
+
+
+def test_interval_covers_the_truth() -> None:
+    """Of 60 samples of known mean about 95 % have it in their interval."""
+    rng, inside = np.random.default_rng(5), 0
+    for _ in range(60):
+        cells = [rng.normal(0.1, 0.05, (6, 1)) for _ in range(8)]
+        _, low, high = interval(cells)
+        inside += low <= 0.1 <= high
+    assert inside >= 52
+
+
+def test_capacity_is_read_between_loads() -> None:
+    cells = [
+        {"cell": {"load": load}, "attained": attained}
+        for load, attained in ((0.95, 0.7), (0.6, 0.95), (0.85, 0.85))
+    ]
+    found = capacity_at(cells, lambda r: float(r["attained"]))
+    assert found == pytest.approx(0.6 + 0.25 * 0.5)
+    assert capacity_at(cells[:1], lambda r: float(r["attained"])) is None
+
+
+def test_page_is_written_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "policy.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_verdict([result("a", "seen", [0.5, 0.5])], page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "| a | seen | 2xtp4pp1 |" in text
+    assert "old" not in text
+
+
+def test_the_cells_are_as_they_should_be() -> None:
+    """Two families are never seen in training, and Azure's minutes are bursts only."""
+    study: StudyConfig = load_config(StudyConfig, POLICY, {})
+    unseen = {c.trace for c in study.cells if c.role == "unseen"}
+    seen = {c.trace for c in study.cells if c.role == "seen"}
+    assert unseen == {"servegen_mm_image.csv.gz", "servegen_m_small.csv.gz"}
+    assert not unseen & seen
+    assert all(c.role == "bursts" for c in study.cells if c.trace.startswith("azure"))
