@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.config import load_config
-from envs.study.config import DEFAULT_STUDY, StudyConfig
+from envs.study.config import DEFAULT_STUDY, GENERATED, StudyConfig
 from envs.study.report import BEGIN, END
 from envs.study.verdict import capacity_at, figures, gains, interval, worth_ratio_low, write_verdict
 
@@ -113,6 +113,6 @@ def test_the_cells_are_as_they_should_be() -> None:
     study: StudyConfig = load_config(StudyConfig, POLICY, {})
     unseen = {c.trace for c in study.cells if c.role == "unseen"}
     seen = {c.trace for c in study.cells if c.role == "seen"}
-    assert unseen == {"servegen_mm_image.csv.gz", "servegen_m_small.csv.gz"}
+    assert unseen == {"servegen_mm_image.csv.gz", "servegen_m_small.csv.gz", GENERATED}
     assert not unseen & seen
     assert all(c.role == "bursts" for c in study.cells if c.trace.startswith("azure"))
