@@ -172,7 +172,8 @@ def _episode_draws(
     """Traffic and first deployment of an episode, drawn from the environment's generator; traffic
     by number of the episode in a group, so that its environments meet the same."""
     config, episode = experiment.config, itertools.count()
-    keys, first = static_keys(planner), config.env.initial
+    first = config.env.initial
+    keys = static_keys(planner) if first == ANY else (first,) if isinstance(first, str) else first
 
     def make_trace(rng: np.random.Generator) -> Trace:
         if group is not None:
@@ -182,7 +183,7 @@ def _episode_draws(
         return loaded.draw(load, config.env.episode_s, rng, config.scenario)
 
     def draw_key(rng: np.random.Generator) -> str:
-        return str(rng.choice(keys)) if first == ANY else first
+        return str(rng.choice(keys)) if len(keys) > 1 else keys[0]
 
     return make_trace, draw_key
 

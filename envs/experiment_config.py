@@ -74,7 +74,9 @@ class EnvSection(_Section):
     )
     episode_s: float = Field(default=3600.0, gt=0, description="seconds of an episode")
     spread: float = Field(default=0.1, ge=0, description="of step and switch times, in ln")
-    initial: str = Field(default=ANY, description="first deployment; 'any': drawn per episode")
+    initial: str | tuple[str, ...] = Field(
+        default=ANY, description="first deployment; of several, or of 'any', an episode draws one"
+    )
     device_hour_cost: float = Field(
         default=0.0, ge=0, description="reward that a device in use costs per hour"
     )
