@@ -37,7 +37,8 @@ from envs.serving_env import ServingEnv
 from envs.traffic import Shaping, Source, draw_window, generator_source
 from envs.vec_env import ServingVecEnv
 from envs.workload import Trace, WorkloadConfig
-from policies.ppo import PpoConfig, train
+from policies.ppo import PpoConfig
+from policies.training import Watch, train
 
 ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "configs" / "profiles" / "h100-llama-2-70b.json"
@@ -143,7 +144,7 @@ def measure_ppo(venv: VecEnv, setup: Setup, ppo: PpoConfig, rollouts: int) -> li
     at_s: list[float] = []
     steps = ppo.n_steps * venv.num_envs
     ppo = replace(ppo, n_timesteps=rollouts * steps)
-    train(venv, ppo, spec, seed=0, report=lambda _: at_s.append(time.perf_counter()))
+    train(venv, ppo, spec, 0, Watch(report=lambda _: at_s.append(time.perf_counter())))
     return [steps / wall_s for wall_s in np.diff(at_s)]
 
 

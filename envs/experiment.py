@@ -110,6 +110,16 @@ class Experiment:
 
         Raises InvalidRequestError.
         """
+        section = self.config.evaluation
+        return self._windows(section.num_windows, section.seed)
+
+    def selection_windows(self) -> tuple[Trace, ...]:
+        """What the best policy of a run is chosen by: the same at another seed, so that it is not
+        chosen by what it is compared on. Of traces the same spans are resampled."""
+        section = self.config.evaluation
+        return self._windows(section.eval_episodes or section.num_windows, section.seed + 1)
+
+    def _windows(self, number: int, seed: int) -> tuple[Trace, ...]:
         section, workload = self.config.evaluation, self.config.workload
         sources = self.sources
         if section.days is not None:
@@ -125,9 +135,9 @@ class Experiment:
             for window in evaluation_windows(
                 loaded.source,
                 workload.mean_load * loaded.capacity.rate_per_s,
-                section.num_windows,
+                number,
                 section.window_s,
-                [section.seed],
+                [seed],
             )
         )
 
@@ -167,11 +177,11 @@ def experiment_reward(
 
 
 def _episode_draws(
-    experiment: Experiment, planner: Planner, group: int | None
+    experiment: Experiment, planner: Planner, group: int | None, first_episode: int = 0
 ) -> tuple[MakeTrace, Callable[[np.random.Generator], str]]:
     """Traffic and first deployment of an episode, drawn from the environment's generator; traffic
     by number of the episode in a group, so that its environments meet the same."""
-    config, episode = experiment.config, itertools.count()
+    config, episode = experiment.config, itertools.count(first_episode)
     first = config.env.initial
     keys = static_keys(planner) if first == ANY else (first,) if isinstance(first, str) else first
 
@@ -194,15 +204,16 @@ def build_env(
     group: int | None = None,
     columns: bool = True,
     render_mode: str | None = None,
+    first_episode: int = 0,
 ) -> ServingEnv:
     """A training environment: load, window, first deployment and profile drawn per episode.
 
     `planner`: one to share, since its caches hold no history and serve all environments.
-    Environments of one group meet the same traffic in their n-th episode.
+    Environments of one group meet the same traffic in their n-th episode, from `first_episode` on.
     """
     config, pipeline = experiment.config, experiment.pipeline()
     pipeline.planner = planner or pipeline.planner
-    make_trace, draw_key = _episode_draws(experiment, pipeline.planner, group)
+    make_trace, draw_key = _episode_draws(experiment, pipeline.planner, group, first_episode)
     parts = surrogate_parts(
         pipeline, make_trace, draw_key, experiment.reward, _draw_spread(config), columns
     )
@@ -234,12 +245,15 @@ def build_engine_env(
     return ServingEnv(parts, render_mode)
 
 
-def build_venv(experiment: Experiment) -> ServingVecEnv:
-    """`num_envs` training environments in groups of `group_size`; the learner seeds them."""
+def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv:
+    """`num_envs` training environments in groups of `group_size`; the learner seeds them. A run
+    that goes on after `num_timesteps` decisions meets the groups' episodes after those."""
     config, planner = experiment.config, experiment.pipeline().planner
     size = config.ppo.group_size
     groups = [None if size == 1 else i // size for i in range(config.env.num_envs)]
-    envs = [build_env(experiment, planner, group) for group in groups]
+    per_episode = max(1, round(config.env.episode_s / config.decision.grid_s))
+    first = -(-num_timesteps // (config.env.num_envs * per_episode))
+    envs = [build_env(experiment, planner, group, first_episode=first) for group in groups]
     return ServingVecEnv(envs, config.env.num_threads)
 
 

@@ -22,9 +22,11 @@ from envs.build import DEFAULT_PROFILE
 from envs.scenarios import ScenarioConfig
 from envs.traffic import Shaping
 from envs.workload import WorkloadConfig
+from policies.cloning import CloningConfig
 from policies.ppo import PpoConfig
 
 ANY = "any"
+SURROGATE, ENGINE = "tidewright/Surrogate-v0", "tidewright/Engine-v0"  # as Gymnasium knows them
 
 
 class _Section(BaseModel):
@@ -91,6 +93,15 @@ class EvaluationSection(_Section):
     num_windows: int = Field(default=3, ge=1, description="of each trace")
     window_s: float = Field(default=1800.0, gt=0, description="seconds of a window")
     seed: int = Field(default=1_000_003, ge=0)
+    eval_freq: int = Field(
+        default=0, ge=0, description="decisions between choices of the best policy; 0: the last"
+    )
+    eval_episodes: int | None = Field(
+        default=None, ge=1, description="windows of each trace to choose by; null: num_windows"
+    )
+    patience: int = Field(
+        default=0, ge=0, description="choices without gain after which training stops; 0: never"
+    )
 
 
 class ExperimentConfig(_Section):
@@ -108,6 +119,7 @@ class ExperimentConfig(_Section):
         default="interactive", description="a class of configs/slo.yaml, or targets in seconds"
     )
     env: EnvSection = Field(default_factory=EnvSection)
+    cloning: CloningConfig = CloningConfig()
     ppo: PpoConfig = PpoConfig()
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     seed: int = Field(default=0, ge=0)
@@ -117,20 +129,15 @@ class ExperimentConfig(_Section):
 # Reading
 
 
-def read_config(path: Path, overrides: Mapping[str, Any]) -> ExperimentConfig:
+def read_config(
+    path: Path, overrides: Mapping[str, Any], env_id: str = SURROGATE
+) -> ExperimentConfig:
     """An ExperimentConfig from YAML; overrides are by dotted key, None overrides nothing.
 
+    The file holds one experiment, or one for each environment, keyed by its id as in rl-zoo3.
     Raises InvalidRequestError in one sentence: unreadable file, unknown key, or wrong value.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InvalidRequestError(f"config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidRequestError(f"config {path} is not YAML: {reason}.") from error
-    if not isinstance(values, dict):
-        raise InvalidRequestError(f"config {path} must hold keys and values, such as 'seed: 0'.")
+    values = _of_env(_read_yaml(path), path, env_id)
     check_keys(ExperimentConfig, values, str(path))
     given: dict[str, Any] = {}
     for key, value in overrides.items():
@@ -145,6 +152,32 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> ExperimentConfig:
             f"{config.env.num_envs} and {config.ppo.group_size}."
         )
     return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidRequestError(f"config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidRequestError(f"config {path} is not YAML: {reason}.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError(f"config {path} must hold keys and values, such as 'seed: 0'.")
+    return values
+
+
+def _of_env(values: dict[str, Any], path: Path, env_id: str) -> dict[str, Any]:
+    """The experiment itself, where the file is keyed by environment."""
+    if not any("/" in str(key) for key in values):
+        return values
+    found = values.get(env_id)
+    if not isinstance(found, dict):
+        raise InvalidRequestError(
+            f"config {path} has settings for {', '.join(map(str, values))}, none for {env_id}; "
+            "choose one of them with --env, or add it."
+        )
+    return found
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -48,14 +48,21 @@ class MpcPolicy:
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         due, self._count = self._count % self._config.decisions == 0, self._count + 1
-        rows = np.flatnonzero(observation.mask)
-        if not due or len(rows) < 2:
+        if not due or observation.mask.sum() < 2:
             return one_hot(observation, KEEP_ROW)
+        return one_hot(observation, int(np.argmin(self.relative_costs(observation))))
+
+    def relative_costs(self, observation: Observation) -> NDArray[np.float64]:
+        """[K] cost of each legal row as a share of keep's, whose own is 1 - margin: the least is
+        what the rule takes; inf elsewhere."""
         futures = self.outlook.futures(self._config.horizon_s, self._config.num_futures)
-        costs = {int(row): self._cost_s(int(row), futures) for row in rows}
-        best = min(costs, key=lambda row: costs[row])
-        worth_it = costs[best] < (1.0 - self._config.margin) * costs[KEEP_ROW]
-        return one_hot(observation, best if worth_it else KEEP_ROW)
+        costs = np.full(len(observation.mask), np.inf)
+        for row in np.flatnonzero(observation.mask):
+            costs[row] = self._cost_s(int(row), futures)
+        if 0.0 < costs[KEEP_ROW] < np.inf:
+            costs = costs / costs[KEEP_ROW]
+        costs[KEEP_ROW] *= 1.0 - self._config.margin
+        return costs
 
     def _cost_s(self, row: int, futures: Sequence[Future]) -> float:
         """Mean request-seconds over the futures; inf where the switch cannot be made. What is
