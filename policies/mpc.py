@@ -59,8 +59,10 @@ class MpcPolicy:
         costs = np.full(len(observation.mask), np.inf)
         for row in np.flatnonzero(observation.mask):
             costs[row] = self._cost_s(int(row), futures)
-        if 0.0 < costs[KEEP_ROW] < np.inf:
-            costs = costs / costs[KEEP_ROW]
+        if costs[KEEP_ROW] == 0.0:  # nobody is there and nobody comes
+            costs += 1.0
+        elif np.isfinite(costs[KEEP_ROW]):
+            costs /= costs[KEEP_ROW]
         costs[KEEP_ROW] *= 1.0 - self._config.margin
         return costs
 
