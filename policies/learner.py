@@ -76,7 +76,8 @@ class CandidatePPO(MaskablePPO):
         super().__init__(
             CandidatePolicy,
             venv,
-            learning_rate=(lambda left: rate * left) if config.lr_decay else rate,
+            # the last rollout may end past n_timesteps
+            learning_rate=(lambda left: rate * max(left, 0.0)) if config.lr_decay else rate,
             n_steps=config.n_steps,
             batch_size=min(config.batch_size, config.n_steps * venv.num_envs),
             n_epochs=config.n_epochs,
@@ -176,7 +177,7 @@ class CandidatePPO(MaskablePPO):
     @property
     def kl_prior_coef(self) -> float:
         """The weight at this point of the run."""
-        left = self._current_progress_remaining if self.config.kl_prior_decay else 1.0
+        left = max(self._current_progress_remaining, 0.0) if self.config.kl_prior_decay else 1.0
         return self.config.kl_prior_coef * left
 
     @staticmethod

@@ -187,7 +187,8 @@ class _Run:
     def _continue_from(self, start: LearningState) -> None:
         self.network.load_state_dict(start.policy.network.state_dict())
         if start.optimizer_state is not None:
-            self.model.policy.optimizer.load_state_dict(start.optimizer_state)
+            # Adam counts its steps in place
+            self.model.policy.optimizer.load_state_dict(copy.deepcopy(start.optimizer_state))
         self.model.num_timesteps = start.num_timesteps
 
     def _validator(self) -> Callable[[], float] | None:
