@@ -46,14 +46,12 @@ def test_permuting_rows_permutes_probabilities_and_leaves_the_value() -> None:
 
 
 def test_weights_do_not_depend_on_the_number_of_rows() -> None:
-    wide = ObservationSpec(SPEC.state_features, SPEC.candidate_features, 9, 15.0)
-    small, large = policy(), CandidateNetwork(wide, NetworkConfig())
-    large.load_state_dict(small.network.state_dict())
+    small = policy()
+    grown = small.with_max_candidates(9)
+    assert grown.spec == ObservationSpec(SPEC.state_features, SPEC.candidate_features, 9, 15.0)
     given = observation(np.random.default_rng(3))
     rows = np.vstack([given.candidates, np.zeros((4, 3), np.float32)])
     padded = Observation(given.state, rows, np.append(given.mask, [False] * 4), given.keys)
-    normalizer = ObservationNormalizer.from_json(small.normalizer.to_json(), wide)
-    grown = PpoPolicy(wide, large, NetworkConfig(), normalizer)
     np.testing.assert_allclose(
         grown.probabilities(padded)[:5], small.probabilities(given), atol=1e-6
     )
