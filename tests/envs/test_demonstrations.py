@@ -53,6 +53,7 @@ def test_a_rule_has_a_row_and_no_costs(experiment: Experiment) -> None:
     assert len(np.unique(found.flat[:, 0])) > 1
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(experiment: Experiment) -> None:
     alone = CloningConfig(num_decisions=30)
     two = CloningConfig(num_decisions=30, num_processes=2)

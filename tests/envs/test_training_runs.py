@@ -195,7 +195,7 @@ def test_it_trains_on_the_real_engine(path: Path, tiny_model_dir: Path, tmp_path
     """One environment in real time, whatever the configuration says for the surrogate."""
     real_time = {
         "decision.grid_s": 0.25,
-        "env.episode_s": 0.5,
+        "env.episode_s": 5.0,  # one engine for all of it
         "env.initial": "4xtp1pp1",
         "workload.load": [0.02, 0.02],
         "ppo.n_timesteps": 4,
