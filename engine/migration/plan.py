@@ -29,7 +29,7 @@ from engine.migration.order import choose_mode, default_staging_bytes
 from engine.migration.pieces import Group, Piece, device_groups, divide
 from engine.migration.placement import Placed, place_optimally
 from engine.migration.roles import Held, RoleTable, held_shards, role_table
-from engine.migration.schedule import CHUNK_BYTES, Schedule, link_bytes, port_bytes
+from engine.migration.schedule import CHUNK_BYTES, Links, Schedule, link_bytes, port_bytes
 from engine.migration.sources import Sending, balance
 from engine.shards import check_memory
 
@@ -109,7 +109,7 @@ def plan_transfers(
     return tuple(Schedule(table, groups, pieces, sending, chunk_bytes, node_size))
 
 
-def link_seconds(transfers: Iterable[Transfer], link_bytes_per_s: float) -> float:
+def link_seconds(transfers: Iterable[Transfer] | Links, link_bytes_per_s: float) -> float:
     """Largest load of any port, in seconds: no schedule over these transfers can be shorter.
 
     The disk sends through no port; what is read from it counts at the device that reads.

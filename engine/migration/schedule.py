@@ -211,8 +211,10 @@ def _transfers(jobs: Sequence[Job], lines: Sequence[_Line], chunk_bytes: int) ->
             yield Transfer(name, dim, start, stop, job.src, job.dst, nbytes)
 
 
-def link_bytes(transfers: Iterable[Transfer]) -> Links:
+def link_bytes(transfers: Iterable[Transfer] | Links) -> Links:
     """Bytes by (source, destination); of a schedule without making its transfers."""
+    if isinstance(transfers, Counter):
+        return transfers
     if isinstance(transfers, Schedule):
         return transfers.link_bytes
     found = Links()
@@ -221,7 +223,7 @@ def link_bytes(transfers: Iterable[Transfer]) -> Links:
     return found
 
 
-def port_bytes(transfers: Iterable[Transfer]) -> tuple[Counter[int], Counter[int]]:
+def port_bytes(transfers: Iterable[Transfer] | Links) -> tuple[Counter[int], Counter[int]]:
     """Bytes (sent, received) by device; the disk sends through no port."""
     sent: Counter[int] = Counter()
     received: Counter[int] = Counter()
@@ -232,6 +234,6 @@ def port_bytes(transfers: Iterable[Transfer]) -> tuple[Counter[int], Counter[int
     return sent, received
 
 
-def devices_of(transfers: Iterable[Transfer]) -> set[int]:
+def devices_of(transfers: Iterable[Transfer] | Links) -> set[int]:
     """All that send or receive."""
     return {device for link in link_bytes(transfers) for device in link} - {DISK}
