@@ -5,7 +5,7 @@ candidates, observation, mask, reward; ends of episodes and the start of the nex
 The pool is 16 H100s in two nodes that serve Llama-2-70B, an interval 15 s, traffic the embedded
 generator's at 10 requests/s. `env` keeps its deployment; `switching` draws legal rows uniformly, so
 that deployments switch as often as the guardrails let them, and every switch is planned in full.
-PPO has the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on
+Both are stepped by a worker process per core; `1_thread` by the learner's own process. PPO has the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on
 an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
 """
 
@@ -26,7 +26,7 @@ from rich.table import Table
 from stable_baselines3.common.vec_env import VecEnv
 
 from controller.build import build_pipeline, load_profiled_cluster
-from controller.decision import DecisionConfig
+from controller.decision import DecisionConfig, DecisionPipeline
 from controller.planner import Planner
 from controller.workload import fit_typing
 from engine.cluster import WorkloadTyping, deployment_key
@@ -35,7 +35,7 @@ from envs.build import surrogate_parts
 from envs.experiment_config import read_config
 from envs.serving_env import ServingEnv
 from envs.traffic import Shaping, Source, draw_window, generator_source
-from envs.vec_env import ServingVecEnv
+from envs.vec_env import ServingVecEnv, WorkerVecEnv
 from envs.workload import Trace, WorkloadConfig
 from policies.ppo import PpoConfig
 from policies.training import Watch, train
@@ -49,7 +49,7 @@ GOALS = {"env_steps_per_s": 2000, "ppo_steps_per_s": 1500}
 
 
 class Setup:
-    """Pool, traffic and typing, built once; one planner for all environments, as in training."""
+    """Pool, traffic and typing, built once; one planner for all environments of a process."""
 
     def __init__(self) -> None:
         profiled = load_profiled_cluster(PROFILE)
@@ -64,14 +64,23 @@ class Setup:
             sample.prompt_tokens, sample.output_tokens, NUM_TYPES, seed=0
         )
 
-    def build_venv(self, num_threads: int) -> ServingVecEnv:
-        """With a planner that has nothing cached yet."""
-        planner = build_pipeline(self.cluster, self.typing, DecisionConfig()).planner
-        envs = [self._build_env(planner) for _ in range(NUM_ENVS)]
-        return ServingVecEnv(envs, num_threads)
+    def build_venv(self, num_workers: int) -> VecEnv:
+        """With planners that have nothing cached yet."""
+        if not num_workers:
+            return ServingVecEnv(self.build_envs(range(NUM_ENVS)))
+        spec = self.build_pipeline().observation_spec
+        return WorkerVecEnv(self.build_envs, spec, NUM_ENVS, num_workers)
+
+    def build_pipeline(self) -> DecisionPipeline:
+        return build_pipeline(self.cluster, self.typing, DecisionConfig())
+
+    def build_envs(self, numbers: Sequence[int]) -> list[ServingEnv]:
+        """With one planner for all."""
+        planner = self.build_pipeline().planner
+        return [self._build_env(planner) for _ in numbers]
 
     def _build_env(self, planner: Planner) -> ServingEnv:
-        pipeline = build_pipeline(self.cluster, self.typing, DecisionConfig())
+        pipeline = self.build_pipeline()
         pipeline.planner = planner
 
         def make_trace(rng: np.random.Generator) -> Trace:
@@ -120,7 +129,7 @@ class IdleVecEnv(VecEnv):
 
 
 def measure_env(
-    venv: ServingVecEnv, rounds: int, steps: int, is_switching: bool
+    venv: VecEnv, rounds: int, steps: int, is_switching: bool
 ) -> tuple[list[float], float]:
     """Decisions per second of each round of `steps` decisions per environment, after a first one
     that warms up; and the share of decisions that started a switch."""
@@ -140,7 +149,7 @@ def measure_env(
 
 def measure_ppo(venv: VecEnv, setup: Setup, ppo: PpoConfig, rollouts: int) -> list[float]:
     """Steps per second of each rollout but the first, with the updates before it."""
-    spec = build_pipeline(setup.cluster, setup.typing, DecisionConfig()).observation_spec
+    spec = setup.build_pipeline().observation_spec
     at_s: list[float] = []
     steps = ppo.n_steps * venv.num_envs
     ppo = replace(ppo, n_timesteps=rollouts * steps)
@@ -167,10 +176,11 @@ def main() -> None:
         figures[name] = round(float(np.median(rates)))
         spreads[name] = float(np.ptp(rates) / np.median(rates))
 
-    for threads in (1, CORES):
-        venv = setup.build_venv(threads)
-        name = "env_steps_per_s" if threads == CORES else f"env_steps_per_s_{threads}_thread"
-        record(name, measure_env(venv, rounds, steps, False)[0])
+    alone = setup.build_venv(0)
+    record("env_steps_per_s_1_thread", measure_env(alone, rounds, steps, False)[0])
+    alone.close()
+    venv = setup.build_venv(CORES)
+    record("env_steps_per_s", measure_env(venv, rounds, steps, False)[0])
     rates, switched = measure_env(venv, rounds, switching_steps, True)
     record("switching_steps_per_s", rates)
     record("ppo_steps_per_s", measure_ppo(venv, setup, ppo, rollouts))

@@ -32,6 +32,7 @@ from engine.cluster import (
     WorkloadTyping,
 )
 from engine.errors import InvalidRequestError
+from engine.migration.plan import normal
 from engine.profile import ProfiledCluster
 
 Floats = NDArray[np.float64]
@@ -175,7 +176,7 @@ class Planner:
         """
         now = snapshot.deployment
         tick = _Tick(
-            self._switches.get(id(now), lambda: (now, self._costs_from(_normal(now))))[1],
+            self._switches.get(id(now), lambda: (now, self._costs_from(normal(now))))[1],
             dead_replicas(snapshot),
             self._space(snapshot.dead_devices),
             self.scorer.rates_key(forecast.q50),
@@ -328,14 +329,6 @@ class Planner:
             if i not in dead and parallel in self._index:
                 columns[i] = each[self._index[parallel]]
         return tuple(map(tuple, columns.T.tolist()))
-
-
-def _normal(deployment: Deployment) -> Deployment:
-    """The deployment with replica ids 0, 1, ...: costs depend on configurations and devices only,
-    so normal ids let caches outlive a switch."""
-    return Deployment(
-        tuple(Replica(i, r.parallel, r.placement) for i, r in enumerate(deployment.replicas))
-    )
 
 
 def dead_replicas(snapshot: ClusterSnapshot) -> frozenset[int]:

@@ -476,7 +476,7 @@ class SwitchPlan:
 
     target: Deployment
     expected_epoch: int
-    transfers: tuple[Transfer, ...]
+    transfers: Sequence[Transfer]  # not to be changed; may be made when looked at
     kv: KvCostParams
     weight_bytes: int  # that cross a link
     lower_bound_bytes: int  # no placement can do with less

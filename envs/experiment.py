@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from controller.decision import DecisionPipeline
 from controller.planner import Planner
 from controller.slo import find_slo, read_slo
 from engine.cluster import SloSpec, WorkloadTyping
+from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
 from envs.build import engine_parts, surrogate_parts
 from envs.experiment_config import ANY, ExperimentConfig, WorkloadSection
@@ -44,7 +46,7 @@ from envs.traffic import (
     shape_trace,
     static_keys,
 )
-from envs.vec_env import ServingVecEnv
+from envs.vec_env import ServingVecEnv, WorkerVecEnv
 from envs.workload import Trace
 from policies.evaluation import DecisionEnv, Evaluation
 
@@ -245,16 +247,32 @@ def build_engine_env(
     return ServingEnv(parts, render_mode)
 
 
-def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv:
-    """`num_envs` training environments in groups of `group_size`; the learner seeds them. A run
-    that goes on after `num_timesteps` decisions meets the groups' episodes after those."""
+def build_envs(
+    experiment: Experiment, num_timesteps: int, numbers: Sequence[int]
+) -> list[ServingEnv]:
+    """The training environments of these numbers, in groups of `group_size`, with one planner. A
+    run that goes on after `num_timesteps` decisions meets the groups' episodes after those."""
     config, planner = experiment.config, experiment.pipeline().planner
     size = config.ppo.group_size
-    groups = [None if size == 1 else i // size for i in range(config.env.num_envs)]
+    groups = [None if size == 1 else i // size for i in numbers]
     per_episode = max(1, round(config.env.episode_s / config.decision.grid_s))
     first = -(-num_timesteps // (config.env.num_envs * per_episode))
-    envs = [build_env(experiment, planner, group, first_episode=first) for group in groups]
-    return ServingVecEnv(envs, config.env.num_threads)
+    return [build_env(experiment, planner, group, first_episode=first) for group in groups]
+
+
+def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv | WorkerVecEnv:
+    """`num_envs` training environments; the learner seeds them. The caller closes it. Raises
+    InvalidRequestError."""
+    section, make_envs = experiment.config.env, partial(build_envs, experiment, num_timesteps)
+    if section.num_workers > section.num_envs:
+        raise InvalidRequestError(
+            f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; expected "
+            "at least one environment for each worker: set num_workers to fewer."
+        )
+    if not section.num_workers:
+        return ServingVecEnv(make_envs(range(section.num_envs)), section.num_threads)
+    spec, workers = experiment.pipeline().observation_spec, section.num_workers
+    return WorkerVecEnv(make_envs, spec, section.num_envs, workers, section.num_threads)
 
 
 def build_evaluation(

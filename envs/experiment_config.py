@@ -74,6 +74,9 @@ class EnvSection(_Section):
     num_threads: int = Field(
         default=1, ge=1, description="that step them; more pay for large pools and heavy traffic"
     )
+    num_workers: int = Field(
+        default=0, ge=0, description="processes that step them, each its part; 0: the learner's own"
+    )
     episode_s: float = Field(default=3600.0, gt=0, description="seconds of an episode")
     spread: float = Field(default=0.1, ge=0, description="of step and switch times, in ln")
     initial: str | tuple[str, ...] = Field(

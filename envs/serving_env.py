@@ -34,7 +34,7 @@ from envs.reward import RewardConfig, meets_slo
 from envs.scenarios import DeviceFailure, Disturbances, FailureDrivable
 from envs.traffic_feed import EventTraffic, IntervalCounts, TrafficFeed
 from envs.workload import Trace
-from policies.base import Floats, Mask, Observation
+from policies.base import Floats, Mask, Observation, ObservationSpec
 from policies.evaluation import EpisodeRecord
 
 MakeTrace = Callable[[np.random.Generator], Trace]
@@ -57,6 +57,13 @@ class EnvParts:
     reward: RewardConfig
     columns: bool = False  # the fast path: make_cluster gives a `ColumnDrivable`
     make_disturbances: MakeDisturbances = undisturbed  # of an episode of that many seconds
+
+
+def spaces_of(spec: ObservationSpec) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Discrete]:
+    """Of observations, and of actions."""
+    limit, shape = FEATURE_LIMIT, (spec.flat_size,)
+    observations = gymnasium.spaces.Box(-limit, limit, shape, np.float32)
+    return observations, gymnasium.spaces.Discrete(spec.max_candidates)
 
 
 class ServingEnv(gymnasium.Env[Floats, np.int64]):
@@ -82,10 +89,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             )
         self.parts, self.pipeline, self.render_mode = parts, parts.pipeline, render_mode
         spec = self.pipeline.observation_spec
-        self.observation_space = gymnasium.spaces.Box(
-            -FEATURE_LIMIT, FEATURE_LIMIT, (spec.flat_size,), np.float32
-        )
-        self.action_space = gymnasium.spaces.Discrete(spec.max_candidates)
+        self.observation_space, self.action_space = spaces_of(spec)
         self.grid_s = spec.grid_s
         self.cluster: Drivable | None = None
         self.prepared: PreparedDecision | None = None

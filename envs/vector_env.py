@@ -10,8 +10,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from envs.env_pool import EnvPool
 from envs.serving_env import ServingEnv
-from envs.vec_env import EnvPool
 from policies.base import Floats, Mask
 
 Flags = NDArray[np.bool_]

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
-from engine.cluster import ModelSpec, Replica
+from engine.cluster import ModelSpec, ParallelConfig, Replica
 from engine.messages import KvMove
 
 Interval = tuple[int, int]
 
 
-def _holding(model: ModelSpec, replica: Replica, rank: int) -> tuple[Interval, Interval]:
+@lru_cache(maxsize=4096)
+def _holding(model: ModelSpec, parallel: ParallelConfig, rank: int) -> tuple[Interval, Interval]:
     """(layers, KV heads) that a rank's cache covers, in whole-model numbers."""
-    parallel = replica.parallel
     layers = parallel.layer_range(parallel.stage_of(rank), model.num_layers)
     return layers, parallel.kv_head_range(parallel.tp_rank_of(rank), model.num_kv_heads)
+
+
+@lru_cache(maxsize=1024)
+def _alike(model: ModelSpec, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    """Ranks that hold the same, in groups."""
+    found: dict[tuple[Interval, Interval], list[int]] = {}
+    for rank in range(parallel.num_devices):
+        found.setdefault(_holding(model, parallel, rank), []).append(rank)
+    return tuple(map(tuple, found.values()))
 
 
 def _source_ranks(model: ModelSpec, src: Replica, dst_rank: int, dst_device: int) -> list[int]:
     """Ranks of `src` that together hold every (layer, head) exactly once. Of ranks that hold the
     same (replicated KV heads), the one on the target's own device, else they take turns."""
-    alike: dict[tuple[Interval, Interval], list[int]] = {}
-    for rank in range(src.parallel.num_devices):
-        alike.setdefault(_holding(model, src, rank), []).append(rank)
     devices = src.placement.devices
     return [
         next((r for r in ranks if devices[r] == dst_device), ranks[dst_rank % len(ranks)])
-        for ranks in alike.values()
+        for ranks in _alike(model, src.parallel)
     ]
 
 
@@ -80,10 +87,10 @@ def kv_moves(
     if not src_blocks:
         return
     for dst_rank, dst_device in enumerate(dst.placement.devices):
-        dst_layers, dst_heads = _holding(model, dst, dst_rank)
+        dst_layers, dst_heads = _holding(model, dst.parallel, dst_rank)
         for src_rank in _source_ranks(model, src, dst_rank, dst_device):
             src_device = src.placement.devices[src_rank]
-            src_layers, src_heads = _holding(model, src, src_rank)
+            src_layers, src_heads = _holding(model, src.parallel, src_rank)
             layers = _intersection(src_layers, dst_layers)
             heads = _intersection(src_heads, dst_heads)
             if layers is None or heads is None:
@@ -102,10 +109,14 @@ def kv_moves(
             )
 
 
-@lru_cache(maxsize=4096)
 def link_loads(model: ModelSpec, src: Replica, dst: Replica) -> tuple[tuple[int, int, int], ...]:
     """(sending device, receiving device, bytes of a token's KV) for each link that is crossed when
     a sequence moves from replica to replica."""
+    return _link_loads(model, replace(src, replica_id=0), replace(dst, replica_id=0))
+
+
+@lru_cache(maxsize=4096)
+def _link_loads(model: ModelSpec, src: Replica, dst: Replica) -> tuple[tuple[int, int, int], ...]:
     moves = list(kv_moves(model, src, dst, [0], [0]))
     return tuple((m.src, m.dst, kv_move_bytes(model, m, 1)) for m in moves if m.src != m.dst)
 

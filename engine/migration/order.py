@@ -129,11 +129,16 @@ def ranks_that_change(
 
 def union_bytes(spec: ClusterSpec, old: _Rank | None, new: _Rank | None) -> int:
     """Bytes of the weights of two ranks on one device; an interval that both hold is there once."""
+    roles = ((r.parallel, rank) for r, rank in (which for which in (old, new) if which is not None))
+    return _union_bytes(spec.model, *roles)
+
+
+@lru_cache(maxsize=4096)
+def _union_bytes(model: ModelSpec, *roles: tuple[ParallelConfig, int]) -> int:
     held = {
         (s.tensor, s.start, s.stop): s.nbytes
-        for which in (old, new)
-        if which is not None
-        for s in _shards(spec.model, which[0].parallel, which[1]).values()
+        for parallel, rank in roles
+        for s in _shards(model, parallel, rank).values()
     }
     return sum(held.values())
 

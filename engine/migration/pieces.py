@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from engine.cluster import Deployment
 from engine.migration.roles import IDLE, RoleTable
+
+Interval = tuple[int, int, int]  # tensor class, start row, stop row
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +26,10 @@ class Group:
 class Piece:
     """Bytes with the same holders and needers (indices of groups); each needer lacks them all.
 
-    `intervals` are (tensor class, start row, stop row). A piece without holders is on disk only.
+    A piece without holders is on disk only.
     """
 
-    intervals: tuple[tuple[int, int, int], ...]
+    intervals: tuple[Interval, ...]
     nbytes: int
     holders: tuple[int, ...]
     needers: tuple[int, ...]
@@ -46,13 +49,18 @@ def device_groups(
 
 def divide(table: RoleTable, groups: Sequence[Group]) -> tuple[Piece, ...]:
     """Cut every tensor class at the borders of all roles in use, and gather cells that the same
-    groups hold and need."""
+    groups hold and need; cached, since it is the same whichever devices are in a group."""
+    return _divide(table, tuple((g.held, g.needed) for g in groups))
+
+
+@lru_cache(maxsize=1024)
+def _divide(table: RoleTable, groups: tuple[tuple[int, int], ...]) -> tuple[Piece, ...]:
     starts, stops = table.starts.tolist(), table.stops.tolist()
-    gathered: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int, int]]] = {}
-    movers = [i for i, g in enumerate(groups) if table.missing[g.needed, g.held]]
+    gathered: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Interval]] = {}
+    movers = [i for i, (held, needed) in enumerate(groups) if table.missing[needed, held]]
     for c in range(len(table.classes)):
-        have = [(starts[g.held][c], stops[g.held][c]) for g in groups]
-        need = [(i, starts[groups[i].needed][c], stops[groups[i].needed][c]) for i in movers]
+        have = [(starts[held][c], stops[held][c]) for held, _ in groups]
+        need = [(i, starts[groups[i][1]][c], stops[groups[i][1]][c]) for i in movers]
         need = [(i, a, b) for i, a, b in need if a < have[i][0] or b > have[i][1] if a < b]
         borders = sorted({x for _, a, b in need for x in (a, b)} | {x for ab in have for x in ab})
         for start, stop in pairwise(borders):
@@ -70,7 +78,7 @@ def divide(table: RoleTable, groups: Sequence[Group]) -> tuple[Piece, ...]:
     )
 
 
-def _nbytes(table: RoleTable, cells: Iterable[tuple[int, int, int]]) -> int:
+def _nbytes(table: RoleTable, cells: Iterable[Interval]) -> int:
     kinds = table.classes
     return sum((b - a) * kinds[c].row_bytes * len(kinds[c].tensors) for c, a, b in cells)
 

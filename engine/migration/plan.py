@@ -20,16 +20,17 @@ from engine.cluster import (
     KvCostParams,
     ModelSpec,
     ParallelConfig,
+    Replica,
     SwitchPlan,
     Transfer,
 )
 from engine.migration.bounds import lower_bound_s
 from engine.migration.order import choose_mode, default_staging_bytes
 from engine.migration.pieces import Group, Piece, device_groups, divide
-from engine.migration.placement import place_optimally
+from engine.migration.placement import Placed, place_optimally
 from engine.migration.roles import Held, RoleTable, held_shards, role_table
-from engine.migration.schedule import CHUNK_BYTES, port_bytes, schedule
-from engine.migration.sources import balance
+from engine.migration.schedule import CHUNK_BYTES, Links, Schedule, link_bytes, port_bytes
+from engine.migration.sources import Sending, balance
 from engine.shards import check_memory
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "check_memory",
     "held_shards",
     "link_seconds",
+    "normal",
     "place",
     "plan_switch",
     "plan_transfers",
@@ -52,6 +54,25 @@ class SwitchCost:
     weight_bytes: int
     seconds: float
     devices_changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Movement:
+    """What a switch between these placements moves, and who sends it."""
+
+    placed: Placed
+    table: RoleTable
+    groups: tuple[Group, ...]
+    pieces: tuple[Piece, ...]
+    sending: Sending
+
+
+def normal(deployment: Deployment) -> Deployment:
+    """With replica ids 0, 1, ...: what moves depends on configurations and devices only, so that
+    what is known of a normal deployment outlives a switch."""
+    return Deployment(
+        tuple(Replica(i, r.parallel, r.placement) for i, r in enumerate(deployment.replicas))
+    )
 
 
 def place(
@@ -84,12 +105,11 @@ def plan_transfers(
     where their shares of the sending allow it.
     """
     table, groups, pieces = _moves(model, current, target, dead_devices)
-    return schedule(
-        table, groups, pieces, balance(table, groups, pieces, relays), chunk_bytes, node_size
-    )
+    sending = balance(table, groups, pieces, relays)
+    return tuple(Schedule(table, groups, pieces, sending, chunk_bytes, node_size))
 
 
-def link_seconds(transfers: Iterable[Transfer], link_bytes_per_s: float) -> float:
+def link_seconds(transfers: Iterable[Transfer] | Links, link_bytes_per_s: float) -> float:
     """Largest load of any port, in seconds: no schedule over these transfers can be shorter.
 
     The disk sends through no port; what is read from it counts at the device that reads.
@@ -102,10 +122,10 @@ def node_seconds(transfers: Iterable[Transfer], node_size: int, nic_bytes_per_s:
     """Largest load of any node's network port, in or out, in seconds."""
     leaving: Counter[int] = Counter()
     entering: Counter[int] = Counter()
-    for t in transfers:
-        if t.src != DISK and t.src // node_size != t.dst // node_size:
-            leaving[t.src // node_size] += t.nbytes
-            entering[t.dst // node_size] += t.nbytes
+    for (src, dst), nbytes in link_bytes(transfers).items():
+        if src != DISK and src // node_size != dst // node_size:
+            leaving[src // node_size] += nbytes
+            entering[dst // node_size] += nbytes
     return max([0, *leaving.values(), *entering.values()]) / nic_bytes_per_s
 
 
@@ -129,25 +149,29 @@ def plan_switch(
     is what a node's network port carries in each direction. Without `relays` only devices that
     hold bytes from the start send them. What only `dead_devices` held is read from disk and counts
     neither in `weight_bytes` nor in its bound. `kv_blocks_used`, by replica id, decides with the
-    weights whether memory allows a live switch. Raises InfeasibleError.
+    weights whether memory allows a live switch. Transfers are made when they are looked at. Raises
+    InfeasibleError.
     """
     dead = frozenset(dead_devices)
-    placed = place_optimally(spec, current, target, dead)
+    moving = _movement(spec, normal(current), tuple(target), dead, relays)
+    placed, deployment = moving.placed, _renamed(moving.placed.deployment, current)
     node_size = spec.devices_per_node if spec.devices_per_node < spec.num_devices else 0
-    transfers = plan_transfers(
-        spec.model, current, placed.deployment, dead, chunk_bytes, relays, node_size
+    transfers = Schedule(
+        moving.table, moving.groups, moving.pieces, moving.sending, chunk_bytes, node_size
     )
-    read_bytes = sum(t.nbytes for t in transfers if t.src == DISK)  # of any placement, as much
+    read_bytes = sum(  # of any placement, as much
+        nbytes for (src, _), nbytes in transfers.link_bytes.items() if src == DISK
+    )
     moving_s = link_seconds(transfers, spec.link_bytes_per_s)
     if nic_bytes_per_s:
         nodes_s = node_seconds(transfers, spec.devices_per_node, nic_bytes_per_s)
         moving_s = max(moving_s, nodes_s)
     staging_bytes = default_staging_bytes(spec)
     mode, why = choose_mode(
-        spec, current, placed.deployment, transfers, kv_blocks_used or {}, staging_bytes
+        spec, current, deployment, transfers, kv_blocks_used or {}, staging_bytes
     )
     return SwitchPlan(
-        target=placed.deployment,
+        target=deployment,
         expected_epoch=epoch,
         transfers=transfers,
         kv=kv,
@@ -155,7 +179,7 @@ def plan_switch(
         lower_bound_bytes=placed.lower_bound_bytes - read_bytes,
         predicted_s=overhead_s + moving_s,
         lower_bound_s=lower_bound_s(
-            spec.model, current, placed.deployment, spec.link_bytes_per_s, dead,
+            spec.model, current, deployment, spec.link_bytes_per_s, dead,
             spec.devices_per_node, nic_bytes_per_s,
         ),
         mode=mode,
@@ -172,21 +196,54 @@ def switch_cost(
     The seconds are the optimum before copies are cut at whole rows: a plan's are longer by a row,
     or a tensor that cannot be cut, per cut.
     """
-    return _switch_cost(spec, current, tuple(target))
+    return _switch_cost(spec, normal(current), tuple(target))
 
 
 @lru_cache(maxsize=65536)
 def _switch_cost(
     spec: ClusterSpec, current: Deployment, target: tuple[ParallelConfig, ...]
 ) -> SwitchCost:
-    placed = place_optimally(spec, current, target)
-    table, groups, pieces = _moves(spec.model, current, placed.deployment, ())
-    kept = set(placed.deployment.replicas) & set(current.replicas)
-    changed = placed.deployment.devices - {d for r in kept for d in r.placement.devices}
+    moving = _movement(spec, current, target, frozenset(), True)
+    deployment = moving.placed.deployment
+    kept = set(deployment.replicas) & set(current.replicas)
+    changed = deployment.devices - {d for r in kept for d in r.placement.devices}
     return SwitchCost(
-        weight_bytes=placed.missing_bytes,
-        seconds=balance(table, groups, pieces).port_bytes / spec.link_bytes_per_s,
+        weight_bytes=moving.placed.missing_bytes,
+        seconds=moving.sending.port_bytes / spec.link_bytes_per_s,
         devices_changed=len(changed),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _movement(
+    spec: ClusterSpec,
+    current: Deployment,
+    target: tuple[ParallelConfig, ...],
+    dead: frozenset[int],
+    relays: bool,
+) -> _Movement:
+    """`current` is normal, so that a plan finds what a candidate's cost was found from."""
+    placed = place_optimally(spec, current, target, dead)
+    table, groups, pieces = _moves(spec.model, current, placed.deployment, dead)
+    return _Movement(placed, table, groups, pieces, balance(table, groups, pieces, relays))
+
+
+def _renamed(target: Deployment, current: Deployment) -> Deployment:
+    """A placement found from the normal deployment, with the ids of the present one: replicas that
+    stay keep theirs, others get the next in turn."""
+    ids = [r.replica_id for r in current.replicas]
+    first_new = max(ids, default=-1) + 1
+    return Deployment(
+        tuple(
+            Replica(
+                ids[r.replica_id]
+                if r.replica_id < len(ids)
+                else first_new + r.replica_id - len(ids),
+                r.parallel,
+                r.placement,
+            )
+            for r in target.replicas
+        )
     )
 
 

@@ -40,6 +40,7 @@ class RoleTable:
 
     index: dict[Role, int]
     classes: tuple[TensorClass, ...]
+    layers: tuple[Ints, ...]  # by class, of its tensors; outside the layers: 0
     starts: Ints  # [roles, tensor classes]
     stops: Ints
     missing: Ints  # [needed role, held role] bytes
@@ -81,7 +82,9 @@ def _role_table(model: ModelSpec, configs: tuple[ParallelConfig, ...]) -> RoleTa
                 starts[r, c], stops[r, c] = shard.start, shard.stop
     nbytes = np.array([len(c.tensors) * c.row_bytes for c in classes], dtype=np.int64)
     index = {role: r for r, role in enumerate(roles, start=1)}
-    return RoleTable(index, classes, starts, stops, _missing_bytes(starts, stops, nbytes))
+    layers = tuple(np.array([t.layer or 0 for t in c.tensors], dtype=np.int64) for c in classes)
+    missing = _missing_bytes(starts, stops, nbytes)
+    return RoleTable(index, classes, layers, starts, stops, missing)
 
 
 def _tensor_classes(

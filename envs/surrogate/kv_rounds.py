@@ -12,14 +12,17 @@ from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.cluster import Binding, BoundSequence, Replica, SwitchPlan, Transfer
+from engine.cluster import Binding, BoundSequence, ModelSpec, Replica, SwitchPlan
 from engine.migration.binding import NEVER, bind_sequence, is_settled
-from engine.migration.kv import link_bytes_per_token, link_loads
+from engine.migration.kv import link_loads
+from engine.migration.schedule import Links
 from envs.surrogate import kernel
 from envs.surrogate.phases import choose_rows
 
 if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
+
+Loads = tuple[tuple[int, int, int], ...]
 
 
 class Here(NamedTuple):
@@ -57,6 +60,7 @@ class KvRounds:
         self._kept: dict[int, Kept] = {}
         self._slots: dict[int, int] = {}  # of those seen by the last round
         self._recompute: list[int] = []  # keys
+        self._known_loads: dict[tuple[int, int], Loads] = {}  # by replica ids
 
     def copy(self) -> KvRounds:
         other = copy(self)
@@ -96,13 +100,15 @@ class KvRounds:
 
     # ---------------------------------------------------------------- a round
 
-    def begin(self, host: SurrogateCluster, now_s: float, is_last: bool) -> list[Transfer]:
+    def begin(self, host: SurrogateCluster, now_s: float, is_last: bool) -> Links:
         """Choose, bind and reserve. What goes over which link; it counts as copied."""
         here = list(self._look(host))
         self._slots = {h.key: h.slot for h in here}
+        slots: dict[int, list[int]] = {r.replica_id: [] for r in self._leaving}
+        for h in here:
+            slots[h.source.replica_id].append(h.slot)
         for replica in self._leaving:
-            slots = [h.slot for h in here if h.source == replica]
-            host.state.hold_copied(host.rows.of(replica), slots, now_s)
+            host.state.hold_copied(host.rows.of(replica), slots[replica.replica_id], now_s)
         fresh = [h for h in here if h.key not in self._owner]
         chosen = choose_rows(
             host, self._plan.target.replicas, self._owner.values(), [h.slot for h in fresh]
@@ -130,24 +136,32 @@ class KvRounds:
         if is_settled(self._bound.get(h.key), may_drain):
             return
         model = host.spec.model
+        per_token = sum(nbytes for _, _, nbytes in self._loads(model, h.source, target))
         self._bound[h.key] = bind_sequence(
             self._plan.kv,
             "",
             h.computed,
-            h.computed * link_bytes_per_token(model, h.source, target),
+            h.computed * per_token,
             True,
             model.max_model_len - h.tokens if may_drain else NEVER,
         )
 
+    def _loads(self, model: ModelSpec, source: Replica, target: Replica) -> Loads:
+        """`link_loads`, found once."""
+        ids = source.replica_id, target.replica_id
+        if ids not in self._known_loads:
+            self._known_loads[ids] = link_loads(model, source, target)
+        return self._known_loads[ids]
+
     def _reserve(
         self, host: SurrogateCluster, here: list[Here], targets: dict[int, Replica], now_s: float
-    ) -> list[Transfer]:
+    ) -> Links:
         """Blocks for those that migrate, and the copies that fill them."""
         migrate = [h for h in here if self._bound[h.key].binding is Binding.MIGRATE]
         for key in self._kept.keys() - {h.key for h in migrate}:
             self._give_back(host, key, now_s)
         self._recompute = [h.key for h in here if self._bound[h.key].binding is Binding.RECOMPUTE]
-        copies: list[Transfer] = []
+        copies = Links()
         for h in migrate:
             row = self._owner[h.key]
             num_blocks = self._extend(host, h, row, now_s)
@@ -155,12 +169,10 @@ class KvRounds:
                 self._start_over(h.key)
                 continue
             tokens = num_blocks * host.spec.block_size
-            copies += [
-                Transfer("kv", None, 0, tokens, src, dst, tokens * per_token)
-                for src, dst, per_token in link_loads(host.spec.model, h.source, targets[row])
-                if tokens
-            ]
-        self.kv_bytes += sum(t.nbytes for t in copies)
+            if tokens:
+                for src, dst, per_token in self._loads(host.spec.model, h.source, targets[row]):
+                    copies[src, dst] += tokens * per_token
+        self.kv_bytes += copies.total()
         return copies
 
     def _extend(self, host: SurrogateCluster, h: Here, row: int, now_s: float) -> int | None:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from engine.cluster import DISK, Deployment, Replica, SwitchPhase, SwitchPlan, SwitchTicket
+from engine.cluster import Deployment, Replica, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.errors import InfeasibleError
 from engine.migration.plan import link_seconds
+from engine.migration.schedule import devices_of
 from engine.profile import ServingProfile
 from envs.surrogate import kernel
 
@@ -120,7 +121,7 @@ class PhasedSwitch(ABC):
     def lose(self, host: SurrogateCluster, device: int, now_s: float) -> None:
         """A worker is gone. The switch fails where that has a part in it, else it is called off."""
         devices = {d for r in (*self.leaving, *self.coming) for d in r.placement.devices}
-        devices |= {d for t in self.plan.transfers for d in (t.src, t.dst)}
+        devices |= devices_of(self.plan.transfers)
         if device in devices:
             self._fail(host, now_s, f"worker {device} is lost")
         else:
@@ -179,8 +180,7 @@ class PhasedSwitch(ABC):
     @cached_property
     def _weight_movers(self) -> float:
         """Cores kept busy: one for each device that sends or receives weights."""
-        transfers = self.plan.transfers
-        return float(len({device for t in transfers for device in (t.src, t.dst)} - {DISK}))
+        return float(len(devices_of(self.plan.transfers)))
 
     def _pause(self, host: SurrogateCluster, now_s: float) -> float:
         """Leaving replicas take nothing new and start no step. When those in flight have ended."""

@@ -15,6 +15,7 @@ from engine.migration.binding import drain_timeout_s, is_round_due
 from engine.migration.order import default_staging_bytes
 from engine.migration.plan import link_seconds
 from engine.migration.room import kv_limits
+from engine.migration.schedule import devices_of
 from envs.surrogate.kv_rounds import KvRounds
 from envs.surrogate.phases import PhasedSwitch, SwitchSetup
 
@@ -83,7 +84,7 @@ class LiveSwitch(PhasedSwitch):
 
     def _begin_round(self, host: SurrogateCluster, now_s: float, is_last: bool = False) -> None:
         copies = self._rounds.begin(host, now_s, is_last)
-        host.move_with(float(len({d for t in copies for d in (t.src, t.dst)})), now_s)
+        host.move_with(float(len(devices_of(copies))), now_s)
         overhead_s = self._profile.pause_overhead_s if is_last else 0.0
         copying_s = link_seconds(copies, self._profile.link_bytes_per_s)
         self._round_began_s = now_s
