@@ -14,7 +14,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray check bench headroom protos check-protos format model \
+.PHONY: help setup demo test test-slow test-ray check bench headroom ablations results protos check-protos format model \
   train-quick clean
 
 help: ## list the targets
@@ -57,6 +57,12 @@ bench: $(STAMP) ## every script in benchmarks/, table at the end; ARGS=--quick f
 headroom: $(STAMP) ## the study of what switching can win, TRACES=FOLDER, an hour or two; then docs/headroom.md
 	$(BIN)/python -m envs.study $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m envs.study --report
+
+ablations: $(STAMP) ## train without one ingredient at a time, docs/ablations.md; an hour or two
+	$(BIN)/python -m envs.ablations $(ARGS)
+
+results: $(STAMP) ## train every policy and score all, TRACES=FOLDER, hours; goes on where it was stopped
+	$(BIN)/python -m envs.results $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 
 protos: $(STAMP) ## regenerate the gRPC stubs from protos/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto

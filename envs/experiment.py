@@ -20,6 +20,7 @@ from controller.slo import find_slo, read_slo
 from engine.cluster import SloSpec, WorkloadTyping
 from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
+from envs.ablated import BlindPipeline
 from envs.build import engine_parts, surrogate_parts
 from envs.experiment_config import ANY, ExperimentConfig, WorkloadSection
 from envs.reward import RewardConfig, reward_config
@@ -86,9 +87,10 @@ class Experiment:
 
     def pipeline(self) -> DecisionPipeline:
         config = self.config
-        return build_pipeline(
+        whole = build_pipeline(
             self.cluster, self.typing, config.decision, config.predictor, self.default_key
         )
+        return BlindPipeline.of(whole, config.hide)
 
     def facts(self) -> dict[str, Any]:
         """For the checkpoint's manifest; `controller.build.pipeline_from_facts` reads it."""
@@ -266,8 +268,8 @@ def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv 
     section, make_envs = experiment.config.env, partial(build_envs, experiment, num_timesteps)
     if section.num_workers > section.num_envs:
         raise InvalidRequestError(
-            f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; expected "
-            "at least one environment for each worker: set num_workers to fewer."
+            f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; "
+            "expected at least one environment for each worker: set num_workers to fewer."
         )
     if not section.num_workers:
         return ServingVecEnv(make_envs(range(section.num_envs)), section.num_threads)

@@ -18,6 +18,7 @@ from controller.decision import DecisionConfig
 from engine.cluster import SloSpec
 from engine.config import validate
 from engine.errors import InvalidRequestError
+from envs.ablated import Hidden
 from envs.build import DEFAULT_PROFILE
 from envs.scenarios import ScenarioConfig
 from envs.traffic import Shaping
@@ -116,6 +117,9 @@ class ExperimentConfig(_Section):
     decision: DecisionConfig = DecisionConfig()
     scenario: ScenarioConfig | None = Field(
         default=None, description="ranges drawn per episode; its traffic is for the generator only"
+    )
+    hide: tuple[Hidden, ...] = Field(
+        default=(), description="from the policy, for ablations: see envs/ablated.py"
     )
     predictor: str = Field(default="ewma4", description=f"one of {PREDICTORS}")
     slo: SloSpec | str = Field(

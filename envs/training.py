@@ -10,13 +10,15 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
 
+from controller.decision import DecisionPipeline
 from engine.errors import InvalidRequestError
 from envs.build import surrogate_parts
 from envs.comparison import compare, print_table, reporter
@@ -25,6 +27,7 @@ from envs.experiment import Experiment, build_engine_env, build_experiment, buil
 from envs.experiment_config import ENGINE, SURROGATE, ExperimentConfig
 from envs.serving_env import ServingEnv
 from envs.vec_env import ServingVecEnv
+from envs.workload import Trace
 from policies.base import ObservationSpec, Policy
 from policies.checkpoint import load_manifest, load_optimizer, load_policy, save_checkpoint
 from policies.cloning import clone
@@ -209,31 +212,33 @@ def _train(
         venv.close()
 
 
-def _build_venv(experiment: Experiment, options: RunOptions, num_timesteps: int) -> ServingVecEnv:
+def _build_venv(experiment: Experiment, options: RunOptions, num_timesteps: int) -> VecEnv:
     if options.env_id == ENGINE:
         return ServingVecEnv([build_engine_env(experiment, options.engine)])
     return build_venv(experiment, num_timesteps)
 
 
 def build_validator(experiment: Experiment) -> Callable[[Policy], float]:
-    """Mean reward per decision of a policy on the windows that policies are chosen by, always the
-    most probable row, over the surrogate exactly as profiled."""
+    """`mean_reward` on the windows that policies are chosen by."""
     pipeline, windows = experiment.pipeline(), experiment.selection_windows()
+    return lambda policy: mean_reward(experiment, pipeline, policy, windows)
 
-    def validate(policy: Policy) -> float:
-        rewards: list[float] = []
-        for window in windows:
-            parts = surrogate_parts(
-                pipeline,
-                lambda rng, window=window: window,  # type: ignore[misc]
-                experiment.default_key,
-                experiment.reward,
-                columns=True,
-            )
-            rewards += _rewards(policy, ServingEnv(parts))
-        return float(np.mean(rewards))
 
-    return validate
+def mean_reward(
+    experiment: Experiment, pipeline: DecisionPipeline, policy: Policy, windows: Sequence[Trace]
+) -> float:
+    """Per decision, always the most probable row, over the surrogate exactly as profiled."""
+    rewards: list[float] = []
+    for window in windows:
+        parts = surrogate_parts(
+            pipeline,
+            lambda rng, window=window: window,  # type: ignore[misc]
+            experiment.default_key,
+            experiment.reward,
+            columns=True,
+        )
+        rewards += _rewards(policy, ServingEnv(parts))
+    return float(np.mean(rewards))
 
 
 def _rewards(policy: Policy, env: ServingEnv) -> list[float]:

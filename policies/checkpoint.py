@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from policies.base import ObservationSpec
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.networks import NetworkConfig, build_network
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
 
@@ -167,7 +167,7 @@ def load_policy(folder: Path, expected_spec_hash: str | None = None) -> PpoPolic
     _check_hash(folder, spec.hash, manifest["spec_hash"], "its own manifest")
     if expected_spec_hash is not None:
         _check_hash(folder, spec.hash, expected_spec_hash, "this controller")
-    network = CandidateNetwork(spec, config)
+    network = build_network(spec, config)
     try:
         network.load_state_dict(_load_tensors(folder, manifest, WEIGHTS))
     except RuntimeError as error:

@@ -22,7 +22,7 @@ from policies.base import Floats, Mask, ObservationSpec
 from policies.baselines import KEEP_ROW
 from policies.learner import masked_log_softmax
 from policies.mpc import MpcConfig
-from policies.networks import CandidateNetwork
+from policies.networks import Network, build_network
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoConfig, PpoPolicy
 
@@ -143,7 +143,7 @@ def clone(
         )
     known, held_out = demonstrations.part(slice(split)), demonstrations.part(slice(split, None))
     torch.manual_seed(seed)
-    network, normalizer = CandidateNetwork(spec, ppo.network), ObservationNormalizer(spec)
+    network, normalizer = build_network(spec, ppo.network), ObservationNormalizer(spec)
     normalizer.update(known.flat)
     _fit(network, normalizer, known, config, seed)
     policy = PpoPolicy(spec, network, ppo.network, normalizer)
@@ -151,7 +151,7 @@ def clone(
 
 
 def _fit(
-    network: CandidateNetwork,
+    network: Network,
     normalizer: ObservationNormalizer,
     known: Demonstrations,
     config: CloningConfig,

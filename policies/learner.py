@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from policies.base import ObservationSpec
-from policies.networks import CandidateNetwork, CandidatePolicy
+from policies.networks import CandidatePolicy, Network
 from policies.ppo import PpoConfig
 
 ILLEGAL = -1e8  # a logit whose softmax is exactly zero, and finite, so that 0 * log 0 is 0
@@ -61,7 +61,7 @@ class CandidatePPO(MaskablePPO):
     """
 
     policy: CandidatePolicy
-    prior: CandidateNetwork | None
+    prior: Network | None
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class CandidatePPO(MaskablePPO):
         return self.config.kl_prior_coef * left
 
     @staticmethod
-    def _kl_prior(prior: CandidateNetwork, flat: Tensor, mask: Tensor, log_p: Tensor) -> Tensor:
+    def _kl_prior(prior: Network, flat: Tensor, mask: Tensor, log_p: Tensor) -> Tensor:
         with torch.no_grad():
             log_q = masked_log_softmax(prior.forward_actor(flat), mask)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
@@ -216,6 +216,6 @@ class CandidatePPO(MaskablePPO):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
 
-def frozen(network: CandidateNetwork) -> CandidateNetwork:
+def frozen(network: Network) -> Network:
     """The network, never to be trained again."""
     return network.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ Shapes: B observations, K candidate rows, S state features, C candidate features
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ class NetworkConfig:
     hidden_size: int = 64  # H of every layer
     keep_weight: float = 1.0  # initial weight of the (normalised) keep marker in the logit: the
     # untrained policy then mostly keeps, instead of switching at random
+    kind: Literal["candidates", "mlp"] = (
+        "candidates"  # mlp: over the flat observation, with weights
+    )
+    # of its own for each row: what is not known there is that rows are alike
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
@@ -111,8 +115,53 @@ class CandidateNetwork(nn.Module):
         return value
 
 
+class PlainNetwork(nn.Module):
+    """The same in and out as `CandidateNetwork`, of two layers each: weights depend on K."""
+
+    def __init__(self, spec: ObservationSpec, config: NetworkConfig) -> None:
+        super().__init__()
+        self.layout, hidden = FlatLayout.of(spec), config.hidden_size
+        self.actor = _two_layers(spec.flat_size, hidden, self.layout.num_rows, gain=0.01)
+        self.critic = _two_layers(spec.flat_size, hidden, 1, gain=1.0)
+        with torch.no_grad():
+            cast(nn.Linear, self.actor[-1]).bias[0] = config.keep_weight
+        self.latent_dim_pi, self.latent_dim_vf = self.layout.num_rows, 1
+
+    def forward(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward_actor(flat), self.forward_critic(flat)
+
+    def forward_actor(self, flat: Tensor) -> Tensor:
+        """Logits [B, K]; the caller masks them."""
+        logits: Tensor = self.actor(flat)
+        return logits
+
+    def forward_critic(self, flat: Tensor) -> Tensor:
+        """Value [B, 1]."""
+        value: Tensor = self.critic(flat)
+        return value
+
+
+def _two_layers(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
+    wide = float(np.sqrt(2))
+    return nn.Sequential(
+        _linear(inputs, hidden, wide),
+        nn.Tanh(),
+        _linear(hidden, hidden, wide),
+        nn.Tanh(),
+        _linear(hidden, outputs, gain),
+    )
+
+
+Network = CandidateNetwork | PlainNetwork
+
+
+def build_network(spec: ObservationSpec, config: NetworkConfig) -> Network:
+    """The network that the config names."""
+    return (CandidateNetwork if config.kind == "candidates" else PlainNetwork)(spec, config)
+
+
 class CandidatePolicy(MaskableActorCriticPolicy):
-    """`CandidateNetwork` as sb3-contrib wants it: action and value nets are identities."""
+    """A network as sb3-contrib wants it: action and value nets are identities."""
 
     def __init__(
         self,
@@ -128,11 +177,11 @@ class CandidatePolicy(MaskableActorCriticPolicy):
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     @property
-    def network(self) -> CandidateNetwork:
-        assert isinstance(self.mlp_extractor, CandidateNetwork)
+    def network(self) -> Network:
+        assert isinstance(self.mlp_extractor, CandidateNetwork | PlainNetwork)
         return self.mlp_extractor
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.mlp_extractor = CandidateNetwork(self.spec, self.network_config)  # type: ignore[assignment]
+        self.mlp_extractor = build_network(self.spec, self.network_config)  # type: ignore[assignment]
         self.action_net, self.value_net = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from policies.base import Observation, ObservationSpec
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.networks import Network, NetworkConfig, build_network
 from policies.normalizer import ObservationNormalizer
 
 
@@ -39,12 +40,13 @@ class PpoConfig:
     kl_prior_decay: bool = True  # that weight falls linearly to zero over the run
     critic_warmup: int = 0  # first rollouts that train the critic alone, for a start from a prior
     normalise_reward: bool = True  # divide by the running std of the discounted return
+    network_kind: Literal["candidates", "mlp"] = "candidates"  # see NetworkConfig
     hidden_size: int = 64  # width of every layer
     keep_weight: float = 1.0  # initial preference for keep, see NetworkConfig
 
     @property
     def network(self) -> NetworkConfig:
-        return NetworkConfig(self.hidden_size, self.keep_weight)
+        return NetworkConfig(self.hidden_size, self.keep_weight, self.network_kind)
 
 
 class PpoPolicy:
@@ -53,7 +55,7 @@ class PpoPolicy:
     def __init__(
         self,
         spec: ObservationSpec,
-        network: CandidateNetwork,
+        network: Network,
         network_config: NetworkConfig,
         normalizer: ObservationNormalizer,
         name: str = "ppo",
@@ -68,7 +70,7 @@ class PpoPolicy:
     def with_max_candidates(self, number: int) -> PpoPolicy:
         """The same weights and statistics for another number of rows: neither depends on it."""
         spec = replace(self.spec, max_candidates=number)
-        network = CandidateNetwork(spec, self.network_config)
+        network = build_network(spec, self.network_config)
         network.load_state_dict(self.network.state_dict())
         normalizer = ObservationNormalizer.from_json(self.normalizer.to_json(), spec)
         return PpoPolicy(spec, network, self.network_config, normalizer, self._name)

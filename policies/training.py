@@ -16,7 +16,7 @@ from engine.errors import InvalidRequestError
 from policies.base import ObservationSpec
 from policies.callbacks import Curve, Interrupt, Saver, Selection
 from policies.learner import CandidatePPO, frozen
-from policies.networks import CandidateNetwork
+from policies.networks import Network
 from policies.normalized_venv import NormalizedVecEnv
 from policies.normalizer import ObservationNormalizer, RunningMoments
 from policies.ppo import PpoConfig, PpoPolicy
@@ -181,7 +181,7 @@ class _Run:
         self.saver = Saver(lambda: watch.save("last", self.state()), watch.save_freq)
 
     @property
-    def network(self) -> CandidateNetwork:
+    def network(self) -> Network:
         return self.model.policy.network
 
     def _continue_from(self, start: LearningState) -> None:

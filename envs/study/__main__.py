@@ -13,7 +13,14 @@ from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
 from envs.study.report import write_page
-from envs.study.results import RESULTS, end_with_parent, read_results, run, write_results
+from envs.study.results import (
+    RESULTS,
+    end_with_parent,
+    read_results,
+    run,
+    stop,
+    write_results,
+)
 from envs.study.verdict import write_verdict
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
                 write_results(out, results)
                 name, took_s = running[future].name, result["took_s"]
                 print(f"{number}/{len(cells)} {name}: {took_s:.0f} s", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            stop(pool)
+            print("stopped; cells that have finished are kept", file=sys.stderr)
+            return 130
         except TidewrightError as error:
             pool.shutdown(cancel_futures=True)
             print(f"error: {error}", file=sys.stderr)

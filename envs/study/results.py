@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -45,6 +46,13 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+def stop(pool: ProcessPoolExecutor) -> None:
+    """End what its processes are doing, at once."""
+    for process in list(pool._processes.values()):
+        process.terminate()
+    pool.shutdown(cancel_futures=True)
 
 
 def run(config: StudyConfig, cell: Cell, traces: Path, shows: bool) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""`python -m envs.results`: trains every seed of every experiment, scores all, writes the cards.
+
+Goes on where it was stopped: a seed that has its result and a cell that has its own are not made
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.config import load_config
+from engine.errors import TidewrightError
+from envs.experiment_config import read_config
+from envs.shipping import decide_default, ship_seeds, write_card
+from envs.study.__main__ import main as run_study
+from envs.study.config import StudyConfig
+from envs.study.results import RESULTS, end_with_parent, read_results, stop
+from envs.training import BEST, RunOptions, run_training
+
+ROOT = Path(__file__).parents[1]
+CONFIGS, ARTIFACTS = ROOT / "configs", ROOT / "policies" / "artifacts"
+
+
+class ResultsConfig(BaseModel):
+    """What is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiments: tuple[str, ...] = Field(min_length=1, description="files of configs/")
+    seeds: tuple[int, ...] = Field(min_length=1)
+    study: str = Field(description="file of configs/ with the cells")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One seed of one experiment."""
+
+    experiment: str
+    seed: int
+    traces: Path | None
+    out: Path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.out / "result.json").is_file()
+
+
+def train_seed(job: Job) -> bool:
+    """Whether it went through to its end. Raises TidewrightErrors."""
+    overrides = {"seed": job.seed, "workload.folder": job.traces and str(job.traces)}
+    config = read_config(CONFIGS / f"{job.experiment}.yaml", overrides)
+    run = run_training(config, RunOptions(job.out, save_freq=20_000, compare=False))
+    return not run.interrupted
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m envs.results", description=__doc__)
+    add = parser.add_argument
+    add("--config", type=Path, default=CONFIGS / "results.yaml", help="what is made (YAML)")
+    add("--traces", type=Path, help="folder of trace files")
+    add("--runs", type=Path, default=ROOT / "runs", help="folder of training runs")
+    add("--jobs", type=int, default=2, help="seeds, and then cells, at a time")
+    add("--only", nargs="*", help="experiments; default: all")
+    return parser.parse_args(arguments)
+
+
+def _train_all(jobs: list[Job], number: int) -> None:
+    """Raises TidewrightErrors."""
+    left = [job for job in jobs if not job.is_done]
+    if not left:
+        return
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(number, context, initializer=end_with_parent) as pool:
+        running = {pool.submit(train_seed, job): job for job in left}
+        try:
+            for count, future in enumerate(as_completed(running), 1):
+                job = running[future]
+                future.result()
+                print(f"{count}/{len(left)} {job.experiment} seed {job.seed}", file=sys.stderr)
+        except KeyboardInterrupt:
+            stop(pool)
+            raise
+
+
+def _score_left(study: str, names: list[str], args: argparse.Namespace) -> int:
+    """Run the cells that have no result yet; the exit status of the study."""
+    done = read_results(RESULTS / f"{study}.json.gz")
+    left = [name for name in names if name not in done]
+    if not left:
+        return 0
+    traces = ["--traces", str(args.traces)] if args.traces else []
+    options = ["--config", str(CONFIGS / f"{study}.yaml"), "--jobs", str(args.jobs), *traces]
+    return run_study([*options, "--cells", *left])
+
+
+def make(args: argparse.Namespace) -> int:
+    """Train, score, write; an exit status. Raises TidewrightErrors."""
+    config: ResultsConfig = load_config(ResultsConfig, args.config, {})
+    study_path = CONFIGS / f"{config.study}.yaml"
+    study: StudyConfig = load_config(StudyConfig, study_path, {})
+    chosen = [e for e in config.experiments if args.only is None or e in args.only]
+    for name in chosen:
+        jobs = [
+            Job(name, seed, args.traces, args.runs / f"{name}-seed{seed}") for seed in config.seeds
+        ]
+        _train_all(jobs, args.jobs)
+        ship_seeds({f"seed{job.seed}": job.out / BEST for job in jobs}, ARTIFACTS / name, study)
+    code = _score_left(config.study, [c.name for c in study.cells if c.policy in chosen], args)
+    if code:
+        return code
+    results = list(read_results(RESULTS / f"{config.study}.json.gz").values())
+    for name in chosen:
+        decide_default(results, ARTIFACTS / name)
+        write_card(results, ARTIFACTS / name)
+    return run_study(["--config", str(study_path), "--report"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        return make(_parse(arguments))
+    except KeyboardInterrupt:
+        print("stopped; run it again to go on", file=sys.stderr)
+        return 130
+    except TidewrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
