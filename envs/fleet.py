@@ -67,7 +67,7 @@ class RayTasks:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._run = ray.remote(num_cpus=1, max_calls=1)(_run_elsewhere)
+        self._run = ray.remote(num_cpus=1)(_run_elsewhere)
         self.num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def start(self, job: Job) -> Any:

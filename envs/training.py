@@ -17,14 +17,22 @@ from typing import Any
 
 import numpy as np
 
+from controller.decision import DecisionPipeline
 from engine.errors import InvalidRequestError
 from envs.build import surrogate_parts
 from envs.comparison import compare, print_table, reporter
 from envs.demonstrations import demonstrations
-from envs.experiment import Experiment, build_engine_env, build_experiment, build_venv
+from envs.experiment import (
+    Experiment,
+    build_engine_env,
+    build_experiment,
+    build_venv,
+    initial_keys,
+)
 from envs.experiment_config import ENGINE, SURROGATE, ExperimentConfig
 from envs.serving_env import ServingEnv
 from envs.vec_env import ServingVecEnv
+from envs.workload import Trace
 from policies.base import ObservationSpec, Policy
 from policies.checkpoint import load_manifest, load_optimizer, load_policy, save_checkpoint
 from policies.cloning import clone
@@ -217,23 +225,26 @@ def _build_venv(experiment: Experiment, options: RunOptions, num_timesteps: int)
 
 def build_validator(experiment: Experiment) -> Callable[[Policy], float]:
     """Mean reward per decision of a policy on the windows that policies are chosen by, always the
-    most probable row, over the surrogate exactly as profiled."""
+    most probable row, over the surrogate exactly as profiled. Windows start as episodes do, in a
+    deployment drawn once: from a good one, keeping it may be all that can be seen of a policy."""
     pipeline, windows = experiment.pipeline(), experiment.selection_windows()
+    rng = np.random.default_rng(experiment.config.evaluation.seed)
+    keys = rng.choice(initial_keys(experiment.config, pipeline.planner), len(windows)).tolist()
 
     def validate(policy: Policy) -> float:
         rewards: list[float] = []
-        for window in windows:
-            parts = surrogate_parts(
-                pipeline,
-                lambda rng, window=window: window,  # type: ignore[misc]
-                experiment.default_key,
-                experiment.reward,
-                columns=True,
-            )
-            rewards += _rewards(policy, ServingEnv(parts))
+        for window, key in zip(windows, keys, strict=True):
+            rewards += _rewards(policy, _window_env(experiment, pipeline, window, key))
         return float(np.mean(rewards))
 
     return validate
+
+
+def _window_env(
+    experiment: Experiment, pipeline: DecisionPipeline, window: Trace, key: str
+) -> ServingEnv:
+    parts = surrogate_parts(pipeline, lambda rng: window, key, experiment.reward, columns=True)
+    return ServingEnv(parts)
 
 
 def _rewards(policy: Policy, env: ServingEnv) -> list[float]:
