@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.optimize:
         names = (args.n_trials, args.sampler, args.pruner, args.storage, args.study_name)
         summary, interrupted = optimize(config, options, SearchOptions(*names), args.ray)
-    elif args.seeds > 1 or args.ray is not None:
+    elif args.seeds != 1 or args.ray is not None:
         summary, interrupted = run_seeds(config, options, args.seeds, args.ray)
     else:
         found = run_training(config, options)

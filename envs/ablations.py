@@ -24,7 +24,7 @@ from envs.experiment import build_experiment
 from envs.experiment_config import read_config
 from envs.study.report import fill_page, table
 from envs.study.results import end_with_parent, stop
-from envs.training import BEST, RunOptions, mean_reward, run_training
+from envs.training import BEST, RunOptions, run_training, scorer
 from policies.checkpoint import load_manifest, load_policy
 from policies.curves import plot_curves
 
@@ -68,9 +68,7 @@ def run(job: Job) -> dict[str, Any]:
     found = {
         "variant": job.variant,
         "seed": job.seed,
-        "reward": mean_reward(
-            experiment, experiment.pipeline(), policy, experiment.validation_windows()
-        ),
+        "reward": scorer(experiment, experiment.validation_windows())(policy),
         "train_s": trained.summary["train_s"],
         "reward_curve": manifest["reward_curve"],
         "validation_curve": trained.state.validation_curve,

@@ -180,14 +180,21 @@ def experiment_reward(
     return dataclasses.replace(lone, stretch=measure_stretch(planner, capacity, lone))
 
 
+def initial_keys(config: ExperimentConfig, planner: Planner) -> tuple[str, ...]:
+    """The deployments that an episode may start in."""
+    first = config.env.initial
+    if first == ANY:
+        return tuple(static_keys(planner))
+    return (first,) if isinstance(first, str) else first
+
+
 def _episode_draws(
     experiment: Experiment, planner: Planner, group: int | None, first_episode: int = 0
 ) -> tuple[MakeTrace, Callable[[np.random.Generator], str]]:
     """Traffic and first deployment of an episode, drawn from the environment's generator; traffic
     by number of the episode in a group, so that its environments meet the same."""
     config, episode = experiment.config, itertools.count(first_episode)
-    first = config.env.initial
-    keys = static_keys(planner) if first == ANY else (first,) if isinstance(first, str) else first
+    keys = initial_keys(config, planner)
 
     def make_trace(rng: np.random.Generator) -> Trace:
         if group is not None:

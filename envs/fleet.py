@@ -22,6 +22,8 @@ def run_seeds(
 ) -> tuple[dict[str, Any], bool]:
     """`number` seeds from the config's on, each in a folder seedN of `options.out`, and their
     learning curves with bands. Gives a summary and whether one was interrupted."""
+    if number < 1:
+        raise InvalidRequestError(f"the number of seeds must be 1 or more, got {number}.")
     jobs = [seed_job(config, options, config.seed + i) for i in range(number)]
     runs = list(run_jobs(jobs, ray_address))
     states = [run.state for run in runs]
@@ -65,7 +67,7 @@ class RayTasks:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._run = ray.remote(num_cpus=1, max_calls=1)(_run_elsewhere)
+        self._run = ray.remote(num_cpus=1)(_run_elsewhere)
         self.num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def start(self, job: Job) -> Any:

@@ -23,7 +23,13 @@ from engine.errors import InvalidRequestError
 from envs.build import surrogate_parts
 from envs.comparison import compare, print_table, reporter
 from envs.demonstrations import demonstrations
-from envs.experiment import Experiment, build_engine_env, build_experiment, build_venv
+from envs.experiment import (
+    Experiment,
+    build_engine_env,
+    build_experiment,
+    build_venv,
+    initial_keys,
+)
 from envs.experiment_config import ENGINE, SURROGATE, ExperimentConfig
 from envs.serving_env import ServingEnv
 from envs.vec_env import ServingVecEnv
@@ -219,26 +225,32 @@ def _build_venv(experiment: Experiment, options: RunOptions, num_timesteps: int)
 
 
 def build_validator(experiment: Experiment) -> Callable[[Policy], float]:
-    """`mean_reward` on the windows that policies are chosen by."""
-    pipeline, windows = experiment.pipeline(), experiment.selection_windows()
-    return lambda policy: mean_reward(experiment, pipeline, policy, windows)
+    """`scorer` on the windows that policies are chosen by."""
+    return scorer(experiment, experiment.selection_windows())
 
 
-def mean_reward(
-    experiment: Experiment, pipeline: DecisionPipeline, policy: Policy, windows: Sequence[Trace]
-) -> float:
-    """Per decision, always the most probable row, over the surrogate exactly as profiled."""
-    rewards: list[float] = []
-    for window in windows:
-        parts = surrogate_parts(
-            pipeline,
-            lambda rng, window=window: window,  # type: ignore[misc]
-            experiment.default_key,
-            experiment.reward,
-            columns=True,
-        )
-        rewards += _rewards(policy, ServingEnv(parts))
-    return float(np.mean(rewards))
+def scorer(experiment: Experiment, windows: Sequence[Trace]) -> Callable[[Policy], float]:
+    """Mean reward per decision of a policy on windows, always the most probable row, over the
+    surrogate exactly as profiled. Windows start as episodes do, in a deployment drawn once: from a
+    good one, keeping it may be all that can be seen of a policy."""
+    pipeline = experiment.pipeline()
+    rng = np.random.default_rng(experiment.config.evaluation.seed)
+    keys = rng.choice(initial_keys(experiment.config, pipeline.planner), len(windows)).tolist()
+
+    def score(policy: Policy) -> float:
+        rewards: list[float] = []
+        for window, key in zip(windows, keys, strict=True):
+            rewards += _rewards(policy, _window_env(experiment, pipeline, window, key))
+        return float(np.mean(rewards))
+
+    return score
+
+
+def _window_env(
+    experiment: Experiment, pipeline: DecisionPipeline, window: Trace, key: str
+) -> ServingEnv:
+    parts = surrogate_parts(pipeline, lambda rng: window, key, experiment.reward, columns=True)
+    return ServingEnv(parts)
 
 
 def _rewards(policy: Policy, env: ServingEnv) -> list[float]:

@@ -83,7 +83,7 @@ class Curve(BaseCallback):
 
 class Selection(BaseCallback):
     """Scores the policy before the first update and then each `eval_freq` decisions, between
-    updates; keeps the best, on a tie the first. Stops when `patience` scores gained nothing, or
+    updates; keeps the best, on a tie the last. Stops when `patience` scores gained nothing, or
     when `scored`, told of each, says False."""
 
     def __init__(
@@ -120,7 +120,7 @@ class Selection(BaseCallback):
         self.points.append((self.num_timesteps, score))
         self.logger.record("eval/mean_reward", score)
         self.logger.dump(self.num_timesteps)
-        if not before or score > max(before):
+        if not before or score >= max(before):
             self._keep()
         pruned = self._scored is not None and not self._scored(self.num_timesteps, score)
         self.stopped = pruned or self._out_of_patience()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import evaluate
 import train
+from envs.experiment_config import read_config
 from policies.checkpoint import load_manifest, load_policy
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,62 @@ def test_same_seed_same_policy(config: Path, run_dir: Path) -> None:
     assert one["policies"] == two["policies"]
 
 
+def test_it_goes_on_from_a_run_under_another_folder(
+    config: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--conf-file", str(config), "-f", str(tmp_path), "-n", "384", "--no-progress"]
+    arguments += ["-i", str(run_dir / "last"), "--eval-freq", "128", "--eval-episodes", "1"]
+    arguments += ["-tb", str(tmp_path / "tb"), "--seed", "5", "--save-freq", "64"]
+    assert train.main(arguments) == 0
+    out = tmp_path / "micro-seed5"
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == json.loads((out / "result.json").read_text())
+    assert found["num_timesteps"] == 384
+    curve = load_manifest(out / "last")["validation_curve"]
+    assert [at for at, _ in curve] == [256, 384]
+    assert found["best_validation"] == max(value for _, value in curve)
+    assert list((tmp_path / "tb").glob("**/events.*"))
+    assert train.main([*arguments, "--resume"]) == 2
+    assert "trained for 384 decisions already" in capsys.readouterr().err
+
+
+def test_a_configuration_may_be_keyed_by_environment(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(config.read_text())
+    path = tmp_path / "ppo.yml"
+    path.write_text(yaml.safe_dump({"tidewright/Surrogate-v0": values}))
+    assert read_config(path, {}) == read_config(config, {})
+    arguments = ["--config", str(path), "--env", "tidewright/Engine-v0", "--out", str(tmp_path)]
+    assert train.main(arguments) == 2
+    assert "settings for tidewright/Surrogate-v0, none for tidewright/Engine-v0" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume"], "nothing to resume"),
+        (["-i", "nowhere"], "no policy checkpoint at nowhere"),
+        (["--eval-freq", "-1"], "eval_freq"),
+        (["--env", "tidewright/Engine-v0", "--env-kwargs", "colour:red"], "colour"),
+        (["--seeds", "0"], "number of seeds must be 1 or more, got 0"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(
+    arguments: list[str],
+    words: str,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train.main(["--config", str(config), "--out", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_evaluation_on_a_trace(
     run_dir: Path, trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +158,9 @@ def test_evaluation_on_a_trace(
         ("colour: red", "unknown key 'colour' in"),
         ("ppo: {n_step: 3}", "unknown key 'ppo.n_step' in"),
         ("ppo: {n_steps: many}", "ppo.n_steps in"),
+        ("cloning: {expert: oracle}", "cloning.expert in"),
+        ("cloning: {num_decisions: -1}", "num_decisions >= 0"),
+        ("ppo: {kl_prior_coef: 0.1}", "there is no prior"),
         ("decision: {grid_s: -1}", "grid_s"),
         ("workload: {trace: nowhere.csv}", "trace nowhere.csv cannot be read"),
         ("profile: nowhere.json", "profile nowhere.json cannot be read"),

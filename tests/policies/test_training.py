@@ -52,7 +52,7 @@ def test_the_best_by_validation_is_kept_and_choosing_changes_nothing() -> None:
     assert result.state.validation_curve == (
         (0, 1.0), (512, 3.0), (1024, 2.0), (1536, 3.0), (2048, 4.0),
     )  # fmt: skip
-    assert kept.at("policy") == [0, 512, 2048]  # on a tie the first
+    assert kept.at("policy") == [0, 512, 1536, 2048]  # on a tie the one that has learned more
     assert kept.at("last") == [2048]
     assert not result.stopped_early
     plain = weights(run().state)
