@@ -266,8 +266,8 @@ def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv 
     section, make_envs = experiment.config.env, partial(build_envs, experiment, num_timesteps)
     if section.num_workers > section.num_envs:
         raise InvalidRequestError(
-            f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; expected "
-            "at least one environment for each worker: set num_workers to fewer."
+            f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; "
+            "expected an environment for each worker, at least: set num_workers to fewer."
         )
     if not section.num_workers:
         return ServingVecEnv(make_envs(range(section.num_envs)), section.num_threads)
