@@ -5,8 +5,9 @@ candidates, observation, mask, reward; ends of episodes and the start of the nex
 The pool is 16 H100s in two nodes that serve Llama-2-70B, an interval 15 s, traffic the embedded
 generator's at 10 requests/s. `env` keeps its deployment; `switching` draws legal rows uniformly, so
 that deployments switch as often as the guardrails let them, and every switch is planned in full.
-Both are stepped by a worker process per core; `1_thread` by the learner's own process. PPO has the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on
-an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
+A worker process per core steps the environments, for `1_thread` the learner's own process. PPO has
+the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on an
+environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
 """
 
 from __future__ import annotations

@@ -243,6 +243,32 @@ def score(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
 
 
 @compiled
+def score_all(
+    counts: Any,
+    loads: Any,
+    plain: Any,
+    rates: Any,
+    rho: float,
+    model: Any,
+    most: float,
+    most_s: float,
+) -> Any:
+    """The same, at most `most` and `most_s`. What has no headroom is routed by the loads `plain`;
+    where there is no replica the latency is `most_s`."""
+    theta, latency_s, shares = score(counts, loads, rates, rho, model)
+    for i in range(len(counts)):
+        if counts[i].any():
+            if theta[i] <= 0.0:
+                _, late_s, late = score(counts[i : i + 1], plain, rates, rho, model)
+                latency_s[i], shares[i] = late_s[0], late[0]
+            latency_s[i] = min(latency_s[i], most_s)
+        else:
+            latency_s[i] = most_s
+        theta[i] = min(theta[i], most)
+    return theta, latency_s, shares
+
+
+@compiled
 def _tail_mean(values: Any, tail: float) -> float:
     """Mean of the least share `tail` of equally likely values[S] (their CVaR): the smallest when
     tail <= 1 / S, the mean when it is 1."""
@@ -319,6 +345,45 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
 
 
 @compiled
+def most_headroom_or(counts: Any, present: Any, loads: Any, rho: float, tail: float) -> int:
+    """The index that `most_headroom` gives, or -1 where present[C] has as much."""
+    index, value, _ = most_headroom(counts, loads, rho, tail)
+    _, own, _ = most_headroom(present.reshape(1, -1), loads, rho, tail)
+    return -1 if own >= value * (1.0 - TIE) else int(index)
+
+
+@compiled
+def dominated(options: Any, owners: Any, rates: Any) -> Any:
+    """[C] whether one of options[M, C], which can be in the place of owners[M], serves every type
+    at least as well at service rates[C, J]; of equal single ones the first stays."""
+    number, (configs, types) = len(options), rates.shape
+    found = np.zeros(configs, np.bool_)
+    for m in range(number):
+        owner = owners[m]
+        if found[owner]:
+            continue
+        better, same = True, True
+        for j in range(types):
+            total = 0.0
+            for c in range(configs):
+                if options[m, c] > 0.0:
+                    total += options[m, c] * rates[c, j]
+            better = better and total >= rates[owner, j]
+            same = same and total == rates[owner, j]
+            if not better:
+                break
+        if better and same:
+            first, replicas = -1, 0.0
+            for c in range(configs):
+                replicas += options[m, c]
+                if first < 0 and options[m, c] > 0.0:
+                    first = c
+            better = replicas != 1.0 or first < owner
+        found[owner] = better
+    return found
+
+
+@compiled
 def _corners(busy: Any, start: float, stop: float, found: Any) -> int:
     """Fills found[V, J], mixes in shares of utilisation: the corners of those whose work adds
     between start and stop of a step at full utilisation; busy[J] is what types add alone."""
@@ -339,7 +404,7 @@ def _corners(busy: Any, start: float, stop: float, found: Any) -> int:
 
 
 @compiled
-def _load_floors(model: Any, rho: float, parts: int) -> Any:
+def load_floors(model: Any, rho: float, parts: int) -> Any:
     """What holds of a replica's mixes, told apart in `parts` by the share of a step that their work
     adds, per unit of utilisation. At the corners of a part, number[C, P] of them: requests
     [C, P, V, J] per second, stepping[C, P, V] sequence steps per second, and alone[C, P, V] such
@@ -520,19 +585,17 @@ def _lowest(bounds: Any, left: Any, number: int) -> Any:
     return left[np.argsort(bounds[left])]
 
 
-@compiled
-def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, apart: bool) -> Any:
-    """Index of the deployment of counts[N, C] with the least mean latency among those with headroom
-    1 or more at rates[J], loads[C, J]; how many were solved. The index is -1 where there is none.
-    `apart`: the loads are of other service rates than the model's.
+def num_parts(number: int, apart: bool) -> int:
+    """In which `load_floors` is told apart for so many deployments; `apart` as `least_latency`."""
+    return PARTS if number > MANY and not apart else 1
 
-    If not, a replica's utilisation is rho over the headroom, the same for all (see above), and lies
-    between bounds that need no solving. By Little's law the sum of latencies is that of requests in
-    the replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
-    `_least_load_s` says for each replica at the least utilisation. Otherwise the utilisation is at
-    most rho over the headroom, and `_least_own_s` says it. The prices are what requests take in the
-    best deployment so far, in a long list such that the sum says the most of that deployment.
-    """
+
+@compiled
+def _least_latency(
+    counts: Any, loads: Any, rates: Any, rho: float, model: Any, floors: Any, apart: bool
+) -> Any:
+    """`least_latency`, with the latency before the number of those solved; `floors` are those of
+    the model."""
     number, (configs, types) = len(counts), loads.shape
     used, table, basis = _scratch(configs, types)
     shares, prices, duals = np.empty((configs, types)), np.zeros(types), np.empty(types)
@@ -540,8 +603,7 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
     everything, total = np.arange(number), rates.sum()
     above, below = _headroom_bounds(counts, loads, rho)
     active, bounds = everything[above >= 1.0], np.zeros(number)
-    many = number > MANY and not apart
-    floors = _load_floors(model, rho, PARTS if many else 1)
+    many = floors[0].shape[1] > 1
     least, size = np.empty((LEVELS, configs)), FIRST
     first = int(LEVELS / above.max()) if len(active) else 0
     best, solved = np.inf, 0
@@ -563,7 +625,9 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
         active = active[:kept]
         left = active[~exact[active]]
         if len(left) == 0:
-            return (active[0] if best < np.inf else -1), solved
+            if best < np.inf:
+                return active[0], values[active[0]], solved
+            return -1, np.inf, solved
         prices[:] = 0.0
         order = _lowest(bounds, left, size)
         size *= 2 if best < np.inf else 1
@@ -586,11 +650,66 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
             active = active[above[active] >= 1.0]
 
 
+@compiled
+def _least_latency_of(
+    counts: Any, loads: Any, rates: Any, rho: float, model: Any, parts: int, apart: bool
+) -> Any:
+    floors = load_floors(model, rho, parts)
+    index, _, solved = _least_latency(counts, loads, rates, rho, model, floors, apart)
+    return index, solved
+
+
+def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, apart: bool) -> Any:
+    """Index of the deployment of counts[N, C] with the least mean latency among those with headroom
+    1 or more at rates[J], loads[C, J]; how many were solved. The index is -1 where there is none.
+    `apart`: the loads are of other service rates than the model's.
+
+    If not, a replica's utilisation is rho over the headroom, the same for all (see above), and lies
+    between bounds that need no solving. By Little's law the sum of latencies is that of requests in
+    the replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
+    `_least_load_s` says for each replica at the least utilisation. Otherwise the utilisation is at
+    most rho over the headroom, and `_least_own_s` says it. The prices are what requests take in the
+    best deployment so far, in a long list such that the sum says the most of that deployment.
+    """
+    parts = num_parts(len(counts), apart)
+    return _least_latency_of(counts, loads, rates, rho, model, parts, apart)
+
+
+@compiled
+def least_latency_or(
+    counts: Any,
+    present: Any,
+    loads: Any,
+    rates: Any,
+    rho: float,
+    model: Any,
+    floors: Any,
+    apart: bool,
+    most_s: float,
+) -> int:
+    """The index that `least_latency` gives, or -2 where present[C] is as good: with headroom 1 and
+    as little latency. Beyond `most_s` latencies are equal."""
+    index, latency_s, _ = _least_latency(counts, loads, rates, rho, model, floors, apart)
+    if index >= 0:
+        configs, types = loads.shape
+        used, table, basis = _scratch(configs, types)
+        shares, prices = np.empty((configs, types)), np.empty(types)
+        theta = _solve(loads, rho * present, used, table, basis, shares, prices)
+        if theta >= 1.0:
+            present_s = min(_latency_s(model, present, rates, shares), most_s)
+            if present_s <= min(latency_s, most_s) * (1.0 + TIE):
+                return -2
+    return int(index)
+
+
 @lru_cache(maxsize=1)
 def warm_up() -> None:
     """Compiles everything, or loads it, so that no decision waits for it."""
     one, square = np.ones(1), np.ones((1, 1))
     model = (one, one, one, one, square, square, square, square, square)
-    score(square, square, one, 0.9, model)
+    floors = load_floors(model, 0.9, 1)
+    score_all(square, square, square, one, 0.9, model, 1.0, 1.0)
     most_headroom(square, square[None], 0.9, 0.0)
-    least_latency(square, square, one, 0.9, model, False)
+    most_headroom_or(square, one, square[None], 0.9, 0.0)
+    least_latency_or(square, one, square, one, 0.9, model, floors, False, 1.0)
+    dominated(square, np.zeros(1, np.int64), square)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from controller import headroom_kernel as kernel
 from controller.deployments import Ints, list_counts, num_maximal
 from controller.packing import Nodes, group_sizes, is_chain, packs
 from engine.cluster import ParallelConfig
@@ -127,19 +128,15 @@ def dominated(sizes: Sequence[int], rates: Floats, groups: Sequence[int] = ()) -
 
     `groups`, where nodes bind: the tensor-parallel degrees, since the others must fit into them.
     """
-    found = np.zeros(len(sizes), np.bool_)
-    for c, options in enumerate(_substitutes(tuple(sizes), tuple(groups))):
-        better = np.all(options @ rates >= rates[c], axis=1)
-        if better.any():
-            same = np.all(options @ rates == rates[c], axis=1) & (options.sum(axis=1) == 1)
-            first = options.argmax(axis=1) < c
-            found[c] = bool((better & (~same | first)).any())
+    options, owners = _substitutes(tuple(sizes), tuple(groups))
+    found: NDArray[np.bool_] = kernel.dominated(options, owners, np.ascontiguousarray(rates))
     return found
 
 
 @lru_cache(maxsize=64)
-def _substitutes(sizes: tuple[int, ...], groups: tuple[int, ...]) -> tuple[Floats, ...]:
-    """For each configuration, [M, C] the multisets of others that can be in its place."""
+def _substitutes(sizes: tuple[int, ...], groups: tuple[int, ...]) -> tuple[Floats, Ints]:
+    """[M, C] the multisets of others that can be in the place of a configuration, for each of
+    them; and [M] of which."""
     found = []
     for c, size in enumerate(sizes):
         fitting = [k for k in range(len(sizes)) if k != c]
@@ -154,4 +151,4 @@ def _substitutes(sizes: tuple[int, ...], groups: tuple[int, ...]) -> tuple[Float
             options = np.zeros((len(part), len(sizes)))
             options[:, fitting] = part
         found.append(options)
-    return tuple(found)
+    return np.concatenate(found), np.repeat(np.arange(len(sizes)), [len(f) for f in found])

@@ -111,9 +111,9 @@ def build_observation(
     """State and candidate rows as float32; rows past the last candidate are zero and masked."""
     rows = np.zeros((spec.max_candidates, len(spec.candidate_features)), np.float32)
     mask = np.zeros(spec.max_candidates, np.bool_)
-    for i, candidate in enumerate(candidates):
-        rows[i] = _candidate_row(situation, candidates[0], candidate, spec.grid_s)
-        mask[i] = not mask_reasons[i]
+    keep, count = candidates[0], len(candidates)
+    rows[:count] = [_candidate_row(situation, keep, c, spec.grid_s) for c in candidates]
+    mask[:count] = [not reason for reason in mask_reasons]
     state = np.array(_state(situation, candidates[0], spec.grid_s), np.float32)
     assert state.shape == (len(spec.state_features),), (state.shape, len(spec.state_features))
     return Observation(_bounded(state), _bounded(rows), mask, tuple(c.key for c in candidates))
@@ -121,7 +121,8 @@ def build_observation(
 
 def _bounded(features: Floats) -> Floats:
     """Unknowns as zero, everything within FEATURE_LIMIT. In place."""
-    np.nan_to_num(features, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
+    if not np.isfinite(features).all():
+        np.nan_to_num(features, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
     return np.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT, out=features)
 
 

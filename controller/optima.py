@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -16,14 +17,12 @@ from controller.deployments import Counts, neighbours
 from controller.library import Floats, Library, Space, has_library, list_homogeneous
 from controller.milp import Pool, fewest_devices, filled, least_latency, most_headroom
 from controller.packing import packs, spread
-from controller.scoring import Cache, Key, Scorer
+from controller.scoring import NONE, Cache, Key, Scorer
 from controller.solvers import SOLVERS
 from controller.switch_costs import Budget, SwitchCosts
 
-TIE = 1e-9  # relative; the present deployment wins ties of this
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Search:
     """One pool and traffic to find the best for. `live` are the present replicas."""
 
@@ -32,6 +31,11 @@ class Search:
     live: Counts
     listed: Floats  # [N, C] deployments to choose from
     contenders: Floats  # [M, C] of those, enough where headroom decides
+
+    @cached_property
+    def present(self) -> Floats:
+        """[C] as `live`."""
+        return np.array(self.live, np.float64)
 
 
 class Optima:
@@ -121,25 +125,24 @@ class Optima:
     def _or_live(self, search: Search, listed: Floats, rates: Floats, tail: float = 0.0) -> Counts:
         if not len(listed):
             return search.live
-        live = np.array([search.live], np.float64)
-        index, value = self.scorer.most_headroom(listed, rates, search.lengths_key, tail)
-        _, present = self.scorer.most_headroom(live, rates, search.lengths_key, tail)
-        return search.live if present >= value * (1.0 - TIE) else _counts(listed[index])
+        index = self.scorer.most_headroom_or(
+            listed, search.present, rates, search.lengths_key, tail
+        )
+        return search.live if index is None else _counts(listed[index])
 
     def least_latency(self, search: Search, rates_key: Key) -> Counts:
         """The least mean latency of those with headroom 1; the most headroom where none has it.
         The live deployment wins ties."""
-        rates = self.scorer.rates(rates_key)
-        index = None
+        rates, index = self.scorer.rates(rates_key), NONE
         if len(search.listed):
-            index = self.scorer.least_latency(search.listed, rates, search.lengths_key)
-        if index is None:
+            found = self.scorer.least_latency_or(
+                search.listed, search.present, rates, search.lengths_key
+            )
+            if found is None:
+                return search.live
+            index = found
+        if index == NONE:
             return self.most_headroom(search, rates[None])
-        both = np.array([search.live, search.listed[index]], np.float64)
-        (scores,) = self.scorer.score(both, (rates_key,), search.lengths_key)
-        present_s, best_s = scores.latency_s.tolist()
-        if scores.headroom[0] >= 1.0 and present_s <= best_s * (1.0 + TIE):
-            return search.live
         return _counts(search.listed[index])
 
     def fewest_devices(self, search: Search, rates_key: Key) -> Counts | None:
@@ -275,4 +278,4 @@ class Optima:
 
 
 def _counts(row: Floats) -> Counts:
-    return tuple(int(n) for n in row)
+    return tuple(map(int, row.tolist()))

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from controller.headroom_kernel import least_latency, most_headroom, score, warm_up
+from controller import headroom_kernel as kernel
 from controller.milp import LATENCY_LEVELS
 from controller.service_model import (
     ServiceModel,
@@ -42,6 +42,7 @@ MAX_LATENCY_S = 1e4  # what is reported where nothing is served
 MAX_HEADROOM = 1e6
 MAX_RATE = 1e12  # per second
 CACHE_SIZE = 4096
+NONE = -1  # in place of an index
 MIXING_STEP = 0.05  # shares of types are rounded to multiples of it
 
 
@@ -141,7 +142,8 @@ class Scorer:
                 f"{cluster.spec.device_memory_bytes} bytes per device; profile larger ones."
             )
         self._centres, self._prior = centres(typing), _floats(prior(typing))
-        self._models, self._rates, self._within = Cache(64), Cache(256), Cache(64)
+        self._models, self._rates, self._served = Cache(64), Cache(256), Cache(64)
+        self._floors = Cache(64)
         self._slo_rates = slo_rates if config.capacity == "slo" else None
         if self._slo_rates is not None:
             self._slo_shares = self._slo_rates.shares(cluster, self.configs, config.slo_class)
@@ -150,7 +152,7 @@ class Scorer:
                 "the planner's capacity 'slo' needs SLO rates and got none; hand it those that "
                 f"{MAKE} makes, or set capacity to 'throughput'."
             )
-        warm_up()
+        kernel.warm_up()
 
     def lengths_key(self, lengths: Floats | None, mixing: Floats | None = None) -> Key:
         """Of mean lengths[J, 2], the centres' by default, and mixing[J, J], if types are not known
@@ -193,21 +195,29 @@ class Scorer:
     def headroom_rates(self, lengths_key: Key) -> Floats:
         """[C, J] requests per second that headroom counts of a replica; 0 where none is served
         within the targets. See `controller.slo_rates`."""
+        return self._headroom_rates(lengths_key)[0]
 
-        def build() -> Floats:
+    def _headroom_rates(self, lengths_key: Key) -> tuple[Floats, bool]:
+        """And whether all are above 0."""
+
+        def build() -> tuple[Floats, bool]:
             rates, mixing = self._slo_rates, self._mixing(lengths_key)
-            if rates is None:
-                return self.model(lengths_key).rates
-            nearest = rates.nearest(self._lengths(lengths_key))
-            within = self._typed(lengths_key).rates * self._slo_shares[:, nearest]
-            return np.asarray(within if mixing is None else mixed_rates(within, mixing))
+            found = self.model(lengths_key).rates
+            if rates is not None:
+                nearest = rates.nearest(self._lengths(lengths_key))
+                within = self._typed(lengths_key).rates * self._slo_shares[:, nearest]
+                found = within if mixing is None else mixed_rates(within, mixing)
+            return found, bool((found > 0.0).all())
 
-        return self._within.get(lengths_key, build)
+        return self._served.get(lengths_key, build)
 
     def loads(self, rates: Floats, lengths_key: Key) -> Floats:
         """[..., C, J] of rates[..., J]: replicas busy with each type; inf where not served."""
+        served, all_served = self._headroom_rates(lengths_key)
+        if all_served:
+            return np.asarray(rates[..., None, :] / served)
         with np.errstate(divide="ignore"):
-            return np.asarray(rates[..., None, :] / self.headroom_rates(lengths_key))
+            return np.asarray(rates[..., None, :] / served)
 
     def rates_key(self, rates: ArrayLike) -> Key:
         """Total and shares of the rates, with the coverage floor, rounded in ln."""
@@ -238,15 +248,9 @@ class Scorer:
         """What misses the targets anyhow is routed for throughput."""
         model, rho = self.model(lengths_key), self.config.max_utilisation
         loads = self.loads(rates, lengths_key)
-        theta, latency_s, shares = score(counts, loads, rates, rho, model.arrays)
-        late = (theta <= 0.0) & counts.any(axis=1)
-        if late.any():
-            plain = score(counts[late], rates / model.rates, rates, rho, model.arrays)
-            _, latency_s[late], shares[late] = plain
-        latency_s = np.where(
-            counts.any(axis=1), np.minimum(latency_s, MAX_LATENCY_S), MAX_LATENCY_S
-        )
-        return Scores(np.minimum(theta, MAX_HEADROOM), latency_s, shares)
+        plain = loads if self._slo_rates is None else rates / model.rates
+        limits = MAX_HEADROOM, MAX_LATENCY_S
+        return Scores(*kernel.score_all(counts, loads, plain, rates, rho, model.arrays, *limits))
 
     def most_headroom(
         self, counts: Floats, rates: Floats, lengths_key: Key, tail: float = 0.0
@@ -254,16 +258,32 @@ class Scorer:
         """Which has the most headroom, in the mean of the lowest share `tail` of equally likely
         rates[S, J] (0: the lowest alone); among equals the first. And its value."""
         loads = self.loads(rates, lengths_key)
-        index, value, _ = most_headroom(counts, loads, self.config.max_utilisation, tail)
+        index, value, _ = kernel.most_headroom(counts, loads, self.config.max_utilisation, tail)
         return int(index), float(value)
 
-    def least_latency(self, counts: Floats, rates: Floats, lengths_key: Key) -> int | None:
-        """Which has the least mean latency of those with headroom 1 or more at rates[J]; None:
-        there is none. Among equals the first."""
+    def most_headroom_or(
+        self, counts: Floats, present: Floats, rates: Floats, lengths_key: Key, tail: float = 0.0
+    ) -> int | None:
+        """The same index; None where present[C] has as much."""
+        loads, rho = self.loads(rates, lengths_key), self.config.max_utilisation
+        index = kernel.most_headroom_or(counts, present, loads, rho, tail)
+        return None if index < 0 else index
+
+    def least_latency_or(
+        self, counts: Floats, present: Floats, rates: Floats, lengths_key: Key
+    ) -> int | None:
+        """Which has the least mean latency of those with headroom 1 or more at rates[J], among
+        equals the first; NONE: there is none. None where present[C] is as good."""
         model, loads = self.model(lengths_key), self.loads(rates, lengths_key)
         rho, apart = self.config.max_utilisation, self._slo_rates is not None
-        index, _ = least_latency(counts, loads, rates, rho, model.arrays, apart)
-        return int(index) if index >= 0 else None
+        parts = kernel.num_parts(len(counts), apart)
+        floors = self._floors.get(
+            (lengths_key, parts), lambda: kernel.load_floors(model.arrays, rho, parts)
+        )
+        index = kernel.least_latency_or(
+            counts, present, loads, rates, rho, model.arrays, floors, apart, MAX_LATENCY_S
+        )
+        return None if index < NONE else index
 
     def latency_levels(self, lengths_key: Key) -> Floats:
         """[L, C, J] mean latency of each type alone on a replica that is rho * LATENCY_LEVELS

@@ -178,6 +178,21 @@ def _linear(model: StepTimeModel, max_tokens: int) -> StepTimeModel:
     return model.linear(max_tokens)
 
 
+@lru_cache(maxsize=64)
+def _coefficients(
+    cluster: ProfiledCluster, configs: tuple[ParallelConfig, ...]
+) -> tuple[Floats, ...]:
+    """[C] each: those of the step times, then pipeline stages and tokens of KV."""
+    spec, pp = cluster.spec, np.array([c.pp for c in configs], np.float64)
+    limit = spec.max_num_batched_tokens
+    models = [_linear(cluster.profile.step_model(c), limit) for c in configs]
+    *found, share = (
+        np.array([getattr(m, name) for m in models], np.float64) for name in COEFFICIENTS
+    )
+    kv_tokens = np.array([num_kv_blocks(spec, c) * spec.block_size for c in configs], np.float64)
+    return (*found, np.maximum(1.0 / pp, share), pp, kv_tokens)
+
+
 def build_service_model(
     cluster: ProfiledCluster, configs: Sequence[ParallelConfig], lengths: Floats
 ) -> ServiceModel:
@@ -187,13 +202,7 @@ def build_service_model(
     """
     spec = cluster.spec
     limit = spec.max_num_batched_tokens
-    models = [_linear(cluster.profile.step_model(c), limit) for c in configs]
-    a, b, d, e, f, share = (
-        np.array([getattr(m, name) for m in models], np.float64) for name in COEFFICIENTS
-    )
-    pp = np.array([c.pp for c in configs], np.float64)
-    share = np.maximum(1.0 / pp, share)
-    kv_tokens = np.array([num_kv_blocks(spec, c) * spec.block_size for c in configs], np.float64)
+    a, b, d, e, f, share, pp, kv_tokens = _coefficients(cluster, tuple(configs))
     lengths = np.maximum(lengths, 1.0)
     steps, context = _steps(spec, lengths), lengths[:, 0] + lengths[:, 1] / 2.0
     tokens = np.maximum(lengths.sum(axis=1) - 1.0, 1.0) / steps

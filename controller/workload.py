@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,8 +24,10 @@ PRIOR_WIDTH = 0.75  # spread of ln(prompt length) assumed inside a type before a
 
 
 def _log_lengths(prompt_tokens: ArrayLike, output_tokens: ArrayLike) -> Floats:
-    pairs = np.stack([np.asarray(prompt_tokens), np.asarray(output_tokens)], axis=-1)
-    return np.log(np.maximum(pairs.astype(np.float64), 1.0))
+    prompt, output = np.asarray(prompt_tokens), np.asarray(output_tokens)
+    pairs = np.empty((*prompt.shape, 2))
+    pairs[..., 0], pairs[..., 1] = prompt, output
+    return np.log(np.maximum(pairs, 1.0, out=pairs), out=pairs)
 
 
 def fit_typing(
@@ -57,6 +60,11 @@ def centres(typing: WorkloadTyping) -> Floats:
     return np.array([(t.prompt_tokens, t.output_tokens) for t in typing.types], np.float64)
 
 
+@lru_cache(maxsize=64)
+def _log_centres(typing: WorkloadTyping) -> Floats:
+    return np.log(centres(typing))
+
+
 def prior(typing: WorkloadTyping) -> Floats:
     """[J] share of each type when the typing was fitted; equal shares when it says nothing."""
     count = len(typing.types)
@@ -69,7 +77,7 @@ def assign(
 ) -> NDArray[np.int64]:
     """[N] nearest type in (ln prompt, ln output) of finished requests."""
     points = _log_lengths(prompt_tokens, output_tokens)
-    distance = ((points[:, None, :] - np.log(centres(typing))[None]) ** 2).sum(axis=-1)
+    distance = ((points[:, None, :] - _log_centres(typing)) ** 2).sum(axis=-1)
     return np.asarray(distance.argmin(axis=1), np.int64)
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from math import inf
 from typing import Protocol, runtime_checkable
 
@@ -105,6 +106,11 @@ _KEY_TERM = re.compile(r"^(\d+)xtp(\d+)pp(\d+)$")
 
 def deployment_key(configs: Sequence[ParallelConfig]) -> str:
     """Canonical name of a multiset of replica configurations, e.g. ``1xtp2pp1+2xtp1pp1``."""
+    return _deployment_key(tuple(configs))
+
+
+@lru_cache(maxsize=65536)
+def _deployment_key(configs: tuple[ParallelConfig, ...]) -> str:
     counts = Counter(configs)
     order = sorted(counts, key=lambda c: (-c.num_devices, -c.tp, c.pp))
     return "+".join(f"{counts[c]}x{c.key}" for c in order)
@@ -365,7 +371,8 @@ class Routing:
                 f"the posterior has {len(self.posterior)} rows."
             )
         for name, rows in (("weights", self.weights), ("posterior", self.posterior)):
-            if not all(0 <= share < inf for row in rows for share in row):
+            shares = [share for row in rows for share in row]
+            if shares and not (min(shares) >= 0 and sum(shares) < inf):  # nan has no sum below
                 raise ValueError(f"routing {name} are {rows}; expected finite shares of 0 or more.")
         if any(edge < 0 for edge in self.prompt_edges):
             raise ValueError(f"prompt edges are {self.prompt_edges}; expected 0 or more.")

@@ -82,16 +82,17 @@ class ColumnMonitor(Monitor):
         faded = keep**counts
         self._length_weight = self._length_weight * faded + counts
         self._length_sum *= faded[:, None]
-        np.add.at(self._length_sum, types, np.stack([prompt, output], axis=-1).astype(np.float64))
+        lengths = np.empty((len(types), 2))
+        lengths[:, 0], lengths[:, 1] = prompt, output
+        np.add.at(self._length_sum, types, lengths)
         finish_s, first_s = traffic.finish_s[done], traffic.first_token_s[done]
         self._decay_to(float(finish_s.max()))
         weight = np.exp(np.minimum(finish_s - self._last_s, 0.0) / self._window_s)
-        several = output > 1
-        tpot_s = np.where(several, (finish_s - first_s) / np.maximum(output - 1, 1), 0.0)
-        latency_s, ttft_s = (t - traffic.ended_arrival_s[done] for t in (finish_s, first_s))
-        figures = np.stack(
-            [np.ones(len(weight)), latency_s, np.ones(len(weight)), ttft_s, several, tpot_s]
-        )
+        arrival_s, figures = traffic.ended_arrival_s[done], np.ones((6, len(weight)))
+        figures[1], figures[3] = finish_s - arrival_s, first_s - arrival_s
+        figures[4] = output > 1
+        tokens = np.maximum(output - 1, 1)
+        figures[5] = np.where(output > 1, (finish_s - first_s) / tokens, 0.0)
         self._ended += figures @ weight
 
 
@@ -151,7 +152,10 @@ class ColumnLedger:
             ended.output_tokens > 1, log_worths(tpot_of(ended) / reference_s, worst), by_latency
         )
         by_slo = np.where(slo_met(config.slo, ended), 1.0, -1.0)
-        return np.stack([weigh.latency * by_latency, weigh.tpot * by_tpot, weigh.slo * by_slo])
+        found = np.empty((3, len(latency_s)))
+        found[0], found[1] = weigh.latency * by_latency, weigh.tpot * by_tpot
+        found[2] = weigh.slo * by_slo
+        return found
 
 
 class ColumnTraffic:

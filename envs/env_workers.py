@@ -92,12 +92,17 @@ class EnvWorkers:
             theirs.close()
             self._workers.append(_Worker(process, ours, numbers))
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes."""
+        return [worker.process.pid for worker in self._workers]
+
     def reset(self, seeds: Sequence[int | None], options: Sequence[Any]) -> list[Info]:
         """Observations and masks are on the board then."""
         for worker in self._workers:
-            numbers = worker.numbers
-            self._send(worker, "reset", ([seeds[i] for i in numbers], [options[i] for i in numbers]))
-        return [info for worker in self._workers for info in self._reply(worker)]
+            given = [(seeds[i], options[i] or None) for i in worker.numbers]
+            self._send(worker, "reset", given)
+        return [info for infos in self._replies(self._workers) for info in infos]
 
     def begin_step(self, actions: NDArray[np.int64]) -> None:
         self.board.actions[:] = actions
@@ -107,22 +112,18 @@ class EnvWorkers:
     def finish_step(self) -> list[tuple[Info, Info | None]]:
         """Info of the step, without what is LARGE, and of the next episode's start where one was
         done; the rest is on the board."""
-        return [infos for worker in self._workers for infos in self._reply(worker)]
+        return [infos for of_worker in self._replies(self._workers) for infos in of_worker]
 
-    def ask(self, question: str, payload: Any, numbers: Iterable[int]) -> list[Any]:
+    def ask(self, question: str, payload: Any, chosen: Iterable[int]) -> list[Any]:
         """Of each of these environments: `has`, `get`, `set` or `call` an attribute."""
-        wanted = list(numbers)
+        wanted = list(chosen)
         asked = [w for w in self._workers if set(w.numbers) & set(wanted)]
         for worker in asked:
             here = [i - worker.numbers[0] for i in worker.numbers if i in wanted]
             self._send(worker, question, (here, payload))
-        found = {
-            number: value
-            for worker in asked
-            for number, value in zip(
-                [i for i in worker.numbers if i in wanted], self._reply(worker), strict=True
-            )
-        }
+        numbers = [i for worker in asked for i in worker.numbers if i in wanted]
+        values = [value for of_worker in self._replies(asked) for value in of_worker]
+        found = dict(zip(numbers, values, strict=True))
         return [found[i] for i in wanted]
 
     def close(self) -> None:
@@ -143,7 +144,19 @@ class EnvWorkers:
         except OSError as error:
             raise self._lost(worker) from error
 
-    def _reply(self, worker: _Worker) -> list[Any]:
+    def _replies(self, workers: Sequence[_Worker]) -> list[list[Any]]:
+        """All are read before the first failure is raised: none is left to be taken for the answer
+        to a later command."""
+        replies = [self._reply(worker) for worker in workers]
+        for worker, (error, _) in zip(workers, replies, strict=True):
+            if isinstance(error, AttributeError):
+                raise error
+            if error is not None:
+                raise UnavailableError(f"{worker.process.name} failed:\n{error}")
+        return [found for _, found in replies]
+
+    def _reply(self, worker: _Worker) -> tuple[Any, list[Any]]:
+        """Error, and what was found."""
         try:
             if not worker.pipe.poll(REPLY_TIMEOUT_S):
                 raise UnavailableError(
@@ -152,12 +165,7 @@ class EnvWorkers:
             error, found = worker.pipe.recv()
         except (EOFError, OSError) as lost:
             raise self._lost(worker) from lost
-        if isinstance(error, AttributeError):
-            raise error
-        if error is not None:
-            raise UnavailableError(f"{worker.process.name} failed:\n{error}")
-        assert isinstance(found, list)
-        return found
+        return error, found
 
     def _lost(self, worker: _Worker) -> UnavailableError:
         worker.process.join(CLOSE_TIMEOUT_S)
@@ -194,10 +202,9 @@ def _work(
                 board = Board(memory, spec, num_envs)
                 desk = _Desk(board, EnvPool(make_envs(numbers), num_threads), numbers)
             reply = None, desk.answer(command, payload)
-        except AttributeError as error:
-            reply = error, None
-        except Exception:
-            reply = traceback.format_exc(), None
+        except Exception as error:
+            is_known = command == "get" and isinstance(error, AttributeError)
+            reply = error if is_known else traceback.format_exc(), None
         try:
             pipe.send(reply)
         except OSError:
@@ -219,7 +226,7 @@ class _Desk:
         if command == "step":
             return self._step()
         if command == "reset":
-            return self._reset(*payload)
+            return self._reset(payload)
         here, question = payload
         return [_answer(self.pool.envs[i], command, *question) for i in here]
 
@@ -232,10 +239,11 @@ class _Desk:
             infos.append((small, found.reset_info))
         return infos
 
-    def _reset(self, seeds: list[int | None], options: list[Any]) -> list[Info]:
+    def _reset(self, given: list[tuple[int | None, Any]]) -> list[Info]:
+        """`given` are seeds and options."""
         infos = []
-        for i, env in enumerate(self.pool.envs):
-            self._flats[i], info = env.reset(seed=seeds[i], options=options[i] or None)
+        for i, (env, (seed, options)) in enumerate(zip(self.pool.envs, given, strict=True)):
+            self._flats[i], info = env.reset(seed=seed, options=options)
             self._masks[i] = env.action_masks()
             infos.append(info)
         return infos

@@ -276,7 +276,7 @@ def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv 
     if section.num_workers > section.num_envs:
         raise InvalidRequestError(
             f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; "
-            "expected at least one environment for each worker: set num_workers to fewer."
+            "expected an environment for each worker, at least: set num_workers to fewer."
         )
     if not section.num_workers:
         return ServingVecEnv(make_envs(range(section.num_envs)), section.num_threads)

@@ -7,7 +7,7 @@ prepare the next. Episodes end by truncation alone; serving has no terminal stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import gymnasium
@@ -30,13 +30,14 @@ from engine.errors import (
 )
 from envs.columns import ColumnTraffic
 from envs.render import Frame, draw, show_text
-from envs.reward import RewardConfig, meets_slo
+from envs.reward import RewardConfig, RewardTerms, meets_slo
 from envs.scenarios import DeviceFailure, Disturbances, FailureDrivable
 from envs.traffic_feed import EventTraffic, IntervalCounts, TrafficFeed
 from envs.workload import Trace
 from policies.base import Floats, Mask, Observation, ObservationSpec
 from policies.evaluation import EpisodeRecord
 
+TERMS = tuple(field.name for field in fields(RewardTerms))
 MakeTrace = Callable[[np.random.Generator], Trace]
 MakeCluster = Callable[[np.random.Generator], Drivable]
 MakeDisturbances = Callable[[np.random.Generator, float], Disturbances]
@@ -145,7 +146,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             "decision": decision,
             "ticket": ticket,
             "arrived": arrived,
-            "reward_terms": asdict(terms),
+            "reward_terms": {name: getattr(terms, name) for name in TERMS},
             "at_s": snapshot.now_s,
         }
         return self.prepared.observation.flat(), reward, False, self.is_over, info

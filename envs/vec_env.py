@@ -118,6 +118,11 @@ class WorkerVecEnv(VecEnv):
     def close(self) -> None:
         self._workers.close()
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Until it is closed."""
+        return self._workers.pids
+
     def has_attr(self, attr_name: str) -> bool:
         return all(self._workers.ask("has", (attr_name,), range(self.num_envs)))
 

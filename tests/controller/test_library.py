@@ -12,9 +12,9 @@ from controller.headroom_kernel import (
     LEVELS,
     MANY,
     _least_load_s,
-    _load_floors,
     _tune_prices,
     least_latency,
+    load_floors,
     most_headroom,
     score,
 )
@@ -251,7 +251,7 @@ def test_no_mix_takes_less_than_the_floors_say(
     """One replica, random mixes at random utilisation and prices, by the plain path."""
     rng = np.random.default_rng(seed)
     model = _service(Planner(make_cluster(8, 4), four_types))
-    floors = _load_floors(model.arrays, RHO, parts)
+    floors = load_floors(model.arrays, RHO, parts)
     alone_s = (model.steps * (model.base_s[:, None] + model.added_s)).mean(axis=0)
     prices = alone_s * rng.uniform(0.0, 3.0, 4)
     least = np.empty((LEVELS, len(model.configs)))
@@ -274,7 +274,7 @@ def test_tuned_prices_say_more_and_never_too_much(
     model, rng = _service(planner), np.random.default_rng(0)
     counts, floors = (
         Library(planner.configs, Space((8,), 8)).counts,
-        _load_floors(model.arrays, RHO, 16),
+        load_floors(model.arrays, RHO, 16),
     )
     raised = 0
     for _ in range(10):
