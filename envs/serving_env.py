@@ -60,10 +60,12 @@ class EnvParts:
     make_disturbances: MakeDisturbances = undisturbed  # of an episode of that many seconds
 
 
-def spaces_of(spec: ObservationSpec) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Discrete]:
+def spaces_of(
+    spec: ObservationSpec,
+) -> tuple[gymnasium.spaces.Space[Floats], gymnasium.spaces.Discrete]:
     """Of observations, and of actions."""
     limit, shape = FEATURE_LIMIT, (spec.flat_size,)
-    observations = gymnasium.spaces.Box(-limit, limit, shape, np.float32)
+    observations: Any = gymnasium.spaces.Box(-limit, limit, shape, np.float32)
     return observations, gymnasium.spaces.Discrete(spec.max_candidates)
 
 

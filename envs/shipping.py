@@ -32,7 +32,7 @@ def ship_seeds(runs: Mapping[str, Path], folder: Path, study: StudyConfig) -> Ar
     manifests = [load_manifest(folder / name) for name in runs]
     curves = {
         "episode reward": [m["reward_curve"] for m in manifests],
-        "validation": [m["validation_curve"] for m in manifests],
+        "validation": [m.get("validation_curve", ()) for m in manifests],
     }
     plot_curves(folder / CURVES, curves)
     artifact = Artifact(HYSTERESIS, tuple(runs), HysteresisConfig(), study.guarded)
@@ -83,7 +83,9 @@ def _training(folder: Path, artifact: Artifact, manifest: Mapping[str, Any]) -> 
     config, cluster = manifest["config"], manifest["cluster"]
     spec, workload = cluster["spec"], config["workload"]
     minutes = [load_manifest(folder / m).get("wall_s", 0.0) / 60.0 for m in artifact.members]
-    traffic = ", ".join(map(str, workload["traces"])) or str(workload["trace"] or "the generator")
+    traffic = ", ".join(map(str, workload.get("traces", ()))) or str(
+        workload["trace"] or "the generator"
+    )
     days = f", days {workload['days'][0]} to {workload['days'][1]}" if workload["days"] else ""
     low, high = workload["load"]
     return f"""# {folder.name}
