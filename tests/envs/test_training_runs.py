@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_weights(path: Path, everything: Path, tmp_
 
 def test_each_ingredient_can_be_switched_off(path: Path, tmp_path: Path) -> None:
     """And each makes a difference."""
-    short = ALL | {"ppo.n_timesteps": 128, "evaluation.eval_freq": 0}
+    short = ALL | {"ppo.n_timesteps": 192, "evaluation.eval_freq": 0}
     changes = {
         "none": {},
         "cloning": {"cloning.num_decisions": 0, "ppo.kl_prior_coef": 0.0},
