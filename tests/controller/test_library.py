@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.assignment import simplex_batch
+from controller.deployments import list_counts
 from controller.headroom_kernel import (
     LEVELS,
     MANY,
@@ -92,6 +93,21 @@ def test_dominated_by_hand() -> None:
     assert dominated((4, 3, 2), rates).tolist() == [False, False, False]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5))
+def test_dominated_equals_trying_every_multiset(seed: int, types: int) -> None:
+    sizes = [c.num_devices for c in CONFIGS]
+    rates = np.round(_random_rates(np.random.default_rng(seed), types), 1)  # so that some are equal
+    every = list_counts(sizes, max(sizes), maximal=False)
+    expected = []
+    for c, size in enumerate(sizes):
+        options = every[(every @ sizes <= size) & (every[:, c] == 0)]
+        better = (options @ rates >= rates[c]).all(axis=1)
+        alone = (options.sum(axis=1) == 1) & (options @ rates == rates[c]).all(axis=1)
+        expected.append(bool((better & ~(alone & (options.argmax(axis=1) > c))).any()))
+    assert dominated(sizes, rates).tolist() == expected
+
+
 def test_of_equal_configurations_the_first_stays() -> None:
     assert dominated((2, 2), np.ones((2, 3))).tolist() == [False, True]
 
@@ -101,6 +117,31 @@ def test_where_nodes_bind_a_group_cannot_take_the_place_of_stages() -> None:
     assert dominated(sizes, rates).tolist() == [True, False]
     assert dominated(sizes, rates, groups).tolist() == [False, False]
     assert dominated(sizes, rates[::-1], groups).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("load", [0.2, 0.9, 1.1])
+def test_the_present_deployment_wins_ties_and_no_more(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, load: float
+) -> None:
+    """Beside the searches that know of no present deployment, and scores."""
+    planner = Planner(make_cluster(8, 4), four_types)
+    scorer, key, rng = planner.scorer, planner.scorer.lengths_key(None), np.random.default_rng(0)
+    counts = Library(planner.configs, Space((8,), 8)).counts
+    for mix in rng.dirichlet(np.ones(4), 3) + 0.02:
+        index, most = scorer.most_headroom(counts, mix[None], key)
+        rates = scorer.rates(scorer.rates_key(load * most * mix))
+        index, most = scorer.most_headroom(counts, rates[None], key)
+        arrays = scorer.model(key).arrays
+        loads = scorer.loads(rates, key)
+        fastest, _ = least_latency(counts, loads, rates, RHO, arrays, False)
+        for i in {0, len(counts) // 2, index, max(fastest, 0)}:
+            found = scorer.most_headroom_or(counts, counts[i], rates[None], key)
+            own = scorer.most_headroom(counts[i : i + 1], rates[None], key)[1]
+            assert found == (None if own >= most * (1 - 1e-9) else index)
+            found = scorer.least_latency_or(counts, counts[i], rates, key)
+            theta, latency_s, _ = score(counts[[i, fastest]], loads, rates, RHO, arrays)
+            is_as_good = theta[0] >= 1.0 and latency_s[0] <= latency_s[1] * (1 + 1e-9)
+            assert found == (None if fastest >= 0 and is_as_good else fastest)
 
 
 def test_contenders_on_fewer_devices_are_all_deployments_of_what_is_not_dominated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
@@ -28,12 +29,14 @@ from engine.migration.open_shop import Job, order_jobs
 from engine.migration.pieces import device_groups, divide
 from engine.migration.plan import (
     link_seconds,
+    node_seconds,
     place,
     plan_switch,
     plan_transfers,
     switch_cost,
 )
 from engine.migration.roles import held_shards, role_table
+from engine.migration.schedule import devices_of, link_bytes
 from engine.migration.sources import balance
 
 Configs = tuple[ParallelConfig, ...]
@@ -126,6 +129,33 @@ def test_what_only_dead_devices_held_is_read_from_disk(
     assert made.weight_bytes == sum(t.nbytes for t in made.transfers if t.src != DISK)
     assert made.lower_bound_bytes == made.weight_bytes
     assert made.lower_bound_s <= made.predicted_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(deployments(8), deployments(8), st.sets(st.integers(0, 7), max_size=2), st.integers(1, 900))
+def test_what_links_carry_is_known_before_the_transfers_are_made(
+    old: Configs, new: Configs, dead: set[int], first_id: int
+) -> None:
+    """Figures of a plan equal those of its transfers, made after them, whatever replica ids are;
+    and the transfers equal those that are made at once."""
+    if sum(c.num_devices for c in new) > 8 - len(dead):
+        return
+    spec = cluster(8, 4, hidden=64)
+    current = dense_deployment(old, first_id)
+    made = plan_switch(spec, current, 0, new, KV, dead_devices=dead, nic_bytes_per_s=1e8)
+    figures = made.predicted_s, made.weight_bytes
+    known, devices = link_bytes(made.transfers), devices_of(made.transfers)
+    listed = tuple(made.transfers)
+    assert (known, devices) == (link_bytes(listed), devices_of(listed))
+    ports_s = link_seconds(listed, spec.link_bytes_per_s)
+    assert figures[0] == max(ports_s, node_seconds(listed, 4, 1e8))
+    assert figures[1] == sum(t.nbytes for t in listed if t.src != DISK)
+    at_once = plan_transfers(spec.model, current, made.target, dead, node_size=4)
+    assert made.transfers == at_once == pickle.loads(pickle.dumps(made)).transfers
+    assert hash(made.transfers) == hash(at_once)
+    stay = {r.replica_id for r in current.replicas} & {r.replica_id for r in made.target.replicas}
+    assert all(current.replica(i) == made.target.replica(i) for i in stay)
+    assert made.target == place(spec, current, new, dead)
 
 
 def scale_out(num_replicas: int, hidden: int = 256) -> tuple[ClusterSpec, Deployment, Deployment]:
