@@ -289,13 +289,13 @@ def _decisions(
         guard_map=guard_map,
         executed=executed,
         reward=np.array(rewards),
-        features=np.array([_row_features(o) for o in observations]),
+        features=np.array([row_features(o) for o in observations]),
         segment=np.array(segment),
         generator=generator,
     )
 
 
-def _row_features(observation: Observation) -> Any:
+def row_features(observation: Observation) -> Any:
     """[K, S + C] the state beside each candidate row."""
     rows = observation.candidates.astype(np.float64)
     state = np.broadcast_to(
