@@ -1,0 +1,268 @@
+"""Logs of a controller over the surrogate, read back: rewards, propensities, and what is broken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from controller.build import build_pipeline
+from controller.decision import DecisionConfig
+from controller.decision_log import DecisionLog
+from controller.loop import ControlLoop
+from controller.policy_server import PolicyServer
+from controller.records import Mode
+from engine.cluster import (
+    SloSpec,
+    UtilitySpec,
+    WorkloadType,
+    WorkloadTyping,
+    dense_deployment,
+    parse_deployment_key,
+)
+from engine.errors import InvalidRequestError
+from engine.profile import ProfiledCluster
+from envs.logged import LoggedRun, read_logs
+from envs.reward import RewardConfig, RewardLedger, Stretch
+from envs.surrogate.cluster import SurrogateCluster
+from envs.workload import RequestType, Trace, WorkloadConfig, generate
+from policies.base import Observation
+from policies.baselines import KeepPolicy
+from policies.ope_data import decide_on, ratios
+
+TYPING = WorkloadTyping((WorkloadType("short", 12, 20), WorkloadType("long", 120, 40)), (0.6, 0.4))
+TYPES = (RequestType("short", 12, 20), RequestType("long", 120, 40))
+GRID_S, TICKS = 5.0, 30
+CONFIG = DecisionConfig(grid_s=GRID_S, min_dwell_s=10.0, max_candidates=6)
+REWARD = RewardConfig(
+    0.05,
+    1e-4,
+    0.02,
+    UtilitySpec(0.5, 0.3, 0.2),
+    SloSpec(0.5, 0.05),
+    Stretch((0.0, 50.0), (1.0, 3.0)),
+    device_s_cost=1e-3,
+)
+
+
+class Even:
+    """Every legal candidate alike."""
+
+    name = "even"
+
+    def reset(self) -> None:
+        return
+
+    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
+        return np.asarray(observation.mask / observation.mask.sum(), np.float64)
+
+
+class Steered:
+    """A controller over the surrogate that writes a log, and the rewards counted beside it."""
+
+    def __init__(
+        self, profiled: ProfiledCluster, log: Path, mode: Mode = Mode.ACTIVE, **header: Any
+    ) -> None:
+        self.trace: Trace = generate(
+            WorkloadConfig(types=TYPES, mean_rate_per_s=25.0, max_tokens=250),
+            TICKS * GRID_S,
+            np.random.default_rng(0),
+        )
+        self.cluster = SurrogateCluster(
+            profiled, dense_deployment(parse_deployment_key("4xtp1pp1"))
+        )
+        pipeline = build_pipeline(profiled, TYPING, CONFIG, "ewma2")
+        self.server = PolicyServer(Even(), KeepPolicy(), 10.0, deterministic=False)
+        facts = {
+            "decision": asdict(CONFIG),
+            "types": [asdict(t) for t in TYPING.types],
+            "spec_hash": pipeline.observation_spec.hash,
+            "pipeline_hash": pipeline.config_hash,
+        } | header
+        self.loop = ControlLoop(
+            self.cluster,
+            pipeline,
+            self.server,
+            DecisionLog(log, facts),
+            mode,
+            np.random.default_rng(1),
+        )
+
+    def run(self) -> list[float]:
+        """The reward after each decision but the last."""
+        stretch, requests = REWARD.stretch.of(REWARD, self.trace), self.trace.requests()
+        ledger, rewards, cursor = RewardLedger(REWARD), [], 0
+        for tick in range(TICKS):
+            end_s = (tick + 1) * GRID_S
+            for index in np.flatnonzero(
+                (self.trace.arrival_s > end_s - GRID_S) & (self.trace.arrival_s <= end_s)
+            ):
+                self.cluster.submit(requests[index])
+                ledger.admit(requests[index], float(stretch[index]))
+            last = self.loop.records[-1] if self.loop.records else None
+            self.cluster.advance(end_s)
+            batch = self.cluster.events(cursor)
+            cursor = batch.next_cursor
+            moved = 0
+            if last is not None and last.ticket is not None:
+                (moved,) = (c.weight_bytes for c in last.candidates if c.key == last.executed_key)
+            devices = len(self.cluster.snapshot().deployment.devices)
+            outcomes = [e.outcome for e in batch.events if e.outcome is not None]
+            rewards.append(ledger.settle(outcomes, end_s, moved, devices * GRID_S).total)
+            self.loop.tick()
+        self.server.close()
+        self.loop.log.close()
+        return rewards[1:]
+
+
+@pytest.fixture(scope="module")
+def logged(
+    small_cluster: ProfiledCluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[float], Trace]:
+    path = tmp_path_factory.mktemp("logged") / "log"
+    steered = Steered(small_cluster, path)
+    return path, steered.run(), steered.trace
+
+
+def read(*paths: Path) -> LoggedRun:
+    return read_logs(paths, REWARD)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, told: list[dict[str, Any]]) -> Path:
+    """As schema 1, which has no checksums."""
+    plain = [{k: v for k, v in r.items() if k not in ("crc32", "n", "life")} for r in told]
+    for record in plain:
+        if record["record"] == "header":
+            record["schema"] = 1
+    path.write_text("".join(json.dumps(record) + "\n" for record in plain))
+    return path
+
+
+def test_rewards_are_those_counted_beside_the_controller(
+    logged: tuple[Path, list[float], Trace],
+) -> None:
+    path, rewards, _ = logged
+    run = read(path)
+    assert len(run.decisions) == TICKS - 1  # nothing is known of after the last
+    np.testing.assert_allclose(run.decisions.reward, rewards, atol=1e-9)
+    assert np.std(rewards) > 0.01
+    assert run.skipped == (f"log: decision at {TICKS * GRID_S:g} s: the log ends",)
+
+
+def test_propensities_are_those_that_were_logged(
+    logged: tuple[Path, list[float], Trace],
+) -> None:
+    path, _, _ = logged
+    told = [r for r in records(path) if r["record"] == "decision"][:-1]
+    decisions = read(path).decisions
+    np.testing.assert_allclose(decisions.propensity, [d["propensity"] for d in told])
+    assert decisions.executed_keys == tuple(d["executed_key"] for d in told)
+    assert len({d["executed_key"] for d in told}) > 1
+    assert decisions.segment.tolist() == [0] * len(told)
+
+
+def test_the_same_policy_on_what_was_logged_has_ratios_of_one(
+    logged: tuple[Path, list[float], Trace],
+) -> None:
+    run = read(logged[0])
+    log = run.decisions
+    again = decide_on(Even(), run.observations, log.segment, log.generator)
+    np.testing.assert_allclose(ratios(log, again), 1.0)
+
+
+def test_the_arrivals_are_those_of_the_trace(logged: tuple[Path, list[float], Trace]) -> None:
+    path, _, trace = logged
+    (part,) = read(path).parts
+    found = part.traffic.trace
+    np.testing.assert_allclose(found.arrival_s, trace.arrival_s)
+    np.testing.assert_array_equal(found.prompt_tokens, trace.prompt_tokens)
+    known = len(trace) - part.traffic.num_guessed
+    assert known > 0.9 * len(trace)
+    assert (found.output_tokens == trace.output_tokens).sum() >= known
+
+
+def test_a_torn_end_and_a_foreign_line_cost_what_they_hold(
+    logged: tuple[Path, list[float], Trace], tmp_path: Path
+) -> None:
+    lines = logged[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / "torn").write_bytes(b"".join(lines[:20]) + b"hello\n" + lines[20] + lines[21][:90])
+    run = read(tmp_path / "torn")
+    whole = [json.loads(line)["record"] for line in lines[:21]]
+    assert len(run.decisions) == whole.count("interval") - 1
+    assert any("line 21: not JSON" in text for text in run.skipped)
+    assert any("line 23: torn record" in text for text in run.skipped)
+
+
+def test_lost_events_and_a_restarted_engine_end_a_part(
+    logged: tuple[Path, list[float], Trace], tmp_path: Path
+) -> None:
+    told = records(logged[0])
+    intervals = [i for i, r in enumerate(told) if r["record"] == "interval"]
+    told[intervals[10]] |= {"num_events_lost": 7}
+    run = read(write(tmp_path / "lost", told))
+    assert np.bincount(run.decisions.segment).tolist() == [9, TICKS - 1 - 9 - 1]
+    assert any("7 events were lost" in text for text in run.skipped)
+    twice = read(logged[0], logged[0])
+    assert np.bincount(twice.decisions.segment).tolist() == [TICKS - 1] * 2
+
+
+def test_schema_1_without_a_guard_map_means_the_same(
+    logged: tuple[Path, list[float], Trace], tmp_path: Path
+) -> None:
+    told = [{k: v for k, v in r.items() if k != "guard_map"} for r in records(logged[0])]
+    old, new = read(write(tmp_path / "old", told)).decisions, read(logged[0]).decisions
+    np.testing.assert_array_equal(old.guard_map, new.guard_map)
+    np.testing.assert_allclose(old.reward, new.reward)
+
+
+def changed(
+    logged: Path, path: Path, header: dict[str, Any], decision: dict[str, Any]
+) -> LoggedRun:
+    told = records(logged)
+    for record in told:
+        record |= {"header": header, "decision": decision}.get(record["record"], {})
+    return read(write(path, told))
+
+
+def test_who_really_decided(logged: tuple[Path, list[float], Trace], tmp_path: Path) -> None:
+    """A fall-back is the environment's doing; a deterministic or an advising controller has one
+    outcome."""
+    as_logged = read(logged[0]).decisions
+    late = changed(logged[0], tmp_path / "1", {}, {"reason": "fallback: late"}).decisions
+    assert not late.free.any()
+    np.testing.assert_allclose(late.propensity, 1.0)
+    sure = changed(logged[0], tmp_path / "2", {"deterministic": True}, {}).decisions
+    np.testing.assert_allclose(sure.propensity, 1.0)
+    assert sure.free.tolist() == as_logged.free.tolist()
+    advised = changed(logged[0], tmp_path / "3", {}, {"mode": "advisory"}).decisions
+    assert set(advised.executed.tolist()) == {0}
+    assert (advised.behaviour[:, 0] == 1).all()
+
+
+def test_bad_logs_are_one_sentence(logged: tuple[Path, list[float], Trace], tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"none cannot be read: No such file"):
+        read(tmp_path / "none")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(InvalidRequestError, match=r"empty: no decision with a whole interval"):
+        read(tmp_path / "empty")
+    told = records(logged[0])
+    for record in told:
+        record.pop("probabilities", None)
+    with pytest.raises(InvalidRequestError, match="no decision with a whole interval"):
+        read(write(tmp_path / "bare", told))
+    with pytest.raises(InvalidRequestError, match="written with features other"):
+        changed(logged[0], tmp_path / "other", {"spec_hash": "other", "versions": {}}, {})
+    told = records(logged[0])
+    told[0] |= {"pipeline_hash": "newer", "versions": {"features": told[0]["spec_hash"]}}
+    newer = write(tmp_path / "newer", told)
+    with pytest.raises(InvalidRequestError, match="2 candidate generators"):
+        read(logged[0], newer)
