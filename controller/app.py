@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from controller.build import load_profiled_cluster, pipeline_from_facts
 from controller.config import ControllerConfig
 from controller.decision import DecisionPipeline
@@ -82,9 +80,8 @@ def build_loop(config: ControllerConfig, remote: RemoteCluster) -> ControlLoop:
         "seed": config.seed,
         "types": [asdict(t) for t in pipeline.typing.types],
     }
-    rng = np.random.default_rng(config.seed)
     log = DecisionLog(config.log, header)
-    return ControlLoop(remote, pipeline, server, log, config.mode, rng)
+    return ControlLoop(remote, pipeline, server, log, config.mode, (config.seed,))
 
 
 async def serve(config: ControllerConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TextIO
 
 from controller.decision import PreparedDecision
 from controller.policy_server import ActResult
-from controller.records import Mode
+from controller.records import Mode, TickRecord
 from engine.cluster import ClusterEvent, Decision, SwitchPlan, SwitchTicket
 from engine.errors import InvalidRequestError
 
@@ -164,6 +164,27 @@ def proposal_record(
         "dry_run": dry_run,
         "plan": _plan_figures(decision.plan),
     }
+
+
+def tick_record(record: TickRecord) -> dict[str, Any]:
+    """A tick that decided nothing, and why."""
+    return {
+        "seq": record.seq,
+        "at_s": record.at_s,
+        "status": record.status,
+        "mode": record.mode,
+        "reason": record.reason,
+        "deployment_key": record.deployment_key,
+        "tick_s": record.tick_s,
+    }
+
+
+def switch_record(
+    event: str, decision_id: str, ticket: SwitchTicket | None, reason: str = ""
+) -> dict[str, Any]:
+    """started, refused (by the engine), unknown (it did not answer) or timeout."""
+    told = asdict(ticket) if ticket is not None else None
+    return {"event": event, "decision_id": decision_id, "ticket": told, "reason": reason}
 
 
 def outcome_record(ticket: SwitchTicket) -> dict[str, Any]:

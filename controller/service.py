@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from controller.loop import ControlLoop
+from controller.operations import Operations
 from controller.records import Mode, TickRecord
 from engine.errors import InvalidRequestError
 from engine.grpc_server import start_server
@@ -31,6 +32,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     def __init__(self, loop: ControlLoop) -> None:
         self._loop, self._started_s = loop, time.monotonic()
+        self._operations = Operations(loop)
 
     async def GetState(self, request: Any, context: Any) -> Any:
         return self._state()
@@ -85,7 +87,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def ProposeSwitch(self, request: Any, context: Any) -> Any:
         if not request.target_key:
             raise InvalidRequestError("target_key is empty; give a deployment such as '2xtp2pp1'.")
-        proposal = await asyncio.to_thread(self._loop.propose, request.target_key, request.dry_run)
+        proposal = await asyncio.to_thread(
+            self._operations.propose, request.target_key, request.dry_run
+        )
         plan = proposal.decision.plan
         response = control_pb2.ProposeSwitchResponse(
             accepted=not proposal.vetoes,
@@ -110,7 +114,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             raise InvalidRequestError(
                 f"mode is {request.mode}; expected MODE_ACTIVE, MODE_ADVISORY or MODE_OFF."
             )
-        previous = await asyncio.to_thread(self._loop.set_mode, MODES[request.mode])
+        previous = await asyncio.to_thread(self._operations.set_mode, MODES[request.mode])
         return control_pb2.SetModeResponse(mode=request.mode, previous=NUMBERS[previous])
 
 

@@ -65,7 +65,7 @@ class CandidateView(_message.Message):
     def __init__(self, key: _Optional[str] = ..., origin: _Optional[str] = ..., legal: _Optional[bool] = ..., mask_reason: _Optional[str] = ..., probability: _Optional[float] = ..., headroom: _Optional[float] = ..., predicted_switch_s: _Optional[float] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class TickRecord(_message.Message):
-    __slots__ = ("seq", "at_s", "status", "mode", "decision_id", "candidates", "action", "chosen_key", "executed_key", "propensity", "policy", "reason", "vetoes", "ticket", "rates", "epoch", "deployment_key", "num_waiting", "num_running", "tick_s")
+    __slots__ = ("seq", "at_s", "status", "mode", "decision_id", "candidates", "action", "chosen_key", "executed_key", "propensity", "policy", "reason", "vetoes", "ticket", "rates", "epoch", "deployment_key", "num_waiting", "num_running", "tick_s", "notes", "arm")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     AT_S_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,8 @@ class TickRecord(_message.Message):
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     TICK_S_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
     seq: int
     at_s: float
     status: TickStatus
@@ -106,10 +108,12 @@ class TickRecord(_message.Message):
     num_waiting: int
     num_running: int
     tick_s: float
-    def __init__(self, seq: _Optional[int] = ..., at_s: _Optional[float] = ..., status: _Optional[_Union[TickStatus, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., decision_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateView, _Mapping]]] = ..., action: _Optional[int] = ..., chosen_key: _Optional[str] = ..., executed_key: _Optional[str] = ..., propensity: _Optional[float] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., vetoes: _Optional[_Iterable[str]] = ..., ticket: _Optional[_Union[_deployment_pb2.SwitchTicket, _Mapping]] = ..., rates: _Optional[_Iterable[_Union[TypeRate, _Mapping]]] = ..., epoch: _Optional[int] = ..., deployment_key: _Optional[str] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., tick_s: _Optional[float] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    arm: str
+    def __init__(self, seq: _Optional[int] = ..., at_s: _Optional[float] = ..., status: _Optional[_Union[TickStatus, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., decision_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[CandidateView, _Mapping]]] = ..., action: _Optional[int] = ..., chosen_key: _Optional[str] = ..., executed_key: _Optional[str] = ..., propensity: _Optional[float] = ..., policy: _Optional[str] = ..., reason: _Optional[str] = ..., vetoes: _Optional[_Iterable[str]] = ..., ticket: _Optional[_Union[_deployment_pb2.SwitchTicket, _Mapping]] = ..., rates: _Optional[_Iterable[_Union[TypeRate, _Mapping]]] = ..., epoch: _Optional[int] = ..., deployment_key: _Optional[str] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., tick_s: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., arm: _Optional[str] = ...) -> None: ...
 
 class Counters(_message.Message):
-    __slots__ = ("num_ticks", "num_decisions", "num_switches_started", "num_switches_done", "num_switches_failed", "num_vetoed", "num_unavailable", "num_failed", "num_fallbacks", "num_late", "num_restarts", "num_events_lost")
+    __slots__ = ("num_ticks", "num_decisions", "num_switches_started", "num_switches_done", "num_switches_failed", "num_vetoed", "num_unavailable", "num_failed", "num_fallbacks", "num_late", "num_restarts", "num_events_lost", "num_drifts", "num_undone", "num_timeouts")
     NUM_TICKS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECISIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_SWITCHES_STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +126,9 @@ class Counters(_message.Message):
     NUM_LATE_FIELD_NUMBER: _ClassVar[int]
     NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EVENTS_LOST_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRIFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNDONE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TIMEOUTS_FIELD_NUMBER: _ClassVar[int]
     num_ticks: int
     num_decisions: int
     num_switches_started: int
@@ -134,7 +141,10 @@ class Counters(_message.Message):
     num_late: int
     num_restarts: int
     num_events_lost: int
-    def __init__(self, num_ticks: _Optional[int] = ..., num_decisions: _Optional[int] = ..., num_switches_started: _Optional[int] = ..., num_switches_done: _Optional[int] = ..., num_switches_failed: _Optional[int] = ..., num_vetoed: _Optional[int] = ..., num_unavailable: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_fallbacks: _Optional[int] = ..., num_late: _Optional[int] = ..., num_restarts: _Optional[int] = ..., num_events_lost: _Optional[int] = ...) -> None: ...
+    num_drifts: int
+    num_undone: int
+    num_timeouts: int
+    def __init__(self, num_ticks: _Optional[int] = ..., num_decisions: _Optional[int] = ..., num_switches_started: _Optional[int] = ..., num_switches_done: _Optional[int] = ..., num_switches_failed: _Optional[int] = ..., num_vetoed: _Optional[int] = ..., num_unavailable: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_fallbacks: _Optional[int] = ..., num_late: _Optional[int] = ..., num_restarts: _Optional[int] = ..., num_events_lost: _Optional[int] = ..., num_drifts: _Optional[int] = ..., num_undone: _Optional[int] = ..., num_timeouts: _Optional[int] = ...) -> None: ...
 
 class GetStateRequest(_message.Message):
     __slots__ = ()

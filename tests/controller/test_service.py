@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
 from controller.build import build_pipeline
@@ -63,8 +62,8 @@ class Served:
         self.cluster = Gated(cluster)
         pipeline = build_pipeline(cluster, TYPING, DecisionConfig(grid_s=GRID_S, min_dwell_s=5.0))
         server = PolicyServer(KeepPolicy(), KeepPolicy(), 10.0, deterministic=True)
-        log, rng = DecisionLog(None, {}), np.random.default_rng(0)
-        self.loop = ControlLoop(self.cluster, pipeline, server, log, Mode.ACTIVE, rng)
+        log = DecisionLog(None, {})
+        self.loop = ControlLoop(self.cluster, pipeline, server, log, Mode.ACTIVE)
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
         self._thread.start()
