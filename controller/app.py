@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from controller.build import load_profiled_cluster, pipeline_from_facts
 from controller.config import ControllerConfig
 from controller.decision import DecisionPipeline
 from controller.decision_log import DecisionLog
+from controller.log_records import header_record
 from controller.loop import ControlLoop
 from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
@@ -69,19 +69,17 @@ def build_loop(config: ControllerConfig, remote: RemoteCluster) -> ControlLoop:
         config.policy_deadline_s,
         config.deterministic,
     )
-    header = {
+    facts = {
         "policy": policy.name,
         "checkpoint": str(config.policy),
         "git_revision": manifest.get("git_revision", ""),
-        "spec_hash": spec_hash,
-        "pipeline_hash": pipeline.config_hash,
-        "decision": asdict(pipeline.config),
         "deterministic": config.deterministic,
         "seed": config.seed,
-        "types": [asdict(t) for t in pipeline.typing.types],
     }
-    log = DecisionLog(config.log, header)
-    return ControlLoop(remote, pipeline, server, log, config.mode, (config.seed,))
+    header = header_record(pipeline, facts)
+    log = DecisionLog(config.log, header, config.log_mb * 10**6, config.log_files)
+    seeds = (config.seed, int(log.life, 16))  # no two lives draw alike
+    return ControlLoop(remote, pipeline, server, log, config.mode, seeds)
 
 
 async def serve(config: ControllerConfig) -> None:

@@ -33,6 +33,8 @@ class ControllerConfig(BaseModel):
     )
     engine_timeout_s: float = Field(5.0, gt=0, description="deadline in seconds of engine calls")
     log: Path | None = Field(None, description="decision log to append to (JSON lines)")
+    log_mb: int = Field(64, ge=1, description="megabytes at which the log is put aside as .1")
+    log_files: int = Field(16, ge=1, description="files that are kept of it")
     host: str = Field("127.0.0.1", description="address of the control service")
     grpc_port: int = Field(50052, ge=0, le=65535, description="its port; 0: any free one")
     seed: int = Field(0, ge=0, description="of the draws when not deterministic")

@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from controller.decision import DecisionPipeline, PreparedDecision
-from controller.decision_log import (
-    DecisionLog,
+from controller.decision_log import DecisionLog
+from controller.log_records import (
     decision_record,
     interval_record,
     outcome_record,

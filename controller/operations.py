@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controller.decision_log import proposal_record
+from controller.log_records import proposal_record
 from controller.loop import ControlLoop
 from controller.oversight import Hold
 from controller.proposal import propose

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from controller.decision import PreparedDecision
-from controller.decision_log import decision_reason
+from controller.log_records import decision_reason
 from controller.policy_server import ActResult
 from controller.records import CandidateView, Mode, TickRecord, TickStatus, TypeRate
 from engine.cluster import Decision, SwitchTicket, WorkloadType

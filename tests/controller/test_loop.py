@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from steered import INITIAL, Even, build_loop, close, drive, start
 
-from controller.decision_log import REQUEST_FIELDS, read_log
+from controller.decision_log import read_log
+from controller.log_records import REQUEST_FIELDS
 from controller.loop import ControlLoop
 from controller.operations import Operations
 from controller.records import Mode, TickStatus
@@ -19,7 +21,7 @@ from engine.cluster import Cluster, ClusterSnapshot, EventBatch, Routing, Switch
 from engine.errors import StaleEpochError, UnavailableError
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
-from policies.base import Policy
+from policies.base import Policy, choose
 from policies.baselines import KeepPolicy
 
 MakeLoop = Callable[..., ControlLoop]
@@ -95,10 +97,19 @@ def test_the_log_has_every_request_once_and_the_propensity_of_what_ran(
         mass = sum(p for p, row in zip(probabilities, executed, strict=False) if row == ran)
         assert record["propensity"] == pytest.approx(mass)
         assert record["executed_key"] == keys[ran]
+        assert record["guard_map"][: len(keys)] == executed
+        rng = np.random.default_rng(record["seeds"])  # the draw, repeated
+        assert choose(np.array(probabilities), rng, deterministic=False) == record["action"]
+        assert record["snapshot"]["deployment"]["replicas"]
+        assert record["decision_s"] > 0
+    assert len({tuple(r["seeds"]) for r in decisions}) == 12
     assert any(0 < r["propensity"] < 1 for r in decisions)
     known = {r["decision_id"] for r in decisions}
     outcomes = [r for r in contents.records if r["record"] == "outcome"]
     assert outcomes
+    started = [r for r in contents.records if r["record"] == "switch"]
+    assert {r["event"] for r in started} == {"started"}
+    assert {r["decision_id"] for r in started} == {r["decision_id"] for r in decisions if r["plan"]}
     assert {r["ticket"]["decision_id"] for r in outcomes} <= known
 
 
@@ -146,18 +157,25 @@ def test_events_of_a_failed_tick_are_counted_in_the_next(
     statuses = [r.status for r in loop.records]
     assert statuses == [TickStatus.DECIDED, TickStatus.UNAVAILABLE, TickStatus.DECIDED]
     loop.log.close()
-    intervals = [r for r in read_log(tmp_path / "log").records if r["record"] == "interval"]
+    records = read_log(tmp_path / "log").records
+    assert [r["status"] for r in records if r["record"] == "tick"] == ["unavailable"]
+    intervals = [r for r in records if r["record"] == "interval"]
     spans = [(r["from_s"], r["to_s"], len(r["arrivals"])) for r in intervals]
     assert spans == [(0.0, 5.0, 10), (5.0, 15.0, 20)]
 
 
-def test_a_tick_never_raises(synthetic_cluster: ProfiledCluster, make_loop: MakeLoop) -> None:
+def test_a_tick_never_raises(
+    synthetic_cluster: ProfiledCluster, make_loop: MakeLoop, tmp_path: Path
+) -> None:
     cluster = Unreadable(synthetic_cluster, INITIAL)
-    loop = make_loop(cluster, KeepPolicy())
+    loop = make_loop(cluster, KeepPolicy(), tmp_path / "log")
     record = loop.tick()
     assert record.status is TickStatus.FAILED
     assert "AttributeError" in record.reason
     assert loop.counters.num_failed == 1
+    loop.log.close()
+    (told,) = [r for r in read_log(tmp_path / "log").records if r["record"] == "tick"]
+    assert (told["status"], told["seq"], told["reason"]) == ("failed", 1, record.reason)
 
 
 def test_readers_do_not_wait_for_a_tick_under_way(
