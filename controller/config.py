@@ -21,6 +21,14 @@ class ControllerConfig(BaseModel):
     rule: str = Field(
         "", description="decide by this rule instead of the policy: keep, myopic or hysteresis"
     )
+    policies: Path = Field(
+        Path("policies/artifacts"), description="folder of checkpoints that may be loaded later"
+    )
+    safe: str = Field(
+        "",
+        description="deployment to go to and stay at when policy and rule fail, such as 4xtp1pp1; "
+        "default: the checkpoint's",
+    )
     profile: Path | None = Field(
         None, description="measured cluster JSON; default: the engine's, else the checkpoint's"
     )

@@ -3,6 +3,7 @@ production alike. It reaches no cluster: events and snapshots come in, decisions
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -193,6 +194,17 @@ class DecisionPipeline:
         self._present: tuple[ParallelConfig, ...] | None = None
         self._last: tuple[ParallelConfig, ...] | None = None
         self._num_decisions = 0
+
+    def sibling(self) -> DecisionPipeline:
+        """One for another cluster like this: the planner is shared, the history its own."""
+        twin = copy.copy(self)
+        twin.monitor = Monitor(self.typing, self.config.window_s, self.config.stale_after_s)
+        twin.predictor = copy.deepcopy(self.predictor)
+        twin.scheduler = DeploymentScheduler(self.scheduler.config)
+        twin._last_good = LastGood()
+        twin._room = TransitionRoom(self.cluster.spec, self.planner.configs)
+        twin.reset(0.0)
+        return twin
 
     def observe(self, events: Iterable[ClusterEvent], num_lost: int = 0) -> None:
         """Take in events; each exactly once, in order of time. When some were lost, the rates of

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from controller.deciding import decide
 from controller.decision import DecisionPipeline, PreparedDecision
 from controller.decision_log import DecisionLog
 from controller.log_records import (
@@ -28,6 +29,7 @@ from controller.log_records import (
 from controller.oversight import Oversight, OversightConfig
 from controller.policy_server import ActResult, PolicyServer
 from controller.records import Counters, Mode, TickRecord, TickStatus
+from controller.roster import PolicyInfo
 from controller.tick_records import Explained, decided_record, observed_record
 from engine.cluster import (
     Cluster,
@@ -69,11 +71,12 @@ class ControlLoop:
         self.log, self.mode, self._seeds = log, mode, seeds
         self.oversight = oversight or Oversight(OversightConfig())
         self.clock = clock
+        self.active = PolicyInfo(policy_server.policy.name, "rule")
         self.counters = Counters()
         self.turn = threading.Lock()
         self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        self.revision = 0  # rises with everything that `changed` tells of
+        self.revision = 0  # rises with every tick and whatever else watchers should know of
+        self.listeners: list[Callable[[], None]] = []  # called then, from any thread
         self.records: deque[TickRecord] = deque(maxlen=NUM_RECORDS_KEPT)
         self.explained: deque[Explained] = deque(maxlen=NUM_EXPLAINED_KEPT)
         self.switches: deque[SwitchTicket] = deque(maxlen=NUM_SWITCHES_KEPT)
@@ -130,12 +133,16 @@ class ControlLoop:
         if self.mode is Mode.OFF:
             record = observed_record(seq, self.mode, prepared, types)
             return Explained(record, prepared.observation)
-        act = self._act(prepared, at_s)
+        _, act, decision = decide(self.pipeline, prepared, lambda p: self._act(p, at_s))
         self.counters.num_fallbacks += bool(act.failure)
-        decision = self.pipeline.resolve(prepared, act.action, act.probabilities, act.policy)
         took_s = time.perf_counter() - started_s
-        told = decision_record(prepared, act, decision, self.mode)
-        self.log.append("decision", told | {"seq": seq, "seeds": self.seeds, "decision_s": took_s})
+        told = decision_record(prepared, act, decision, self.mode) | {
+            "seq": seq,
+            "seeds": self.seeds,
+            "decision_s": took_s,
+            "policy_digest": self.active.digest,
+        }
+        self.log.append("decision", told)
         ticket = self._apply(prepared, decision, at_s) if self.mode is Mode.ACTIVE else None
         self.counters.num_decisions += 1
         self.counters.num_vetoed += bool(decision.vetoes)
@@ -267,18 +274,18 @@ class ControlLoop:
 
     def _publish(self, record: TickRecord, explained: Explained | None) -> None:
         self._next_seq += 1
-        with self.changed:
+        with self.lock:
             self.records.append(record)
             if explained is not None:
                 self.explained.append(replace(explained, record=record))
-            self.revision += 1
-            self.changed.notify_all()
+        self.tell()
 
     def tell(self) -> None:
-        """Something beside ticks changed: mode, holds, policy."""
-        with self.changed:
+        """Something changed: a tick, the mode, a hold, the policy."""
+        with self.lock:
             self.revision += 1
-            self.changed.notify_all()
+        for listener in self.listeners:
+            listener()
 
 
 def _is_older(snapshot: ClusterSnapshot, last: ClusterSnapshot) -> bool:

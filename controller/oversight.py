@@ -73,7 +73,7 @@ class Oversight:
             if self.config.drift_hold_s > 0:
                 why = f"{drifted.from_key} -> {drifted.to_key} {drifted.who}"
                 until_s = at_s + self.config.drift_hold_s
-                self._holds["drift"] = Hold(until_s, why, "drift")
+                self._holds = self._holds | {"drift": Hold(until_s, why, "drift")}
         undo = self.watch.observe(snapshot.now_s, events, snapshot.switch)
         if undo is not None:
             self.take_back(at_s, undo)
@@ -113,7 +113,8 @@ class Oversight:
                 f"a hold of {seconds:g} s was asked for; expected more than 0 and at most "
                 f"{MAX_HOLD_S:.0f} (a week): hold again when it ends, or set the mode to advisory."
             )
-        self._holds["hold"] = held = Hold(at_s + seconds, reason)
+        held = Hold(at_s + seconds, reason)
+        self._holds = self._holds | {"hold": held}
         return held
 
     def resume(self) -> tuple[Hold, ...]:
@@ -122,9 +123,8 @@ class Oversight:
         return ended
 
     def holds(self, at_s: float) -> tuple[Hold, ...]:
-        """Those in force."""
-        self._holds = {rule: h for rule, h in self._holds.items() if at_s < h.until_s}
-        return tuple(self._holds.values())
+        """Those in force; may be asked from any thread."""
+        return tuple(h for h in self._holds.values() if at_s < h.until_s)
 
     def restraints(self, at_s: float) -> Restraints:
         """For the pipeline at this tick."""
