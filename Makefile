@@ -58,8 +58,9 @@ headroom: $(STAMP) ## the study of what switching can win, TRACES=FOLDER, an hou
 	$(BIN)/python -m envs.study $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 	$(BIN)/python -m envs.study --report
 
-protos: $(STAMP) ## regenerate the gRPC stubs from protos/*.proto
+protos: $(STAMP) ## regenerate the gRPC stubs and docs/control-api.md from protos/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
+	$(BIN)/python -m protos.api_page
 
 check-protos: $(STAMP)
 	@rm -rf build/stubs && mkdir -p build/stubs

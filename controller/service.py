@@ -1,5 +1,7 @@
-"""ControlService over gRPC: check, call, convert back; no logic. What may wait for a tick or for the
-engine runs off the event loop."""
+"""ControlService over gRPC: check, call, convert back; no logic.
+
+What may wait for a tick or for the engine runs off the event loop.
+"""
 
 from __future__ import annotations
 

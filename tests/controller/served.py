@@ -78,10 +78,11 @@ class Served:
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._events).result(30)
 
-    def step(self) -> None:
+    def step(self, requests: int = 5) -> None:
         now_s = self.cluster.snapshot().now_s
-        for i in range(5):
-            self.cluster.submit(Request(f"{now_s}-{i}", now_s + i, 64, 20))
+        for i in range(requests):
+            at_s = now_s + GRID_S * i / requests
+            self.cluster.submit(Request(f"{now_s}-{i}", at_s, 64, 20))
         self.cluster.advance(now_s + GRID_S)
         self.loop.tick()
 
