@@ -24,6 +24,7 @@ from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
 from controller.switch_watch import NO_SLO
+from controller.trials import Trials
 from controller.workload import default_typing
 from engine.cluster import SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
@@ -44,6 +45,7 @@ class Steering:
 
     def close(self) -> None:
         self.sessions.close()
+        self.loop.trials.close()
         self.loop.policy_server.close()
         self.loop.log.close()
 
@@ -130,9 +132,13 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
     log = DecisionLog(config.log, header, config.log_mb * 10**6, config.log_files)
     seeds = (config.seed, int(log.life, 16))  # no two lives draw alike
     oversight = Oversight(OversightConfig(), _slo(pipeline.cluster.profile.device))
-    loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight)
-    loop.active = active.info
     roster = PolicyRoster(pipeline, config.policies, (config.policy,))
+    rule = HysteresisPolicy(pipeline.observation_spec)
+    trials = Trials(rule, config.policy_deadline_s, config.deterministic, seeds)
+    for name in filter(None, config.shadows.split(",")):
+        trials.add_shadow(roster.load(name.strip()))
+    loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight, trials=trials)
+    loop.active = active.info
     sessions = Sessions(pipeline, config.policy_deadline_s)
     return Steering(loop, Operations(loop, roster), sessions)
 

@@ -24,6 +24,9 @@ class ControllerConfig(BaseModel):
     policies: Path = Field(
         Path("policies/artifacts"), description="folder of checkpoints that may be loaded later"
     )
+    shadows: str = Field(
+        "", description="policies that are asked at each tick and decide nothing, with commas"
+    )
     safe: str = Field(
         "",
         description="deployment to go to and stay at when policy and rule fail, such as 4xtp1pp1; "

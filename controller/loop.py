@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from controller.breaker import Actor
 from controller.deciding import decide
 from controller.decision import DecisionPipeline, PreparedDecision
 from controller.decision_log import DecisionLog
@@ -31,6 +32,7 @@ from controller.policy_server import ActResult, PolicyServer
 from controller.records import Counters, Mode, TickRecord, TickStatus
 from controller.roster import PolicyInfo
 from controller.tick_records import Explained, decided_record, observed_record
+from controller.trials import Trials
 from engine.cluster import (
     Cluster,
     ClusterSnapshot,
@@ -45,6 +47,7 @@ from engine.errors import (
     TidewrightError,
     UnavailableError,
 )
+from policies.baselines import KeepPolicy
 
 logger = logging.getLogger(__name__)
 NUM_RECORDS_KEPT = 10_000
@@ -66,11 +69,13 @@ class ControlLoop:
         seeds: tuple[int, ...] = (0,),
         oversight: Oversight | None = None,
         clock: Callable[[], float] = time.monotonic,
+        trials: Trials | None = None,
     ) -> None:
         self.cluster, self.pipeline, self.policy_server = cluster, pipeline, policy_server
         self.log, self.mode, self._seeds = log, mode, seeds
         self.oversight = oversight or Oversight(OversightConfig())
         self.clock = clock
+        self.trials = trials or Trials(KeepPolicy(), 1.0, policy_server.deterministic)
         self.active = PolicyInfo(policy_server.policy.name, "rule")
         self.counters = Counters()
         self.turn = threading.Lock()
@@ -135,19 +140,28 @@ class ControlLoop:
             return Explained(record, prepared.observation)
         _, act, decision = decide(self.pipeline, prepared, lambda p: self._act(p, at_s))
         self.counters.num_fallbacks += bool(act.failure)
-        took_s = time.perf_counter() - started_s
+        arm, took_s = self.trials.arm, time.perf_counter() - started_s
         told = decision_record(prepared, act, decision, self.mode) | {
             "seq": seq,
             "seeds": self.seeds,
             "decision_s": took_s,
             "policy_digest": self.active.digest,
+            "arm": arm,
         }
         self.log.append("decision", told)
         ticket = self._apply(prepared, decision, at_s) if self.mode is Mode.ACTIVE else None
         self.counters.num_decisions += 1
         self.counters.num_vetoed += bool(decision.vetoes)
+        self._ask_shadows(prepared, decision)
         record = observed_record(seq, self.mode, prepared, types, act)
-        return Explained(decided_record(record, act, decision, ticket, ""), prepared.observation)
+        record = decided_record(record, act, decision, ticket, arm)
+        return Explained(record, prepared.observation)
+
+    def _ask_shadows(self, prepared: PreparedDecision, decision: Decision) -> None:
+        """After all is done, since they may be slow."""
+        told = self.trials.ask_shadows(prepared.observation)
+        if told:
+            self.log.append("shadow", {"decision_id": decision.decision_id, "policies": told})
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -165,8 +179,12 @@ class ControlLoop:
                 self._notes.append(undo.reason)
                 sure = np.eye(1, len(observation.mask), row)[0]
                 return ActResult(sure, row, "undo", undo.reason)
-        actor = oversight.actor(at_s)
-        act = self.policy_server.act(observation, np.random.default_rng(self.seeds), actor)
+        actor, rng = oversight.actor(at_s), np.random.default_rng(self.seeds)
+        on_trial = self.trials.act(observation, rng) if actor is Actor.POLICY else None
+        if on_trial is not None:
+            self._end_canary(self.trials.failed(on_trial.failure) if on_trial.failure else "")
+            return on_trial
+        act = self.policy_server.act(observation, rng, actor)
         if act.failure:
             oversight.breaker.failure(at_s, act.failure)
         else:
@@ -183,6 +201,7 @@ class ControlLoop:
             self.counters.num_restarts += 1
             self.pipeline.reset(0.0)
             self.oversight.restarted()
+            self.trials.restarted(snapshot.now_s)
             batch, last = self.cluster.events(0), None
         from_s = last.now_s if last is not None else 0.0
         self._cursor, self.snapshot = batch.next_cursor, snapshot
@@ -199,8 +218,14 @@ class ControlLoop:
             self.counters.num_drifts += 1
             self.note(f"drift: {drift.from_key} -> {drift.to_key} {drift.who}")
             self.log.append("drift", asdict(drift))
+        self._end_canary(self.trials.observe(snapshot.now_s, batch.events))
         self._cancel_overdue(snapshot)
         return snapshot
+
+    def _end_canary(self, why: str) -> None:
+        if why:
+            self.note(why)
+            self.log.append("operation", {"name": "end_canary", "reason": why})
 
     def note(self, text: str) -> None:
         """For the record of the tick at hand, or of the next."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from controller.canary import CanaryConfig
 from controller.log_records import proposal_record
 from controller.loop import ControlLoop
 from controller.oversight import Hold
@@ -153,6 +154,23 @@ class Operations:
             self._take("rollback", loaded)
         loop.tell()
         return loaded.info, left
+
+    def set_canary(self, name: str, fraction: float) -> None:
+        """Let that policy decide in so large a fraction of randomised blocks; no name ends it.
+
+        Raises NotFoundError, CheckpointError (other features), InvalidRequestError.
+        """
+        loop, config = self._loop, CanaryConfig(fraction) if name else None
+        loaded = self.roster.load(name) if name else None
+        with loop.turn:
+            if loaded is None or config is None:
+                loop.trials.end_canary()
+            else:
+                now_s = loop.snapshot.now_s if loop.snapshot is not None else 0.0
+                targets = loop.oversight.watch.targets
+                loop.trials.begin_canary(loaded, config, targets, now_s)
+            self._log("set_canary", policy=name, fraction=fraction)
+        loop.tell()
 
     def _take(self, operation: str, loaded: LoadedPolicy) -> None:
         """A new policy starts with the trust that the one before may have lost."""

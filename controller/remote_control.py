@@ -113,8 +113,7 @@ class RemoteControl:
         return _told(self._call(self._stub.ListPolicies, pb.ListPoliciesRequest()))
 
     def set_mode(self, mode: Mode) -> Told:
-        number = pb.Mode.Value(f"MODE_{mode.name}")
-        request = pb.SetModeRequest(mode=number, idempotency_key=_new_key())
+        request = pb.SetModeRequest(mode=f"MODE_{mode.name}", idempotency_key=_new_key())
         return _told(self._call(self._stub.SetMode, request))
 
     def hold(self, duration_s: float, reason: str) -> Told:

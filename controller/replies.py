@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from controller.canary import ACTIVE, CANARY, Canary
 from controller.deciding import Decided
 from controller.explanations import Explanation
 from controller.log_records import decision_reason
@@ -42,6 +43,8 @@ def state(loop: ControlLoop, uptime_s: float) -> Any:
         breaker=oversight.breaker.state,
         breaker_reason=oversight.breaker.reason,
         num_log_records_lost=loop.log.num_lost,
+        shadows=loop.trials.shadows,
+        canary=None if loop.trials.canary is None else canary(loop.trials.canary),
     )
     to_proto(loop.counters, response.counters)
     at_s = loop.clock()
@@ -61,6 +64,24 @@ def hold(held: Hold, at_s: float) -> Any:
     return pb.HoldView(
         rule=held.rule, reason=held.reason, remaining_s=max(0.0, held.until_s - at_s)
     )
+
+
+def canary(found: Canary) -> Any:
+    arms = [block.arm for block in found.blocks]
+    view = pb.CanaryView(
+        name=found.name,
+        fraction=found.config.fraction,
+        arm=found.arm,
+        num_active_blocks=arms.count(ACTIVE),
+        num_canary_blocks=arms.count(CANARY),
+        evidence=found.evidence,
+        threshold=found.config.threshold,
+    )
+    if view.num_active_blocks:
+        view.active_goodput = found.goodput(ACTIVE)
+    if view.num_canary_blocks:
+        view.canary_goodput = found.goodput(CANARY)
+    return view
 
 
 def proposal(found: Proposal) -> Any:

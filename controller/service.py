@@ -259,6 +259,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         now, before = await self._once("rollback", request, self._operations.rollback)
         return control_pb2.RollbackResponse(policy=self._policy(now), previous=self._policy(before))
 
+    async def SetCanary(self, request: Any, context: Any) -> Any:
+        set_canary, name = self._operations.set_canary, request.name
+        await self._once("canary", request, lambda: set_canary(name, request.fraction))
+        found = self._loop.trials.canary
+        canary = None if found is None else replies.canary(found)
+        return control_pb2.SetCanaryResponse(canary=canary)
+
     # ---------------------------------------------------------------- other engines
 
     async def Decide(self, request: Any, context: Any) -> Any:

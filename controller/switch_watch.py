@@ -89,6 +89,11 @@ class SwitchWatch:
         """That decision's switch is an undo: it is not watched in turn."""
         self._not_watched.add(decision_id)
 
+    @property
+    def targets(self) -> SloSpec:
+        """Those given, else from how requests were served lately."""
+        return self._slo if self._slo != NO_SLO or not self._ended else own_targets(self._ended)
+
     def observe(
         self, now_s: float, events: Iterable[ClusterEvent], ticket: SwitchTicket | None
     ) -> Undo | None:
@@ -130,7 +135,7 @@ class SwitchWatch:
         before = [o for o in self._ended if since_s <= o.finish_s < start_s]
         if ticket.phase is not SwitchPhase.DONE or undo or len(before) < config.min_requests:
             return None
-        slo = self._slo if self._slo != NO_SLO else _own_targets(before)
+        slo = self._slo if self._slo != NO_SLO else own_targets(before)
         arrived = [t for t in self._arrivals if since_s <= t < start_s]
         span_s = max(start_s - min(arrived, default=start_s), 1e-9)
         latency = [o.finish_s - o.arrival_s for o in before]
@@ -177,10 +182,11 @@ def is_good(slo: SloSpec, outcome: RequestOutcome) -> bool:
     return in_time and (slo.tpot_s <= 0 or tpot_s is None or tpot_s <= slo.tpot_s)
 
 
-def _own_targets(before: list[RequestOutcome]) -> SloSpec:
+def own_targets(before: Iterable[RequestOutcome]) -> SloSpec:
     """From how requests were served until now."""
-    ttft = [o.ttft_s for o in before if o.ttft_s is not None]
-    tpot = [o.tpot_s for o in before if o.tpot_s is not None]
+    served = list(before)
+    ttft = [o.ttft_s for o in served if o.ttft_s is not None]
+    tpot = [o.tpot_s for o in served if o.tpot_s is not None]
     return SloSpec(
         OWN_TARGET * float(np.quantile(ttft, 0.9)) if ttft else 0.0,
         OWN_TARGET * float(np.quantile(tpot, 0.9)) if tpot else 0.0,

@@ -27,4 +27,4 @@ def details_of(error: TidewrightError) -> bytes:
         bad = error_details_pb2.BadRequest()
         bad.field_violations.add(field=error.param, description=str(error))
         status.details.add().Pack(bad)
-    return status.SerializeToString()
+    return bytes(status.SerializeToString())

@@ -97,4 +97,5 @@ class Served:
         self._thread.join(10)
         self._events.close()
         self.sessions.close()
+        self.loop.trials.close()
         self.loop.policy_server.close()

@@ -423,6 +423,39 @@ def test_a_policy_that_does_not_fit_is_refused_and_the_old_one_stays(
     assert served.loop.records[-1].policy == "keep"
 
 
+def test_a_canary_is_set_shown_and_ended(served: Served) -> None:
+    served.step()
+    reply = call(served, "SetCanary", name="first", fraction=0.25)
+    assert (reply.canary.name, reply.canary.fraction) == ("first", 0.25)
+    assert reply.canary.arm in ("active", "canary")
+    assert not reply.canary.HasField("active_goodput")  # no block is over
+    served.step()
+    assert served.loop.records[-1].arm == reply.canary.arm
+    assert served.state().canary.name == "first"
+    assert served.state().policy == "keep"
+    assert not call(served, "SetCanary").HasField("canary")
+    assert not served.state().HasField("canary")
+    served.step()
+    assert served.loop.records[-1].arm == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"name": "first"}, InvalidRequestError),
+        ({"name": "first", "fraction": 1.0}, InvalidRequestError),
+        ({"name": "other_grid", "fraction": 0.5}, CheckpointError),
+        ({"name": "nobody", "fraction": 0.5}, NotFoundError),
+    ],
+)
+def test_a_canary_that_cannot_be_is_refused(
+    served: Served, fields: dict[str, Any], kind: type[TidewrightError]
+) -> None:
+    error, _ = refusal(lambda: call(served, "SetCanary", **fields))
+    assert isinstance(error, kind)
+    assert not served.state().HasField("canary")
+
+
 # ---------------------------------------------------------------- other engines
 
 
