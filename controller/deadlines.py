@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -52,7 +53,8 @@ def _checked_unary(method: Any) -> Any:
 def _checked_stream(method: Any) -> Any:
     async def checked(request: Any, context: Any) -> AsyncIterator[Any]:
         _check(context)
-        async for response in method(request, context):
-            yield response
+        async with aclosing(method(request, context)) as responses:
+            async for response in responses:
+                yield response
 
     return checked

@@ -71,6 +71,7 @@ class Operations:
             loop.log.append("proposal", proposal_record(decision, vetoes, dry_run, loop.mode))
             ticket = None
             if not vetoes and not dry_run and decision.plan:
+                loop.oversight.watch.leave_out(decision.decision_id)
                 ticket = loop.start(decision.plan, prepared.at_s)
             return Proposal(decision, vetoes, ticket)
 

@@ -70,6 +70,7 @@ class Oversight:
         drifted = self.drift.observe(snapshot)
         if drifted is not None and drifted.is_wanted:
             self.undo = None
+            self.watch.leave_out(snapshot.switch.decision_id if snapshot.switch else "")
             if self.config.drift_hold_s > 0:
                 why = f"{drifted.from_key} -> {drifted.to_key} {drifted.who}"
                 until_s = at_s + self.config.drift_hold_s

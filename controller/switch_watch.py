@@ -86,7 +86,7 @@ class SwitchWatch:
         self._not_watched: set[str] = set()
 
     def leave_out(self, decision_id: str) -> None:
-        """That decision's switch is an undo: it is not watched in turn."""
+        """That decision's switch is not watched: it is an undo, or somebody wants it so."""
         self._not_watched.add(decision_id)
 
     @property

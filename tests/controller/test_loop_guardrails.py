@@ -157,6 +157,25 @@ def test_a_switch_by_hand_is_reported_and_not_fought(
     assert {r.deployment_key for r in list(loop.records)[drifted : drifted + 8]} == {"2xtp2pp1"}
 
 
+@pytest.mark.parametrize("way", ["past the controller", "through it"])
+def test_what_somebody_wanted_is_not_undone_though_it_costs_goodput(
+    synthetic_cluster: ProfiledCluster, make_loop: MakeLoop, way: str
+) -> None:
+    cluster = Slowed(synthetic_cluster, INITIAL)
+    watch = WatchConfig(num_ticks=2, min_requests=4)
+    oversight = Oversight(OversightConfig(watch=watch, drift_hold_s=0.0))
+    loop = make_loop(cluster, KeepPolicy(), oversight=oversight)
+    drive(cluster, loop, 8, per_tick=20)
+    if way == "through it":
+        assert Operations(loop).propose("2xtp2pp1", dry_run=False).ticket is not None
+    else:
+        target = parse_deployment_key("2xtp2pp1")
+        cluster.apply(plan_to(synthetic_cluster, cluster.snapshot(), target, ""))
+    drive(cluster, loop, 20, per_tick=20)
+    assert loop.records[-1].deployment_key == "2xtp2pp1"
+    assert loop.counters.num_undone == 0
+
+
 def test_its_own_switches_are_no_drift(
     synthetic_cluster: ProfiledCluster, make_loop: MakeLoop
 ) -> None:
