@@ -125,8 +125,8 @@ def test_a_cluster_spec_survives(tiny_spec: c.ClusterSpec) -> None:
 
 
 def test_transfers_that_are_made_when_looked_at_travel_too(tiny_spec: c.ClusterSpec) -> None:
-    current = c.dense_deployment(c.parse_deployment_key("2xtp1pp1"))
-    target, kv = c.parse_deployment_key("1xtp2pp1"), c.KvCostParams(1e9, 1e3, 0.01)
+    current = c.dense_deployment(c.parse_deployment_key("2xtp2pp1"))
+    target, kv = c.parse_deployment_key("4xtp1pp1"), c.KvCostParams(1e9, 1e3, 0.01)
     plan = plan_switch(tiny_spec, current, 3, target, kv)
     assert len(plan.transfers) > 0
     back = from_proto(c.SwitchPlan, to_proto(plan, pb.SwitchPlan()))
