@@ -64,8 +64,9 @@ ablations: $(STAMP) ## train without one ingredient at a time, docs/ablations.md
 results: $(STAMP) ## train every policy and score all, TRACES=FOLDER, hours; goes on where it was stopped
 	$(BIN)/python -m envs.results $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 
-protos: $(STAMP) ## regenerate the gRPC stubs from protos/*.proto
+protos: $(STAMP) ## regenerate the gRPC stubs and docs/control-api.md from protos/*.proto
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. protos/*.proto
+	$(BIN)/python -m protos.api_page
 
 check-protos: $(STAMP)
 	@rm -rf build/stubs && mkdir -p build/stubs

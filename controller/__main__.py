@@ -1,4 +1,4 @@
-"""`python -m controller`: steer an engine over gRPC."""
+"""`python -m controller`: steer an engine over gRPC, or ask a controller that does."""
 
 from __future__ import annotations
 
@@ -8,25 +8,45 @@ import logging
 import os
 import sys
 
+from controller import cli
 from controller.config import ControllerConfig
 from engine.config import add_arguments, parse_config
 from engine.errors import TidewrightError
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("python -m controller", description="Steer an engine.")
+def build_parser() -> argparse.ArgumentParser:
+    """Of `run`, which may be left out; it also tells of the other commands."""
+    told = "\n".join(f"  {name:<10} {text}" for name, text in cli.COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "python -m controller",
+        usage="%(prog)s [run] [options]\n       %(prog)s COMMAND [--control HOST:PORT] [--json]",
+        description="Steer an engine; or ask or tell a running controller, with a command.",
+        epilog=f"commands (each has --help):\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_arguments(parser, ControllerConfig)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Raises TidewrightErrors."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    config = parse_config(build_parser(), ControllerConfig, argv)
+    from controller.app import serve
+
+    asyncio.run(serve(config))
+
+
+def main(argv: list[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; its errors reach us as such
     try:
-        config = parse_config(parser, ControllerConfig, argv)
-        from controller.app import serve
-
-        asyncio.run(serve(config))
+        if argv and argv[0] in cli.COMMANDS:
+            return cli.main(argv)
+        run(argv[1:] if argv and argv[0] == "run" else argv)
     except TidewrightError as error:
-        parser.exit(2, f"error: {error}\n")
+        build_parser().exit(2, f"error: {error}\n")
     return 0
 
 

@@ -5,39 +5,59 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from controller.build import load_profiled_cluster, pipeline_from_facts
+from controller.build import build_pipeline, load_profiled_cluster, pipeline_from_facts
 from controller.config import ControllerConfig
-from controller.decision import DecisionPipeline
+from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog
+from controller.log_records import header_record
 from controller.loop import ControlLoop
+from controller.operations import Operations
+from controller.oversight import Oversight, OversightConfig
 from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
+from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
 from controller.service import start_grpc
+from controller.sessions import Sessions
+from controller.slo import find_slo
+from controller.switch_watch import NO_SLO
+from controller.trials import Trials
+from controller.workload import default_typing
+from engine.cluster import SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
 from engine.profile import ProfiledCluster, ServingProfile
-from policies.base import Policy
-from policies.baselines import HysteresisPolicy, KeepPolicy, MyopicPolicy
-from policies.checkpoint import load_manifest, load_policy
+from policies.baselines import HysteresisPolicy, StaticPolicy
+from policies.checkpoint import MANIFEST, load_manifest, load_policy
 
 STOP_TIMEOUT_S = 10.0
 
 
-def build_rule(name: str, pipeline: DecisionPipeline) -> Policy:
-    """A rule by name. Raises InvalidRequestError."""
-    match name:
-        case "keep":
-            return KeepPolicy()
-        case "myopic":
-            return MyopicPolicy(pipeline.observation_spec)
-        case "hysteresis":
-            return HysteresisPolicy(pipeline.observation_spec)
-    raise InvalidRequestError(f"rule {name!r} is not known; expected keep, myopic or hysteresis.")
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """A loop with what is done to it by hand and beside it."""
+
+    loop: ControlLoop
+    operations: Operations
+    sessions: Sessions
+
+    def close(self) -> None:
+        self.sessions.close()
+        self.loop.trials.close()
+        self.loop.policy_server.close()
+        self.loop.log.close()
+
+
+def _facts(config: ControllerConfig) -> dict[str, Any]:
+    """The checkpoint's manifest; empty where a rule decides and there is none."""
+    if config.rule and not (config.policy / MANIFEST).is_file():
+        return {}
+    manifest = load_manifest(config.policy)
+    if "cluster" not in manifest:
+        raise CheckpointError(f"{config.policy} was not written by train.py: it has no cluster.")
+    return manifest
 
 
 def _cluster(
@@ -48,43 +68,79 @@ def _cluster(
         times = load_profiled_cluster(profile).profile
     elif remote.profile_json is not None:
         times = ServingProfile.from_json(remote.profile_json)
-    else:
+    elif manifest:
         times = ProfiledCluster.from_json(manifest["cluster"]).profile
+    else:
+        raise InvalidRequestError(
+            "the engine serves no profile and there is no checkpoint; give step times with "
+            "--profile, or start the engine with its --profile."
+        )
     return ProfiledCluster(remote.spec, times)
 
 
-def build_loop(config: ControllerConfig, remote: RemoteCluster) -> ControlLoop:
+def _pipeline(manifest: dict[str, Any], cluster: ProfiledCluster) -> DecisionPipeline:
+    if manifest:
+        return pipeline_from_facts(manifest, cluster)
+    typing = default_typing(cluster.spec.model.max_model_len)
+    return build_pipeline(cluster, typing, DecisionConfig())
+
+
+def _policy(
+    config: ControllerConfig, manifest: dict[str, Any], pipeline: DecisionPipeline
+) -> LoadedPolicy:
+    if config.rule:
+        return LoadedPolicy(PolicyInfo(config.rule, "rule"), build_rule(config.rule, pipeline))
+    expected = pipeline.observation_spec.hash
+    policy = load_policy(config.policy, expected_spec_hash=expected)
+    name = config.policy.resolve().name
+    return LoadedPolicy(manifest_info(name, manifest, pipeline), policy)
+
+
+def _slo(device: str) -> SloSpec:
+    """Targets of interactive requests; none where the pool is not among those of configs/slo.yaml:
+    requests are then compared with how they were served before."""
+    try:
+        return find_slo("interactive", device)
+    except InvalidRequestError:
+        return NO_SLO
+
+
+def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
     """Everything between the remote engine and the control service. Raises TidewrightErrors."""
-    manifest = load_manifest(config.policy)
-    if "cluster" not in manifest:
-        raise CheckpointError(f"{config.policy} was not written by train.py: it has no cluster.")
-    pipeline = pipeline_from_facts(manifest, _cluster(remote, config.profile, manifest))
-    spec_hash = pipeline.observation_spec.hash
-    policy: Policy = (
-        build_rule(config.rule, pipeline)
-        if config.rule
-        else load_policy(config.policy, expected_spec_hash=spec_hash)
-    )
+    manifest = _facts(config)
+    pipeline = _pipeline(manifest, _cluster(remote, config.profile, manifest))
+    if config.safe:
+        pipeline.planner.standing += (parse_deployment_key(config.safe),)
+    safe_key = config.safe or manifest.get("default_deployment", "")
+    active = _policy(config, manifest, pipeline)
     server = PolicyServer(
-        policy,
+        active.policy,
         HysteresisPolicy(pipeline.observation_spec),
         config.policy_deadline_s,
         config.deterministic,
+        StaticPolicy(safe_key) if safe_key else None,
     )
-    header = {
-        "policy": policy.name,
-        "checkpoint": str(config.policy),
+    facts = {
+        "policy": active.policy.name,
+        "policy_digest": active.info.digest,
+        "checkpoint": str(config.policy) if manifest else "",
         "git_revision": manifest.get("git_revision", ""),
-        "spec_hash": spec_hash,
-        "pipeline_hash": pipeline.config_hash,
-        "decision": asdict(pipeline.config),
         "deterministic": config.deterministic,
         "seed": config.seed,
-        "types": [asdict(t) for t in pipeline.typing.types],
     }
-    rng = np.random.default_rng(config.seed)
-    log = DecisionLog(config.log, header)
-    return ControlLoop(remote, pipeline, server, log, config.mode, rng)
+    header = header_record(pipeline, facts)
+    log = DecisionLog(config.log, header, config.log_mb * 10**6, config.log_files)
+    seeds = (config.seed, int(log.life, 16))  # no two lives draw alike
+    oversight = Oversight(OversightConfig(), _slo(pipeline.cluster.profile.device))
+    roster = PolicyRoster(pipeline, config.policies, (config.policy,))
+    rule = HysteresisPolicy(pipeline.observation_spec)
+    trials = Trials(rule, config.policy_deadline_s, config.deterministic, seeds)
+    for name in filter(None, config.shadows.split(",")):
+        trials.add_shadow(roster.load(name.strip()))
+    loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight, trials=trials)
+    loop.active = active.info
+    sessions = Sessions(pipeline, config.policy_deadline_s)
+    return Steering(loop, Operations(loop, roster), sessions)
 
 
 async def serve(config: ControllerConfig) -> None:
@@ -94,23 +150,24 @@ async def serve(config: ControllerConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with RemoteCluster(config.engine, config.engine_timeout_s) as remote:
         try:
-            loop = await asyncio.to_thread(build_loop, config, remote)
+            steering = await asyncio.to_thread(build_steering, config, remote)
         except UnavailableError as error:
             raise UnavailableError(
                 f"no engine answers at {config.engine}: {error} Start one with "
                 "`python -m engine`, or name it with --engine."
             ) from error
         try:
-            await _serve(config, loop, stop)
+            await _serve(config, steering, stop)
         finally:
-            loop.policy_server.close()
-            loop.log.close()
+            steering.close()
 
 
-async def _serve(config: ControllerConfig, loop: ControlLoop, stop: asyncio.Event) -> None:
-    halt = threading.Event()
+async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Event) -> None:
+    loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
-    server, port = await start_grpc(loop, config.host, config.grpc_port)
+    server, port = await start_grpc(
+        loop, steering.operations, steering.sessions, config.host, config.grpc_port
+    )
     try:
         thread.start()
         print(

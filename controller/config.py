@@ -21,6 +21,17 @@ class ControllerConfig(BaseModel):
     rule: str = Field(
         "", description="decide by this rule instead of the policy: keep, myopic or hysteresis"
     )
+    policies: Path = Field(
+        Path("policies/artifacts"), description="folder of checkpoints that may be loaded later"
+    )
+    shadows: str = Field(
+        "", description="policies that are asked at each tick and decide nothing, with commas"
+    )
+    safe: str = Field(
+        "",
+        description="deployment to go to and stay at when policy and rule fail, such as 4xtp1pp1; "
+        "default: the checkpoint's",
+    )
     profile: Path | None = Field(
         None, description="measured cluster JSON; default: the engine's, else the checkpoint's"
     )
@@ -33,6 +44,8 @@ class ControllerConfig(BaseModel):
     )
     engine_timeout_s: float = Field(5.0, gt=0, description="deadline in seconds of engine calls")
     log: Path | None = Field(None, description="decision log to append to (JSON lines)")
+    log_mb: int = Field(64, ge=1, description="megabytes at which the log is put aside as .1")
+    log_files: int = Field(16, ge=1, description="files that are kept of it")
     host: str = Field("127.0.0.1", description="address of the control service")
     grpc_port: int = Field(50052, ge=0, le=65535, description="its port; 0: any free one")
     seed: int = Field(0, ge=0, description="of the draws when not deterministic")

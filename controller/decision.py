@@ -3,15 +3,17 @@ production alike. It reaches no cluster: events and snapshots come in, decisions
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from controller.guardrails import GuardrailConfig, Review, mask_reasons, review
+from controller.guardrails import Circumstances, GuardrailConfig, Review, mask_reasons, review
+from controller.last_good import LastGood
 from controller.monitor import Monitor, MonitorState
 from controller.observation import Situation, build_observation, observation_spec
 from controller.planner import Planner, dead_replicas
@@ -21,6 +23,7 @@ from controller.scoring import Capacity, Objective, PlannerConfig
 from controller.service_model import kv_cost_params
 from controller.slo_rates import SloRates
 from controller.solvers import SolverName
+from controller.transition import TransitionRoom
 from engine.cluster import (
     Candidate,
     ClusterEvent,
@@ -37,6 +40,7 @@ from engine.migration.plan import plan_switch
 from engine.profile import ProfiledCluster
 from policies.base import Observation, ObservationSpec
 
+Floats = NDArray[np.float64]
 KEEP = 0
 
 
@@ -63,6 +67,10 @@ class DecisionConfig:
     switch_budget_s: float = 0.0  # on the links, without the fixed overhead
     give_back: bool = False  # whether candidates may leave devices idle
     max_devices: int = 0  # that a new deployment may use; 0: all that are alive
+    min_coverage: float = 1.0  # these four: see `controller.guardrails`
+    max_capacity_change: float = 0.5
+    in_place_max_load: float = 0.5
+    clearly_worse: float = 0.25
 
     def __post_init__(self) -> None:
         positive = ("grid_s", "window_s", "stale_after_s", "max_utilisation")
@@ -72,6 +80,16 @@ class DecisionConfig:
                 f"decision settings need {', '.join(positive)} > 0, max_candidates >= 2 and "
                 f"routing_floor in [0, 0.5), got {asdict(self)}."
             )
+
+    @property
+    def guardrails(self) -> GuardrailConfig:
+        return GuardrailConfig(
+            min_headroom=self.min_headroom,
+            min_coverage=self.min_coverage,
+            max_capacity_change=self.max_capacity_change,
+            in_place_max_load=self.in_place_max_load,
+            clearly_worse=self.clearly_worse,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +105,19 @@ class PreparedDecision:
     mask_reasons: tuple[str, ...]  # per candidate; empty where legal
     prompt_edges: tuple[int, ...] = ()
     posterior: tuple[tuple[float, ...], ...] = ()
+    circumstances: Circumstances | None = None  # what the mask follows from
+
+
+@dataclass(frozen=True, slots=True)
+class Restraints:
+    """What whoever runs the pipeline knows against switches: reasons of `guardrails.RULES`."""
+
+    not_now: tuple[str, ...] = ()  # against any
+    banned: Mapping[str, str] = field(default_factory=dict)  # against some, by deployment key
+    waived: frozenset[str] = frozenset()  # rules that do not count this time
+
+
+NO_RESTRAINTS = Restraints()
 
 
 def plan_to(
@@ -144,7 +175,10 @@ class DecisionPipeline:
         self.scheduler = DeploymentScheduler(
             SchedulerConfig(config.min_dwell_s, config.switches_per_hour, config.switch_burst)
         )
-        self._guards = GuardrailConfig(min_headroom=config.min_headroom)
+        self.guards = config.guardrails
+        self._last_good = LastGood()
+        self._room = TransitionRoom(cluster.spec, self.planner.configs)
+        self._capacity: tuple[object, dict[ParallelConfig, list[float]]] = (None, {})
         self.observation_spec: ObservationSpec = observation_spec(
             len(typing.types), config.max_candidates, config.grid_s
         )
@@ -155,35 +189,63 @@ class DecisionPipeline:
         self.monitor.reset(now_s)
         self.predictor.reset()
         self.scheduler.reset(now_s)
+        self._last_good.reset()
+        self._lost_events = False
         self._present: tuple[ParallelConfig, ...] | None = None
         self._last: tuple[ParallelConfig, ...] | None = None
         self._num_decisions = 0
 
-    def observe(self, events: Iterable[ClusterEvent]) -> None:
-        """Take in events; each exactly once, in order of time."""
+    def sibling(self) -> DecisionPipeline:
+        """One for another cluster like this: the planner is shared, the history its own."""
+        twin = copy.copy(self)
+        twin.monitor = Monitor(self.typing, self.config.window_s, self.config.stale_after_s)
+        twin.predictor = copy.deepcopy(self.predictor)
+        twin.scheduler = DeploymentScheduler(self.scheduler.config)
+        twin._last_good = LastGood()
+        twin._room = TransitionRoom(self.cluster.spec, self.planner.configs)
+        twin.reset(0.0)
+        return twin
+
+    def observe(self, events: Iterable[ClusterEvent], num_lost: int = 0) -> None:
+        """Take in events; each exactly once, in order of time. When some were lost, the rates of
+        the interval are unknown: the forecast stands, and no switch is decided on it."""
         self.monitor.observe(events)
+        self._lost_events |= num_lost > 0
 
     # -- prepare ------------------------------------------------------------------------
 
-    def prepare(self, snapshot: ClusterSnapshot) -> PreparedDecision:
-        """From a snapshot to what the policy sees. Advances the predictor by one interval."""
+    def prepare(
+        self, snapshot: ClusterSnapshot, restraints: Restraints = NO_RESTRAINTS
+    ) -> PreparedDecision:
+        """From a snapshot to what the policy sees. Advances the predictor by one interval.
+
+        Raises InvalidRequestError for a snapshot whose time is no number.
+        """
+        snapshot = self._last_good.fill(snapshot)
         self.scheduler.observe(snapshot.switch)
         self._follow(snapshot)
+        lost, self._lost_events = self._lost_events, False
         if self.monitor.interval_s(snapshot.now_s) >= 0.5 * self.config.grid_s:
-            self.predictor.observe(self.monitor.take_interval(snapshot.now_s))
+            rates = self.monitor.take_interval(snapshot.now_s)
+            if not lost:
+                self.predictor.observe(rates)
         state, forecast = self.monitor.state(snapshot), self.predictor.forecast()
         lengths = np.array([state.prompt_tokens, state.output_tokens]).T
         recent = self.monitor.recent_counts(snapshot.now_s)
         mixing = self.monitor.posterior.mixing
         candidates = self.planner.propose(snapshot, forecast, self._last, lengths, recent, mixing)
-        reasons = mask_reasons(
-            self.cluster.spec,
-            snapshot,
-            candidates,
-            state.is_stale,
-            self.scheduler.reason(snapshot.now_s),
-            self._guards,
+        now = Circumstances(
+            spec=self.cluster.spec,
+            snapshot=snapshot,
+            is_stale=state.is_stale or lost,
+            not_now=(*restraints.not_now, *self.scheduler.reasons(snapshot.now_s)),
+            banned=restraints.banned,
+            capacity=self._capacities(lengths, mixing),
+            demand=forecast.q90,
+            dead=dead_replicas(snapshot),
+            is_in_place=self._in_place(snapshot),
         )
+        reasons = mask_reasons(now, candidates, self.guards, restraints.waived)
         since_s = self.scheduler.since_switch_s(snapshot.now_s)
         situation = Situation(self.cluster.spec, snapshot, state, forecast, since_s)
         observation = build_observation(self.observation_spec, situation, candidates, reasons)
@@ -198,7 +260,26 @@ class DecisionPipeline:
             reasons,
             posterior.edges,
             posterior.table,
+            now,
         )
+
+    def _capacities(self, lengths: Floats, mixing: Floats) -> dict[ParallelConfig, list[float]]:
+        """Requests per second of each type that one replica takes, as headroom counts it."""
+        scorer = self.planner.scorer
+        rates = scorer.headroom_rates(scorer.lengths_key(lengths, mixing))
+        if self._capacity[0] is not rates:
+            self._capacity = (
+                rates,
+                dict(zip(self.planner.configs, rates.tolist(), strict=True)),
+            )
+        return self._capacity[1]
+
+    def _in_place(self, snapshot: ClusterSnapshot) -> Callable[[Candidate], bool]:
+        def found(candidate: Candidate) -> bool:
+            used = snapshot.kv_blocks_used
+            return self._room.is_in_place(snapshot.deployment, used, candidate.configs)
+
+        return found
 
     def _follow(self, snapshot: ClusterSnapshot) -> None:
         """Remember the deployment before the present one, for undo."""

@@ -1,7 +1,8 @@
 """ControlLoop: snapshot -> decide -> guard -> apply -> log, once per grid interval; never raises.
 
 It works through the `Cluster` protocol alone and takes time from the cluster's snapshots, so the
-same loop steers the engine over gRPC and the surrogate in a test.
+same loop steers the engine over gRPC and the surrogate in a test. Holds and cool-downs run on the
+controller's own clock. What is done by hand is in `controller.operations`.
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
+from controller.breaker import Actor
+from controller.deciding import decide
 from controller.decision import DecisionPipeline, PreparedDecision
-from controller.decision_log import (
-    DecisionLog,
-    decision_reason,
+from controller.decision_log import DecisionLog
+from controller.log_records import (
     decision_record,
     interval_record,
     outcome_record,
-    proposal_record,
+    switch_record,
+    tick_record,
 )
+from controller.oversight import Oversight, OversightConfig
 from controller.policy_server import ActResult, PolicyServer
-from controller.proposal import propose
-from controller.records import CandidateView, Counters, Mode, TickRecord, TickStatus, TypeRate
+from controller.records import Counters, Mode, TickRecord, TickStatus
+from controller.roster import PolicyInfo
+from controller.tick_records import Explained, decided_record, observed_record
+from controller.trials import Trials
 from engine.cluster import (
     Cluster,
     ClusterSnapshot,
@@ -34,26 +40,23 @@ from engine.cluster import (
     SwitchPhase,
     SwitchPlan,
     SwitchTicket,
-    parse_deployment_key,
 )
-from engine.errors import TidewrightError, UnavailableError
+from engine.errors import (
+    StaleEpochError,
+    SwitchInProgressError,
+    TidewrightError,
+    UnavailableError,
+)
+from policies.baselines import KeepPolicy
 
 logger = logging.getLogger(__name__)
 NUM_RECORDS_KEPT = 10_000
 NUM_SWITCHES_KEPT = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Answer to a switch asked for by hand."""
-
-    decision: Decision
-    vetoes: tuple[str, ...]
-    ticket: SwitchTicket | None
+NUM_EXPLAINED_KEPT = 500
 
 
 class ControlLoop:
-    """One loop per cluster. Ticks and proposals take turns (`_turn`, held while the engine is
+    """One loop per cluster. Ticks and operations take turns (`turn`, held while the engine is
     asked); readers need only `lock`, which is held for instants."""
 
     def __init__(
@@ -63,39 +66,52 @@ class ControlLoop:
         policy_server: PolicyServer,
         log: DecisionLog,
         mode: Mode,
-        rng: np.random.Generator,
+        seeds: tuple[int, ...] = (0,),
+        oversight: Oversight | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        trials: Trials | None = None,
     ) -> None:
         self.cluster, self.pipeline, self.policy_server = cluster, pipeline, policy_server
-        self.log, self.mode, self._rng = log, mode, rng
+        self.log, self.mode, self._seeds = log, mode, seeds
+        self.oversight = oversight or Oversight(OversightConfig())
+        self.clock = clock
+        self.trials = trials or Trials(KeepPolicy(), 1.0, policy_server.deterministic)
+        self.active = PolicyInfo(policy_server.policy.name, "rule")
         self.counters = Counters()
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
         self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
+        self.revision = 0  # rises with every tick and whatever else watchers should know of
+        self.listeners: list[Callable[[], None]] = []  # called then, from any thread
         self.records: deque[TickRecord] = deque(maxlen=NUM_RECORDS_KEPT)
+        self.explained: deque[Explained] = deque(maxlen=NUM_EXPLAINED_KEPT)
         self.switches: deque[SwitchTicket] = deque(maxlen=NUM_SWITCHES_KEPT)
         self.snapshot: ClusterSnapshot | None = None
+        self.prepared: PreparedDecision | None = None
         self.available = False
+        self._notes: list[str] = []
         self._cursor, self._next_seq = 0, 1
 
     # ---------------------------------------------------------------- the loop
 
-    def run(self, stop: threading.Event, clock: Callable[[], float] = time.monotonic) -> None:
+    def run(self, stop: threading.Event) -> None:
         """Tick on the grid until `stop`; a tick that takes too long skips grid points."""
-        grid_s, due_s = self.pipeline.config.grid_s, clock()
-        while not stop.wait(max(0.0, due_s - clock())):
+        grid_s, due_s = self.pipeline.config.grid_s, self.clock()
+        while not stop.wait(max(0.0, due_s - self.clock())):
             self.tick()
             due_s += grid_s
-            late = int(max(0.0, clock() - due_s) // grid_s)
+            late = int(max(0.0, self.clock() - due_s) // grid_s)
             self.counters.num_late += late
             due_s += late * grid_s
 
     def tick(self) -> TickRecord:
         """One decision. Whatever goes wrong ends up in the record."""
         started_s = time.perf_counter()
-        with self._turn:
+        with self.turn:
             self.counters.num_ticks += 1
+            explained: Explained | None = None
             try:
-                record = self._decide()
+                explained = self._decide(started_s)
+                record = explained.record
                 self.available = True
             except UnavailableError as error:
                 self.available = False
@@ -105,96 +121,175 @@ class ControlLoop:
                 logger.exception("tick %d failed", self._next_seq)
                 self.counters.num_failed += 1
                 record = self._blank(TickStatus.FAILED, f"{type(error).__name__}: {error}")
-            record = replace(record, tick_s=time.perf_counter() - started_s)
-            self._publish(record)
+            tick_s = time.perf_counter() - started_s
+            record = replace(record, tick_s=tick_s, notes=tuple(self._notes))
+            if record.status is not TickStatus.DECIDED:
+                self.log.append("tick", tick_record(record))
+            self._notes = []
+            self._publish(record, explained)
         return record
 
-    def _decide(self) -> TickRecord:
-        snapshot = self._observe()
-        prepared = self.pipeline.prepare(snapshot)
+    def _decide(self, started_s: float) -> Explained:
+        at_s = self.clock()
+        snapshot = self.observe(at_s)
+        prepared = self.pipeline.prepare(snapshot, self.oversight.restraints(at_s))
+        self.prepared = prepared
+        types, seq = self.pipeline.typing.types, self._next_seq
         if self.mode is Mode.OFF:
-            return self._record(prepared, TickStatus.OBSERVED, None, None, None)
-        act = self.policy_server.act(prepared.observation, self._rng)
-        self.counters.num_fallbacks += act.reason != "policy"
-        decision = self.pipeline.resolve(prepared, act.action, act.probabilities, act.policy)
-        self.log.append("decision", decision_record(prepared, act, decision, self.mode))
-        ticket = self._apply(prepared, decision) if self.mode is Mode.ACTIVE else None
+            record = observed_record(seq, self.mode, prepared, types)
+            return Explained(record, prepared.observation)
+        _, act, decision = decide(self.pipeline, prepared, lambda p: self._act(p, at_s))
+        self.counters.num_fallbacks += bool(act.failure)
+        arm, took_s = self.trials.arm, time.perf_counter() - started_s
+        told = decision_record(prepared, act, decision, self.mode) | {
+            "seq": seq,
+            "seeds": self.seeds,
+            "decision_s": took_s,
+            "policy_digest": self.active.digest,
+            "arm": arm,
+        }
+        self.log.append("decision", told)
+        ticket = self._apply(prepared, decision, at_s) if self.mode is Mode.ACTIVE else None
         self.counters.num_decisions += 1
         self.counters.num_vetoed += bool(decision.vetoes)
-        return self._record(prepared, TickStatus.DECIDED, act, decision, ticket)
+        self._ask_shadows(prepared, decision)
+        record = observed_record(seq, self.mode, prepared, types, act)
+        record = decided_record(record, act, decision, ticket, arm)
+        return Explained(record, prepared.observation)
 
-    def _observe(self) -> ClusterSnapshot:
-        """New events and a snapshot; notices an engine that was started again."""
+    def _ask_shadows(self, prepared: PreparedDecision, decision: Decision) -> None:
+        """After all is done, since they may be slow."""
+        told = self.trials.ask_shadows(prepared.observation)
+        if told:
+            self.log.append("shadow", {"decision_id": decision.decision_id, "policies": told})
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the generator that the tick at hand draws with."""
+        return (*self._seeds, self._next_seq)
+
+    def _act(self, prepared: PreparedDecision, at_s: float) -> ActResult:
+        """An undo that is due, else whoever the circuit breaker lets decide."""
+        observation, oversight = prepared.observation, self.oversight
+        undo = oversight.undo
+        if undo is not None and undo.to_key in observation.keys:
+            row = observation.keys.index(undo.to_key)
+            if observation.mask[row]:
+                self.counters.num_undone += self.mode is Mode.ACTIVE
+                self._notes.append(undo.reason)
+                sure = np.eye(1, len(observation.mask), row)[0]
+                return ActResult(sure, row, "undo", undo.reason)
+        actor, rng = oversight.actor(at_s), np.random.default_rng(self.seeds)
+        on_trial = self.trials.act(observation, rng) if actor is Actor.POLICY else None
+        if on_trial is not None:
+            self._end_canary(self.trials.failed(on_trial.failure) if on_trial.failure else "")
+            return on_trial
+        act = self.policy_server.act(observation, rng, actor)
+        if act.failure:
+            oversight.breaker.failure(at_s, act.failure)
+        else:
+            oversight.breaker.success(at_s)
+        return act
+
+    def observe(self, at_s: float) -> ClusterSnapshot:
+        """New events and a snapshot; notices an engine that was started again, or switched by
+        somebody else. With `turn` held."""
         snapshot, last = self.cluster.snapshot(), self.snapshot
         batch = self.cluster.events(self._cursor)
         if last is not None and (_is_older(snapshot, last) or batch.next_cursor < self._cursor):
             logger.warning("the engine was restarted: its clock or its counters went back")
             self.counters.num_restarts += 1
             self.pipeline.reset(0.0)
+            self.oversight.restarted()
+            self.trials.restarted(snapshot.now_s)
             batch, last = self.cluster.events(0), None
         from_s = last.now_s if last is not None else 0.0
         self._cursor, self.snapshot = batch.next_cursor, snapshot
         self.counters.num_events_lost += batch.num_lost
-        self.pipeline.observe(batch.events)
+        self.pipeline.observe(batch.events, batch.num_lost)
         self.log.append(
             "interval", interval_record(from_s, snapshot.now_s, batch.events, batch.num_lost)
         )
         for event in batch.events:
             if event.ticket is not None and event.ticket.phase.is_terminal:
-                self._end_switch(event.ticket)
+                self._end_switch(event.ticket, at_s)
+        drift = self.oversight.observe(at_s, snapshot, batch.events)
+        if drift is not None:
+            self.counters.num_drifts += 1
+            self.note(f"drift: {drift.from_key} -> {drift.to_key} {drift.who}")
+            self.log.append("drift", asdict(drift))
+        self._end_canary(self.trials.observe(snapshot.now_s, batch.events))
+        self._cancel_overdue(snapshot)
         return snapshot
 
-    def _end_switch(self, ticket: SwitchTicket) -> None:
+    def _end_canary(self, why: str) -> None:
+        if why:
+            self.note(why)
+            self.log.append("operation", {"name": "end_canary", "reason": why})
+
+    def note(self, text: str) -> None:
+        """For the record of the tick at hand, or of the next."""
+        logger.warning(text)
+        self._notes.append(text)
+
+    def _end_switch(self, ticket: SwitchTicket, at_s: float) -> None:
         done = ticket.phase is SwitchPhase.DONE
         self.counters.num_switches_done += done
         self.counters.num_switches_failed += not done
         with self.lock:
             self.switches.append(ticket)
+        self.oversight.ended(at_s, ticket)
         self.log.append("outcome", outcome_record(ticket))
 
-    def _apply(self, prepared: PreparedDecision, decision: Decision) -> SwitchTicket | None:
+    def _cancel_overdue(self, snapshot: ClusterSnapshot) -> None:
+        """A switch that takes far too long is rolled back, whoever started it, if it can be."""
+        ticket = self.oversight.overdue(snapshot)
+        if ticket is None or self.mode is not Mode.ACTIVE:
+            return
+        self.counters.num_timeouts += 1
+        self.note(f"timeout: switch {ticket.ticket_id} to {ticket.to_key} is cancelled")
+        self.log.append("switch", switch_record("timeout", ticket.decision_id, ticket))
+        try:
+            self.cluster.cancel(ticket.ticket_id)
+        except TidewrightError as error:
+            logger.warning("the engine did not cancel: %s", error)
+
+    def _apply(
+        self, prepared: PreparedDecision, decision: Decision, at_s: float
+    ) -> SwitchTicket | None:
         """Start the decided switch, or refresh the routing of the present deployment."""
         try:
             if decision.plan is not None:
-                return self._start(decision.plan, prepared.at_s)
+                return self.start(decision.plan, prepared.at_s)
             if not prepared.snapshot.switch_in_flight:
                 self.cluster.set_routing(self.pipeline.routing_for(prepared))
         except UnavailableError:
             raise
         except TidewrightError as error:  # the engine moved on since the snapshot
             logger.warning("the engine refused: %s", error)
-            self.counters.num_switches_failed += decision.plan is not None
+            if decision.plan is not None:
+                self.counters.num_switches_failed += 1
+                if not isinstance(error, StaleEpochError | SwitchInProgressError):
+                    self.oversight.breaker.failure(at_s, f"the engine refused: {error}")
         return None
 
-    def _start(self, plan: SwitchPlan, now_s: float) -> SwitchTicket:
-        ticket = self.cluster.apply(plan)
+    def start(self, plan: SwitchPlan, now_s: float) -> SwitchTicket:
+        """Hand a switch to the engine. With `turn` held. Raises what `Cluster.apply` does."""
+        oversight = self.oversight
+        oversight.drift.expect(plan.decision_id)
+        if oversight.undo is not None and plan.target.key == oversight.undo.to_key:
+            oversight.watch.leave_out(plan.decision_id)
+        try:
+            ticket = self.cluster.apply(plan)
+        except TidewrightError as error:
+            unknown = isinstance(error, UnavailableError)
+            event = "unknown" if unknown else "refused"
+            self.log.append("switch", switch_record(event, plan.decision_id, None, str(error)))
+            raise
+        self.log.append("switch", switch_record("started", plan.decision_id, ticket))
         self.pipeline.scheduler.record_switch(now_s)
         self.counters.num_switches_started += 1
         return ticket
-
-    # ---------------------------------------------------------------- by hand
-
-    def propose(self, target_key: str, dry_run: bool) -> Proposal:
-        """Plan and guard a switch asked for by hand; apply it unless dry_run or mode is not active.
-
-        Raises InfeasibleError, InvalidRequestError (no step times), UnavailableError, and what
-        `Cluster.apply` raises when the engine moved on.
-        """
-        configs = parse_deployment_key(target_key)
-        with self._turn:
-            prepared = self.pipeline.prepare(self._observe())
-            decision, vetoes = propose(self.pipeline, prepared, configs)
-            self.log.append("proposal", proposal_record(decision, vetoes, dry_run, self.mode))
-            ticket = None
-            if not vetoes and not dry_run and self.mode is Mode.ACTIVE and decision.plan:
-                ticket = self._start(decision.plan, prepared.at_s)
-            return Proposal(decision, vetoes, ticket)
-
-    def set_mode(self, mode: Mode) -> Mode:
-        """Returns the mode before. A tick under way ends first: after this, the mode holds."""
-        with self._turn:
-            previous, self.mode = self.mode, mode
-            return previous
 
     # ---------------------------------------------------------------- records
 
@@ -202,56 +297,20 @@ class ControlLoop:
         at_s = self.snapshot.now_s if self.snapshot is not None else 0.0
         return TickRecord(self._next_seq, at_s, status, self.mode, reason=reason)
 
-    def _record(
-        self,
-        prepared: PreparedDecision,
-        status: TickStatus,
-        act: ActResult | None,
-        decision: Decision | None,
-        ticket: SwitchTicket | None,
-    ) -> TickRecord:
-        snapshot = prepared.snapshot
-        record = TickRecord(
-            seq=self._next_seq,
-            at_s=prepared.at_s,
-            status=status,
-            mode=self.mode,
-            candidates=_views(prepared, act),
-            rates=self._rates(prepared),
-            epoch=snapshot.epoch,
-            deployment_key=snapshot.deployment.key,
-            num_waiting=prepared.monitor_state.num_waiting,
-            num_running=sum(r.num_running for r in snapshot.replicas),
-            ticket=ticket,
-        )
-        if decision is None or act is None:
-            return record
-        return replace(
-            record,
-            decision_id=decision.decision_id,
-            action=decision.action,
-            chosen_key=decision.chosen_key,
-            executed_key=decision.executed_key,
-            propensity=decision.propensity,
-            policy=decision.policy,
-            reason=decision_reason(act, decision),
-            vetoes=decision.vetoes,
-        )
-
-    def _rates(self, prepared: PreparedDecision) -> tuple[TypeRate, ...]:
-        forecast, actual = prepared.forecast, prepared.monitor_state.rates[0]
-        return tuple(
-            TypeRate(t.name, q50, q90, rate)
-            for t, q50, q90, rate in zip(
-                self.pipeline.typing.types, forecast.q50, forecast.q90, actual, strict=True
-            )
-        )
-
-    def _publish(self, record: TickRecord) -> None:
+    def _publish(self, record: TickRecord, explained: Explained | None) -> None:
         self._next_seq += 1
-        with self.changed:
+        with self.lock:
             self.records.append(record)
-            self.changed.notify_all()
+            if explained is not None:
+                self.explained.append(replace(explained, record=record))
+        self.tell()
+
+    def tell(self) -> None:
+        """Something changed: a tick, the mode, a hold, the policy."""
+        with self.lock:
+            self.revision += 1
+        for listener in self.listeners:
+            listener()
 
 
 def _is_older(snapshot: ClusterSnapshot, last: ClusterSnapshot) -> bool:
@@ -260,20 +319,4 @@ def _is_older(snapshot: ClusterSnapshot, last: ClusterSnapshot) -> bool:
         snapshot.now_s < last.now_s
         or snapshot.epoch < last.epoch
         or snapshot.num_arrived < last.num_arrived
-    )
-
-
-def _views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
-    return tuple(
-        CandidateView(
-            key=c.key,
-            origin=c.origin,
-            legal=bool(prepared.observation.mask[i]),
-            mask_reason=prepared.mask_reasons[i],
-            probability=float(act.probabilities[i]) if act is not None else 0.0,
-            headroom=c.headroom,
-            predicted_switch_s=c.switch_s,
-            weight_bytes=c.weight_bytes,
-        )
-        for i, c in enumerate(prepared.candidates)
     )

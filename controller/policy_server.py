@@ -1,4 +1,5 @@
-"""PolicyServer: asks the policy within a deadline; on any failure, the fall-back rule.
+"""PolicyServer: asks the policy within a deadline; on any failure, the fall-back rule. When the
+circuit breaker says so, the rule or the safe plan alone.
 
 A policy that raises, is late, or answers with something that is no distribution over legal rows
 never stops the loop: the rule decides, and the reason is recorded and counted.
@@ -10,12 +11,14 @@ import logging
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.breaker import Actor
 from policies.base import Observation, Policy, choose
+from policies.baselines import KeepPolicy
 
 logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
@@ -30,7 +33,8 @@ class ActResult:
     probabilities: Floats
     action: int
     policy: str
-    reason: str  # "policy", or why the fall-back decided
+    reason: str  # "policy", or why another decided
+    failure: str = ""  # what the one that should have decided did wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +62,56 @@ class PolicyServer:
     overlap, and a policy that hangs for ever does not keep the process from ending."""
 
     def __init__(
-        self, policy: Policy, fallback: Policy, deadline_s: float, deterministic: bool
+        self,
+        policy: Policy,
+        fallback: Policy,
+        deadline_s: float,
+        deterministic: bool,
+        safe: Policy | None = None,
     ) -> None:
-        self.policy, self._fallback = policy, fallback
-        self._deadline_s, self._deterministic = deadline_s, deterministic
+        self.policy, self._fallback, self._safe = policy, fallback, safe or KeepPolicy()
+        self._deadline_s, self.deterministic = deadline_s, deterministic
         self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.num_fallbacks = 0
 
-    def act(self, observation: Observation, rng: np.random.Generator) -> ActResult:
-        """Never raises: when the fall-back rule fails too, the answer is keep."""
-        probabilities, problem = self._ask(observation)
-        name, reason = self.policy.name, "policy"
-        if problem:
-            self.num_fallbacks += 1
-            name, reason = self._fallback.name, f"fallback: {self.policy.name} {problem}"
-            probabilities, problem = _evaluate(self._fallback, observation)
-        if problem:
-            name, reason = "keep", f"{reason}; {self._fallback.name} {problem}"
-            probabilities = np.eye(1, len(observation.mask), KEEP)[0]
-        probabilities = probabilities / probabilities.sum()
-        action = choose(probabilities, rng, self._deterministic)
-        return ActResult(probabilities, action, name, reason)
+    def act(
+        self,
+        observation: Observation,
+        rng: np.random.Generator,
+        actor: Actor = Actor.POLICY,
+        policy: Policy | None = None,
+    ) -> ActResult:
+        """Never raises: when the rule fails too, the answer is keep. `policy` takes the place of
+        the active one this time."""
+        found = self._answer(observation, actor, policy or self.policy)
+        probabilities = found.probabilities / found.probabilities.sum()
+        action = choose(probabilities, rng, self.deterministic)
+        return replace(found, probabilities=probabilities, action=action)
 
-    def _ask(self, observation: Observation) -> tuple[Floats, str]:
-        """The policy's answer and what is wrong with it. A question that is late is withdrawn
+    def _answer(self, observation: Observation, actor: Actor, policy: Policy) -> ActResult:
+        failure, name, reason = "", policy.name, "policy"
+        if actor is Actor.POLICY:
+            probabilities, failure = self.ask(policy, observation)
+            if not failure:
+                return ActResult(probabilities, KEEP, name, reason)
+            self.num_fallbacks += 1
+            failure, reason = f"{name} {failure}", f"fallback: {name} {failure}"
+        else:
+            reason = f"breaker: {actor} decides"
+        rule = self._safe if actor is Actor.SAFE else self._fallback
+        probabilities, problem = _evaluate(rule, observation)
+        if problem:
+            reason, failure = f"{reason}; {rule.name} {problem}", failure or problem
+            probabilities = np.eye(1, len(observation.mask), KEEP)[0]
+        return ActResult(probabilities, KEEP, "keep" if problem else rule.name, reason, failure)
+
+    def ask(self, policy: Policy, observation: Observation) -> tuple[Floats, str]:
+        """A policy's answer and what is wrong with it. A question that is late is withdrawn
         unless the policy is at it already."""
         self._start()
         answer: Future[Floats] = Future()
-        self._questions.put(_Question(self.policy, observation, answer))
+        self._questions.put(_Question(policy, observation, answer))
         try:
             probabilities = answer.result(self._deadline_s)
             return probabilities, check_distribution(probabilities, observation)
@@ -94,7 +119,7 @@ class PolicyServer:
             answer.cancel()
             return np.zeros(0), f"no answer within {self._deadline_s} s"
         except Exception as error:
-            logger.exception("policy %s failed", self.policy.name)
+            logger.exception("policy %s failed", policy.name)
             return np.zeros(0), f"{type(error).__name__}: {error}"
 
     def _start(self) -> None:

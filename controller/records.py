@@ -69,6 +69,8 @@ class TickRecord:
     num_waiting: int = 0
     num_running: int = 0
     tick_s: float = 0.0
+    notes: tuple[str, ...] = ()  # what happened beside the decision: drift, an undo, a time-out
+    arm: str = ""  # of the canary; empty when there is none
 
 
 @dataclass(slots=True)
@@ -87,3 +89,6 @@ class Counters:
     num_late: int = 0
     num_restarts: int = 0
     num_events_lost: int = 0
+    num_drifts: int = 0
+    num_undone: int = 0
+    num_timeouts: int = 0

@@ -69,16 +69,19 @@ class DeploymentScheduler:
         """Seconds since the last switch ended; inf before any."""
         return now_s - self._last_end_s
 
-    def reason(self, now_s: float) -> str:
-        """Why no switch may start now, or an empty string."""
+    def reasons(self, now_s: float) -> tuple[str, ...]:
+        """Every reason why no switch may start now, in the order of `guardrails.RULES`."""
         self._refill(now_s)
-        if self._in_flight:
-            return "switch_in_flight"
-        if self.since_switch_s(now_s) < self.config.min_dwell_s - 1e-9:
-            return "dwell"
-        if self._tokens < 1.0 - 1e-9:
-            return "switch_budget"
-        return ""
+        waits = {
+            "switch_in_flight": self._in_flight,
+            "dwell": self.since_switch_s(now_s) < self.config.min_dwell_s - 1e-9,
+            "switch_budget": self._tokens < 1.0 - 1e-9,
+        }
+        return tuple(name for name, is_so in waits.items() if is_so)
+
+    def reason(self, now_s: float) -> str:
+        """The first of them, or an empty string."""
+        return next(iter(self.reasons(now_s)), "")
 
     def admit(self, decision: Decision, now_s: float) -> str:
         """Why this decision's switch may not start now; empty when it may or has none."""

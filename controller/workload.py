@@ -55,6 +55,18 @@ def fit_typing(
     return WorkloadTyping(types, tuple(float(share[j]) for j in order))
 
 
+def default_typing(max_model_len: int) -> WorkloadTyping:
+    """Four equal types, for a pool whose traffic nobody has seen: short and long prompts with short
+    and long outputs, as shares of the longest sequence."""
+    prompts, outputs = {"short": 1 / 32, "long": 1 / 3}, {"short": 1 / 32, "long": 1 / 4}
+    types = tuple(
+        WorkloadType(f"{p}_{o}", max(1.0, share * max_model_len), max(1.0, out * max_model_len))
+        for p, share in prompts.items()
+        for o, out in outputs.items()
+    )
+    return WorkloadTyping(types, (0.25,) * len(types))
+
+
 def centres(typing: WorkloadTyping) -> Floats:
     """[J, 2] prompt and output tokens of the types."""
     return np.array([(t.prompt_tokens, t.output_tokens) for t in typing.types], np.float64)

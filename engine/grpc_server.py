@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from engine.error_details import DETAILS_KEY, details_of
 from engine.errors import TidewrightError, UnavailableError
 from engine.wire import ERROR_KEY, name_of, status_of
 
@@ -17,7 +18,8 @@ MAX_MESSAGE_BYTES = 64 << 20  # a switch plan lists every tensor slice
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns a TidewrightError into its status, with its class name in the trailing metadata."""
+    """Turns a TidewrightError into its status, with its class name in the trailing metadata and in
+    the rich status."""
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
@@ -39,7 +41,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _abort(context: Any, error: TidewrightError) -> None:
-    await context.abort(status_of(error), str(error), ((ERROR_KEY, name_of(error)),))
+    trailing = ((ERROR_KEY, name_of(error)), (DETAILS_KEY, details_of(error)))
+    await context.abort(status_of(error), str(error), trailing)
 
 
 def _guard_unary(method: Any) -> Any:
@@ -65,14 +68,18 @@ def _guard_stream(method: Any) -> Any:
 
 
 async def start_server(
-    add_servicer: Callable[[grpc.aio.Server], None], service_name: str, host: str, port: int
+    add_servicer: Callable[[grpc.aio.Server], None],
+    service_name: str,
+    host: str,
+    port: int,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> tuple[grpc.aio.Server, int]:
     """Start one service with health and reflection; returns the server and its port.
 
     Raises UnavailableError when the port cannot be bound.
     """
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=options)
     add_servicer(server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

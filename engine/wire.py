@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -83,7 +84,7 @@ def _set(message: Message, name: str, item: Any) -> None:
         target = getattr(message, name)
         target.SetInParent()
         to_proto(item, target)
-    elif isinstance(item, tuple | list):
+    elif isinstance(item, Sequence) and not isinstance(item, str):
         _extend(getattr(message, name), item)
     else:
         setattr(message, name, item)
@@ -139,7 +140,7 @@ def _read(message: Any, name: str, hint: Any, where: str) -> Any:
         if not message.HasField(name):
             return None
         hint = next(a for a in get_args(hint) if a is not type(None))
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, Sequence):
         return tuple(_item(item, get_args(hint)[0], where) for item in getattr(message, name))
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return _enum(hint, message, name, where)

@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class ControlServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Steers one engine. Every call needs a deadline: one without is refused as INVALID_ARGUMENT. A
+    stream ends at its deadline too; go on with the last resume token. Calls that change something
+    take an idempotency key, ApplySwitch and CancelSwitch must have one: the same key with the same
+    request gives the same answer and does nothing again.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -39,35 +43,123 @@ class ControlServiceStub:
                 request_serializer=protos_dot_control__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.GetStateResponse.FromString,
                 _registered_method=True)
+        self.WatchState = channel.unary_stream(
+                '/tidewright.control.v1.ControlService/WatchState',
+                request_serializer=protos_dot_control__pb2.WatchStateRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.WatchStateResponse.FromString,
+                _registered_method=True)
         self.WatchDecisions = channel.unary_stream(
                 '/tidewright.control.v1.ControlService/WatchDecisions',
                 request_serializer=protos_dot_control__pb2.WatchDecisionsRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.WatchDecisionsResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/Explain',
+                request_serializer=protos_dot_control__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ExplainResponse.FromString,
                 _registered_method=True)
         self.ProposeSwitch = channel.unary_unary(
                 '/tidewright.control.v1.ControlService/ProposeSwitch',
                 request_serializer=protos_dot_control__pb2.ProposeSwitchRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.ProposeSwitchResponse.FromString,
                 _registered_method=True)
+        self.ApplySwitch = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/ApplySwitch',
+                request_serializer=protos_dot_control__pb2.ApplySwitchRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ApplySwitchResponse.FromString,
+                _registered_method=True)
+        self.CancelSwitch = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/CancelSwitch',
+                request_serializer=protos_dot_control__pb2.CancelSwitchRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.CancelSwitchResponse.FromString,
+                _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/Hold',
+                request_serializer=protos_dot_control__pb2.HoldRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.HoldResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/Resume',
+                request_serializer=protos_dot_control__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ResumeResponse.FromString,
+                _registered_method=True)
         self.SetMode = channel.unary_unary(
                 '/tidewright.control.v1.ControlService/SetMode',
                 request_serializer=protos_dot_control__pb2.SetModeRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.SetModeResponse.FromString,
                 _registered_method=True)
+        self.GetForecast = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/GetForecast',
+                request_serializer=protos_dot_control__pb2.GetForecastRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.GetForecastResponse.FromString,
+                _registered_method=True)
+        self.GetPlan = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/GetPlan',
+                request_serializer=protos_dot_control__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.GetPlanResponse.FromString,
+                _registered_method=True)
+        self.ListPolicies = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/ListPolicies',
+                request_serializer=protos_dot_control__pb2.ListPoliciesRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ListPoliciesResponse.FromString,
+                _registered_method=True)
+        self.LoadPolicy = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/LoadPolicy',
+                request_serializer=protos_dot_control__pb2.LoadPolicyRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.LoadPolicyResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/Rollback',
+                request_serializer=protos_dot_control__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.SetCanary = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/SetCanary',
+                request_serializer=protos_dot_control__pb2.SetCanaryRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.SetCanaryResponse.FromString,
+                _registered_method=True)
+        self.Decide = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/Decide',
+                request_serializer=protos_dot_control__pb2.DecideRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.DecideResponse.FromString,
+                _registered_method=True)
+        self.ReportMetrics = channel.unary_unary(
+                '/tidewright.control.v1.ControlService/ReportMetrics',
+                request_serializer=protos_dot_control__pb2.ReportMetricsRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ReportMetricsResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Steers one engine. Every call needs a deadline: one without is refused as INVALID_ARGUMENT. A
+    stream ends at its deadline too; go on with the last resume token. Calls that change something
+    take an idempotency key, ApplySwitch and CancelSwitch must have one: the same key with the same
+    request gives the same answer and does nothing again.
+    """
 
     def GetState(self, request, context):
-        """Mode, deployment, last decision, forecast against actual, switches and counters.
+        """Mode, deployment, last decision, forecast against actual, switches, holds and counters.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchState(self, request, context):
+        """The state now and whenever something changes; states in between may be left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchDecisions(self, request, context):
-        """Every tick's record from a sequence number on, for ever; resume with the last seq + 1.
+        """Every tick's record from a sequence number or a resume token on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why a decision was made, and why not another candidate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,8 +172,94 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ApplySwitch(self, request, context):
+        """The same, applied, if the engine is still at the epoch that the caller knows of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelSwitch(self, request, context):
+        """Rolls a switch back before its commit; later it changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """No switch until the hold expires or is ended by Resume.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Ends every hold, also the one that follows a switch by somebody else, and every ban.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetMode(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Active, advisory or off; a tick under way ends first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetForecast(self, request, context):
+        """What is expected to arrive, at every horizon that the predictor has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlan(self, request, context):
+        """What the planner would propose for a given mix, from the present deployment; nothing is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPolicies(self, request, context):
+        """Rules, and checkpoints in the controller's policy folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadPolicy(self, request, context):
+        """Decide by another policy from the next tick on; refused unless trained on the same features.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Back to the policy before the last LoadPolicy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetCanary(self, request, context):
+        """Let another policy decide in randomised blocks of time; rolled back when it serves worse.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Decide(self, request, context):
+        """One decision for another engine of the same kind: planner, masks and policy as in the loop. The
+        caller carries it out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportMetrics(self, request, context):
+        """Events of such an engine between decisions.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -94,20 +272,90 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_control__pb2.GetStateRequest.FromString,
                     response_serializer=protos_dot_control__pb2.GetStateResponse.SerializeToString,
             ),
+            'WatchState': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchState,
+                    request_deserializer=protos_dot_control__pb2.WatchStateRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.WatchStateResponse.SerializeToString,
+            ),
             'WatchDecisions': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchDecisions,
                     request_deserializer=protos_dot_control__pb2.WatchDecisionsRequest.FromString,
                     response_serializer=protos_dot_control__pb2.WatchDecisionsResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_control__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ExplainResponse.SerializeToString,
             ),
             'ProposeSwitch': grpc.unary_unary_rpc_method_handler(
                     servicer.ProposeSwitch,
                     request_deserializer=protos_dot_control__pb2.ProposeSwitchRequest.FromString,
                     response_serializer=protos_dot_control__pb2.ProposeSwitchResponse.SerializeToString,
             ),
+            'ApplySwitch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplySwitch,
+                    request_deserializer=protos_dot_control__pb2.ApplySwitchRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ApplySwitchResponse.SerializeToString,
+            ),
+            'CancelSwitch': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelSwitch,
+                    request_deserializer=protos_dot_control__pb2.CancelSwitchRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.CancelSwitchResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=protos_dot_control__pb2.HoldRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.HoldResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=protos_dot_control__pb2.ResumeRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ResumeResponse.SerializeToString,
+            ),
             'SetMode': grpc.unary_unary_rpc_method_handler(
                     servicer.SetMode,
                     request_deserializer=protos_dot_control__pb2.SetModeRequest.FromString,
                     response_serializer=protos_dot_control__pb2.SetModeResponse.SerializeToString,
+            ),
+            'GetForecast': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetForecast,
+                    request_deserializer=protos_dot_control__pb2.GetForecastRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.GetForecastResponse.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=protos_dot_control__pb2.GetPlanRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.GetPlanResponse.SerializeToString,
+            ),
+            'ListPolicies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPolicies,
+                    request_deserializer=protos_dot_control__pb2.ListPoliciesRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ListPoliciesResponse.SerializeToString,
+            ),
+            'LoadPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadPolicy,
+                    request_deserializer=protos_dot_control__pb2.LoadPolicyRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.LoadPolicyResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=protos_dot_control__pb2.RollbackRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.RollbackResponse.SerializeToString,
+            ),
+            'SetCanary': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCanary,
+                    request_deserializer=protos_dot_control__pb2.SetCanaryRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.SetCanaryResponse.SerializeToString,
+            ),
+            'Decide': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decide,
+                    request_deserializer=protos_dot_control__pb2.DecideRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.DecideResponse.SerializeToString,
+            ),
+            'ReportMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportMetrics,
+                    request_deserializer=protos_dot_control__pb2.ReportMetricsRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ReportMetricsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -118,7 +366,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ControlService:
-    """Missing associated documentation comment in .proto file."""
+    """Steers one engine. Every call needs a deadline: one without is refused as INVALID_ARGUMENT. A
+    stream ends at its deadline too; go on with the last resume token. Calls that change something
+    take an idempotency key, ApplySwitch and CancelSwitch must have one: the same key with the same
+    request gives the same answer and does nothing again.
+    """
 
     @staticmethod
     def GetState(request,
@@ -137,6 +389,33 @@ class ControlService:
             '/tidewright.control.v1.ControlService/GetState',
             protos_dot_control__pb2.GetStateRequest.SerializeToString,
             protos_dot_control__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/WatchState',
+            protos_dot_control__pb2.WatchStateRequest.SerializeToString,
+            protos_dot_control__pb2.WatchStateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -175,6 +454,33 @@ class ControlService:
             _registered_method=True)
 
     @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/Explain',
+            protos_dot_control__pb2.ExplainRequest.SerializeToString,
+            protos_dot_control__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ProposeSwitch(request,
             target,
             options=(),
@@ -202,6 +508,114 @@ class ControlService:
             _registered_method=True)
 
     @staticmethod
+    def ApplySwitch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/ApplySwitch',
+            protos_dot_control__pb2.ApplySwitchRequest.SerializeToString,
+            protos_dot_control__pb2.ApplySwitchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelSwitch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/CancelSwitch',
+            protos_dot_control__pb2.CancelSwitchRequest.SerializeToString,
+            protos_dot_control__pb2.CancelSwitchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/Hold',
+            protos_dot_control__pb2.HoldRequest.SerializeToString,
+            protos_dot_control__pb2.HoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/Resume',
+            protos_dot_control__pb2.ResumeRequest.SerializeToString,
+            protos_dot_control__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SetMode(request,
             target,
             options=(),
@@ -218,6 +632,222 @@ class ControlService:
             '/tidewright.control.v1.ControlService/SetMode',
             protos_dot_control__pb2.SetModeRequest.SerializeToString,
             protos_dot_control__pb2.SetModeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetForecast(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/GetForecast',
+            protos_dot_control__pb2.GetForecastRequest.SerializeToString,
+            protos_dot_control__pb2.GetForecastResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/GetPlan',
+            protos_dot_control__pb2.GetPlanRequest.SerializeToString,
+            protos_dot_control__pb2.GetPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPolicies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/ListPolicies',
+            protos_dot_control__pb2.ListPoliciesRequest.SerializeToString,
+            protos_dot_control__pb2.ListPoliciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/LoadPolicy',
+            protos_dot_control__pb2.LoadPolicyRequest.SerializeToString,
+            protos_dot_control__pb2.LoadPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/Rollback',
+            protos_dot_control__pb2.RollbackRequest.SerializeToString,
+            protos_dot_control__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCanary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/SetCanary',
+            protos_dot_control__pb2.SetCanaryRequest.SerializeToString,
+            protos_dot_control__pb2.SetCanaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decide(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/Decide',
+            protos_dot_control__pb2.DecideRequest.SerializeToString,
+            protos_dot_control__pb2.DecideResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidewright.control.v1.ControlService/ReportMetrics',
+            protos_dot_control__pb2.ReportMetricsRequest.SerializeToString,
+            protos_dot_control__pb2.ReportMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,7 +52,8 @@ WAIT_S = 40.0
 class SurrogateService(engine_pb2_grpc.EngineServiceServicer):
     """EngineService over a surrogate that follows the wall clock, with steady traffic."""
 
-    def __init__(self, cluster: ProfiledCluster) -> None:
+    def __init__(self, cluster: ProfiledCluster, tells_profile: bool = False) -> None:
+        self._profile = cluster.profile if tells_profile else None
         self._surrogate = SurrogateCluster(
             cluster, dense_deployment(parse_deployment_key("4xtp1pp1"))
         )
@@ -70,6 +71,8 @@ class SurrogateService(engine_pb2_grpc.EngineServiceServicer):
     async def Describe(self, request: Any, context: Any) -> Any:
         response = engine_pb2.DescribeResponse(served_model_name="toy")
         to_proto(self._surrogate.spec, response.spec)
+        if self._profile is not None:
+            response.profile_json = json.dumps(self._profile.to_json())
         return response
 
     async def Snapshot(self, request: Any, context: Any) -> Any:
@@ -96,8 +99,8 @@ class SurrogateService(engine_pb2_grpc.EngineServiceServicer):
 class ServedEngine:
     """The service in a thread; `stop` and `start` again at the same port."""
 
-    def __init__(self, cluster: ProfiledCluster) -> None:
-        self._cluster, self.port = cluster, 0
+    def __init__(self, cluster: ProfiledCluster, tells_profile: bool = False) -> None:
+        self._cluster, self.port, self._tells_profile = cluster, 0, tells_profile
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
         self._thread.start()
@@ -107,7 +110,7 @@ class ServedEngine:
         return asyncio.run_coroutine_threadsafe(work, self._events).result(30)
 
     def start(self) -> None:
-        service = SurrogateService(self._cluster)
+        service = SurrogateService(self._cluster, self._tells_profile)
 
         def add(server: grpc.aio.Server) -> None:
             engine_pb2_grpc.add_EngineServiceServicer_to_server(service, server)
@@ -154,11 +157,11 @@ def checkpoint(
 class Controller:
     """The process, its ready line, and a client."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, cwd: Path = ROOT) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "controller", "--grpc-port", "0", *arguments],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "controller", *arguments, "--grpc-port", "0"],
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -169,7 +172,8 @@ class Controller:
         if found is None:
             self.process.kill()
             raise AssertionError(self.process.communicate()[1])
-        self.control = RemoteControl(f"127.0.0.1:{found[1]}", timeout_s=10.0)
+        self.target = f"127.0.0.1:{found[1]}"
+        self.control = RemoteControl(self.target, timeout_s=10.0)
 
     def wait_for(self, condition: Callable[[list[Any]], bool]) -> list[Any]:
         deadline_s = time.monotonic() + WAIT_S
@@ -241,6 +245,50 @@ def test_interrupted_in_advisory_mode_it_has_applied_nothing(
     finally:
         controller.close()
     assert (code, "0 switches done, 0 failed" in out) == (0, True)
+
+
+def test_a_rule_needs_no_checkpoint_and_the_commands_reach_it(
+    synthetic_cluster: ProfiledCluster, tmp_path: Path
+) -> None:
+    """The engine serves its own profile; nothing else is there."""
+    engine = ServedEngine(synthetic_cluster, tells_profile=True)
+    given = ("run", "--engine", f"127.0.0.1:{engine.port}", "--rule", "hysteresis")
+    controller = Controller(*given, cwd=tmp_path)
+    try:
+        assert "policy hysteresis mode active grid 15 s" in controller.ready
+        controller.wait_for(lambda ticks: len(ticks) >= 1)
+        command = [sys.executable, "-m", "controller", "state", "--json"]
+        done = subprocess.run(
+            [*command, "--control", controller.target],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            cwd=ROOT,
+        )
+        state = json.loads(done.stdout)
+        assert (state["policy"], state["deployment_key"]) == ("hysteresis", "4xtp1pp1")
+        assert {r["type"] for r in state["last_tick"]["rates"]} == {
+            *("short_short", "short_long", "long_short", "long_long")
+        }
+    finally:
+        controller.close()
+        engine.close()
+
+
+def test_without_profile_and_checkpoint_a_rule_says_what_it_needs(
+    engine: ServedEngine, tmp_path: Path
+) -> None:
+    given = ("--engine", f"127.0.0.1:{engine.port}", "--rule", "keep", "--grpc-port", "0")
+    assert "give step times with --profile" in refused(*given, "--policy", str(tmp_path))
+
+
+def test_a_command_without_a_controller_is_told_in_one_sentence() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{bound.getsockname()[1]}"
+        told = refused("state", "--control", target, "--timeout-s", "2")
+    assert "does not answer" in told
 
 
 def refused(*arguments: str) -> str:

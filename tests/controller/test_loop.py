@@ -10,49 +10,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from steered import INITIAL, Even, build_loop, close, drive, start
 
-from controller.build import build_pipeline
-from controller.decision import DecisionConfig
-from controller.decision_log import REQUEST_FIELDS, DecisionLog, read_log
+from controller.decision_log import read_log
+from controller.log_records import REQUEST_FIELDS
 from controller.loop import ControlLoop
-from controller.policy_server import PolicyServer
+from controller.operations import Operations
 from controller.records import Mode, TickStatus
-from engine.cluster import (
-    Cluster,
-    ClusterSnapshot,
-    EventBatch,
-    Request,
-    Routing,
-    SwitchPlan,
-    SwitchTicket,
-    WorkloadType,
-    WorkloadTyping,
-    dense_deployment,
-    parse_deployment_key,
-)
+from engine.cluster import Cluster, ClusterSnapshot, EventBatch, Routing, SwitchPlan, SwitchTicket
 from engine.errors import StaleEpochError, UnavailableError
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
-from policies.base import Observation, Policy
+from policies.base import Policy, choose
 from policies.baselines import KeepPolicy
 
-TYPING = WorkloadTyping((WorkloadType("short", 64, 32), WorkloadType("long", 700, 200)), (0.7, 0.3))
-GRID_S = 5.0
-INITIAL = dense_deployment(parse_deployment_key("4xtp1pp1"))
-CONFIG = DecisionConfig(grid_s=GRID_S, min_dwell_s=10.0, max_candidates=8)
+MakeLoop = Callable[..., ControlLoop]
 
 
-class Even:
-    """Every legal candidate alike."""
+@pytest.fixture
+def make_loop(synthetic_cluster: ProfiledCluster) -> Iterator[MakeLoop]:
+    made: list[ControlLoop] = []
 
-    name = "even"
+    def build(cluster: Cluster, policy: Policy, log: Path | None = None) -> ControlLoop:
+        made.append(build_loop(synthetic_cluster, cluster, policy, log))
+        return made[-1]
 
-    def reset(self) -> None:
-        return
-
-    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        return np.asarray(observation.mask / observation.mask.sum(), np.float64)
+    yield build
+    for loop in made:
+        close(loop)
 
 
 class Refusing(SurrogateCluster):
@@ -84,40 +69,6 @@ class Unreadable(SurrogateCluster):
         return replace(super().snapshot(), deployment=None)  # type: ignore[arg-type]
 
 
-MakeLoop = Callable[..., ControlLoop]
-
-
-@pytest.fixture
-def make_loop(synthetic_cluster: ProfiledCluster) -> Iterator[MakeLoop]:
-    made: list[ControlLoop] = []
-
-    def build(cluster: Cluster, policy: Policy, log: Path | None = None) -> ControlLoop:
-        pipeline = build_pipeline(synthetic_cluster, TYPING, CONFIG, "ewma2")
-        server = PolicyServer(policy, KeepPolicy(), 10.0, deterministic=False)
-        rng = np.random.default_rng(1)
-        made.append(ControlLoop(cluster, pipeline, server, DecisionLog(log, {}), Mode.ACTIVE, rng))
-        return made[-1]
-
-    yield build
-    for loop in made:
-        loop.policy_server.close()
-        loop.log.close()
-
-
-def drive(cluster: SurrogateCluster, loop: ControlLoop, ticks: int, per_tick: int = 10) -> None:
-    for _ in range(ticks):
-        now_s = cluster.snapshot().now_s
-        for i in range(per_tick):
-            at_s = now_s + GRID_S * i / per_tick
-            cluster.submit(Request(f"r{at_s}", at_s, 60 + 60 * (i % 3), 30))
-        cluster.advance(now_s + GRID_S)
-        loop.tick()
-
-
-def start(cluster: ProfiledCluster, key: str = "4xtp1pp1") -> SurrogateCluster:
-    return SurrogateCluster(cluster, dense_deployment(parse_deployment_key(key)))
-
-
 def test_the_log_has_every_request_once_and_the_propensity_of_what_ran(
     synthetic_cluster: ProfiledCluster, make_loop: MakeLoop, tmp_path: Path
 ) -> None:
@@ -146,10 +97,19 @@ def test_the_log_has_every_request_once_and_the_propensity_of_what_ran(
         mass = sum(p for p, row in zip(probabilities, executed, strict=False) if row == ran)
         assert record["propensity"] == pytest.approx(mass)
         assert record["executed_key"] == keys[ran]
+        assert record["guard_map"][: len(keys)] == executed
+        rng = np.random.default_rng(record["seeds"])  # the draw, repeated
+        assert choose(np.array(probabilities), rng, deterministic=False) == record["action"]
+        assert record["snapshot"]["deployment"]["replicas"]
+        assert record["decision_s"] > 0
+    assert len({tuple(r["seeds"]) for r in decisions}) == 12
     assert any(0 < r["propensity"] < 1 for r in decisions)
     known = {r["decision_id"] for r in decisions}
     outcomes = [r for r in contents.records if r["record"] == "outcome"]
     assert outcomes
+    started = [r for r in contents.records if r["record"] == "switch"]
+    assert {r["event"] for r in started} == {"started"}
+    assert {r["decision_id"] for r in started} == {r["decision_id"] for r in decisions if r["plan"]}
     assert {r["ticket"]["decision_id"] for r in outcomes} <= known
 
 
@@ -183,7 +143,7 @@ def test_refusals_are_counted_and_the_loop_goes_on(
     assert loop.counters.num_switches_failed == wanted > 0
     assert loop.counters.num_switches_started == 0
     with pytest.raises(StaleEpochError):
-        loop.propose("2xtp2pp1", dry_run=False)
+        Operations(loop).propose("2xtp2pp1", dry_run=False)
 
 
 def test_events_of_a_failed_tick_are_counted_in_the_next(
@@ -197,18 +157,25 @@ def test_events_of_a_failed_tick_are_counted_in_the_next(
     statuses = [r.status for r in loop.records]
     assert statuses == [TickStatus.DECIDED, TickStatus.UNAVAILABLE, TickStatus.DECIDED]
     loop.log.close()
-    intervals = [r for r in read_log(tmp_path / "log").records if r["record"] == "interval"]
+    records = read_log(tmp_path / "log").records
+    assert [r["status"] for r in records if r["record"] == "tick"] == ["unavailable"]
+    intervals = [r for r in records if r["record"] == "interval"]
     spans = [(r["from_s"], r["to_s"], len(r["arrivals"])) for r in intervals]
     assert spans == [(0.0, 5.0, 10), (5.0, 15.0, 20)]
 
 
-def test_a_tick_never_raises(synthetic_cluster: ProfiledCluster, make_loop: MakeLoop) -> None:
+def test_a_tick_never_raises(
+    synthetic_cluster: ProfiledCluster, make_loop: MakeLoop, tmp_path: Path
+) -> None:
     cluster = Unreadable(synthetic_cluster, INITIAL)
-    loop = make_loop(cluster, KeepPolicy())
+    loop = make_loop(cluster, KeepPolicy(), tmp_path / "log")
     record = loop.tick()
     assert record.status is TickStatus.FAILED
     assert "AttributeError" in record.reason
     assert loop.counters.num_failed == 1
+    loop.log.close()
+    (told,) = [r for r in read_log(tmp_path / "log").records if r["record"] == "tick"]
+    assert (told["status"], told["seq"], told["reason"]) == ("failed", 1, record.reason)
 
 
 def test_readers_do_not_wait_for_a_tick_under_way(
@@ -239,12 +206,12 @@ def test_the_present_deployment_is_no_proposal(
     cluster = start(synthetic_cluster)
     loop = make_loop(cluster, KeepPolicy(), tmp_path / "log")
     drive(cluster, loop, 2)
-    refused = loop.propose("4xtp1pp1", dry_run=False)
+    refused = Operations(loop).propose("4xtp1pp1", dry_run=False)
     assert (refused.vetoes, refused.ticket) == (("already_deployed",), None)
-    loop.set_mode(Mode.ADVISORY)
-    assert loop.propose("2xtp2pp1", dry_run=False).ticket is None
-    loop.set_mode(Mode.ACTIVE)
-    ticket = loop.propose("2xtp2pp1", dry_run=False).ticket
+    Operations(loop).set_mode(Mode.ADVISORY)
+    assert Operations(loop).propose("2xtp2pp1", dry_run=False).ticket is None
+    Operations(loop).set_mode(Mode.ACTIVE)
+    ticket = Operations(loop).propose("2xtp2pp1", dry_run=False).ticket
     assert ticket is not None
     drive(cluster, loop, 2)
     loop.log.close()

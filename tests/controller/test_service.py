@@ -2,97 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import grpc
-import numpy as np
 import pytest
+from served import Served
 
-from controller.build import build_pipeline
-from controller.decision import DecisionConfig
-from controller.decision_log import DecisionLog
-from controller.loop import ControlLoop
-from controller.policy_server import PolicyServer
-from controller.records import Mode
-from controller.service import start_grpc
-from engine.cluster import (
-    EventBatch,
-    Request,
-    WorkloadType,
-    WorkloadTyping,
-    dense_deployment,
-    parse_deployment_key,
-)
 from engine.errors import InvalidRequestError, UnavailableError
 from engine.profile import ProfiledCluster
 from engine.wire import error_of
-from envs.surrogate.cluster import SurrogateCluster
-from policies.baselines import KeepPolicy
 from protos import control_pb2 as pb
-from protos import control_pb2_grpc
-
-TYPING = WorkloadTyping((WorkloadType("short", 64, 32), WorkloadType("long", 700, 200)), (0.7, 0.3))
-GRID_S = 5.0
-
-
-class Gated(SurrogateCluster):
-    """An engine whose events can be held back, or that can be gone."""
-
-    is_gone = False
-
-    def __init__(self, cluster: ProfiledCluster) -> None:
-        super().__init__(cluster, dense_deployment(parse_deployment_key("4xtp1pp1")))
-        self.asked, self.gate = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def events(self, cursor: int) -> EventBatch:
-        if self.is_gone:
-            raise UnavailableError("made to be gone")
-        self.asked.set()
-        assert self.gate.wait(30)
-        return super().events(cursor)
-
-
-class Served:
-    """A control service in a thread; the test steps the engine and the loop."""
-
-    def __init__(self, cluster: ProfiledCluster) -> None:
-        self.cluster = Gated(cluster)
-        pipeline = build_pipeline(cluster, TYPING, DecisionConfig(grid_s=GRID_S, min_dwell_s=5.0))
-        server = PolicyServer(KeepPolicy(), KeepPolicy(), 10.0, deterministic=True)
-        log, rng = DecisionLog(None, {}), np.random.default_rng(0)
-        self.loop = ControlLoop(self.cluster, pipeline, server, log, Mode.ACTIVE, rng)
-        self._events = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
-        self._thread.start()
-        self._server, port = self._run(start_grpc(self.loop, "127.0.0.1", 0))
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-        self.stub = control_pb2_grpc.ControlServiceStub(self._channel)
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._events).result(30)
-
-    def step(self) -> None:
-        now_s = self.cluster.snapshot().now_s
-        for i in range(5):
-            self.cluster.submit(Request(f"{now_s}-{i}", now_s + i, 64, 20))
-        self.cluster.advance(now_s + GRID_S)
-        self.loop.tick()
-
-    def state(self) -> Any:
-        return self.stub.GetState(pb.GetStateRequest(), timeout=10)
-
-    def close(self) -> None:
-        self.cluster.gate.set()
-        self._channel.close()
-        self._run(self._server.stop(0))
-        self._events.call_soon_threadsafe(self._events.stop)
-        self._thread.join(10)
-        self._events.close()
-        self.loop.policy_server.close()
 
 
 @pytest.fixture

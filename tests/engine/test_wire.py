@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine import cluster as c
 from engine import errors
 from engine.errors import InvalidRequestError, TidewrightError
+from engine.migration.plan import plan_switch
 from engine.wire import ERROR_KEY, STATUS_OF, error_of, from_proto, name_of, status_of, to_proto
 from protos import deployment_pb2 as pb
 
@@ -121,6 +122,16 @@ def test_a_round_trip_changes_nothing(value: Any) -> None:
 
 def test_a_cluster_spec_survives(tiny_spec: c.ClusterSpec) -> None:
     assert from_proto(c.ClusterSpec, to_proto(tiny_spec, pb.ClusterSpec())) == tiny_spec
+
+
+def test_transfers_that_are_made_when_looked_at_travel_too(tiny_spec: c.ClusterSpec) -> None:
+    current = c.dense_deployment(c.parse_deployment_key("2xtp2pp1"))
+    target, kv = c.parse_deployment_key("4xtp1pp1"), c.KvCostParams(1e9, 1e3, 0.01)
+    plan = plan_switch(tiny_spec, current, 3, target, kv)
+    assert len(plan.transfers) > 0
+    back = from_proto(c.SwitchPlan, to_proto(plan, pb.SwitchPlan()))
+    assert list(back.transfers) == list(plan.transfers)
+    assert (back.target, back.weight_bytes) == (plan.target, plan.weight_bytes)
 
 
 def test_what_is_missing_or_wrong_is_named() -> None:

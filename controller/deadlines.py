@@ -1,0 +1,60 @@
+"""A call without a deadline is refused: nobody would notice a controller that does not answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from engine.errors import InvalidRequestError
+
+
+class DeadlineInterceptor(grpc.aio.ServerInterceptor):
+    """For the methods of one service; health and reflection are left alone."""
+
+    def __init__(self, service_name: str) -> None:
+        self._prefix = f"/{service_name}/"
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _checked_stream(handler.unary_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _checked_unary(handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+def _check(context: Any) -> None:
+    if context.time_remaining() is None:
+        raise InvalidRequestError(
+            "the call has no deadline; set one, such as timeout=5 in Python or -max-time 5 with "
+            "grpcurl. A stream that ends at it goes on with its last resume token."
+        )
+
+
+def _checked_unary(method: Any) -> Any:
+    async def checked(request: Any, context: Any) -> Any:
+        _check(context)
+        return await method(request, context)
+
+    return checked
+
+
+def _checked_stream(method: Any) -> Any:
+    async def checked(request: Any, context: Any) -> AsyncIterator[Any]:
+        _check(context)
+        async with aclosing(method(request, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return checked

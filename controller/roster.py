@@ -1,0 +1,97 @@
+"""The policies that a controller may decide by: rules, and checkpoints in its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controller.decision import DecisionPipeline
+from engine.errors import CheckpointError, InvalidRequestError, NotFoundError
+from policies.base import Policy
+from policies.baselines import HysteresisPolicy, KeepPolicy, MyopicPolicy
+from policies.checkpoint import MANIFEST, WEIGHTS, load_manifest, load_policy
+
+RULES = ("keep", "myopic", "hysteresis")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """What is known of a policy without loading it."""
+
+    name: str
+    kind: str  # "rule" or "checkpoint"
+    digest: str = ""  # of the weights
+    is_compatible: bool = True
+    problem: str = ""  # why not, or what else differs
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPolicy:
+    info: PolicyInfo
+    policy: Policy
+
+
+def build_rule(name: str, pipeline: DecisionPipeline) -> Policy:
+    """A rule by name. Raises InvalidRequestError."""
+    match name:
+        case "keep":
+            return KeepPolicy()
+        case "myopic":
+            return MyopicPolicy(pipeline.observation_spec)
+        case "hysteresis":
+            return HysteresisPolicy(pipeline.observation_spec)
+    raise InvalidRequestError(
+        f"rule {name!r} is not known; expected keep, myopic or hysteresis.", "rule"
+    )
+
+
+class PolicyRoster:
+    """Of one pipeline. `folder` holds checkpoint folders; `others` are known by their own names."""
+
+    def __init__(
+        self, pipeline: DecisionPipeline, folder: Path, others: tuple[Path, ...] = ()
+    ) -> None:
+        self._pipeline, self._folder, self._others = pipeline, folder, others
+
+    def _checkpoints(self) -> dict[str, Path]:
+        found = sorted(self._folder.glob(f"*/{MANIFEST}")) if self._folder.is_dir() else []
+        paths = [p.parent for p in found] + [p for p in self._others if (p / MANIFEST).is_file()]
+        return {path.resolve().name: path for path in paths}
+
+    def infos(self) -> tuple[PolicyInfo, ...]:
+        """Rules first, then checkpoints by name."""
+        checkpoints = sorted(self._checkpoints().items())
+        rules = tuple(PolicyInfo(name, "rule") for name in RULES)
+        return rules + tuple(self._info(name, path) for name, path in checkpoints)
+
+    def _info(self, name: str, path: Path) -> PolicyInfo:
+        try:
+            manifest = load_manifest(path)
+        except CheckpointError as error:
+            return PolicyInfo(name, "checkpoint", "", False, str(error))
+        return manifest_info(name, manifest, self._pipeline)
+
+    def load(self, name: str) -> LoadedPolicy:
+        """Raises NotFoundError, and CheckpointError for another feature spec or broken files."""
+        if name in RULES:
+            return LoadedPolicy(PolicyInfo(name, "rule"), build_rule(name, self._pipeline))
+        checkpoints = self._checkpoints()
+        if name not in checkpoints:
+            known = ", ".join((*RULES, *sorted(checkpoints)))
+            raise NotFoundError(f"no policy {name!r} in {self._folder.name}; there are {known}.")
+        path = checkpoints[name]
+        policy = load_policy(path, expected_spec_hash=self._pipeline.observation_spec.hash)
+        return LoadedPolicy(self._info(name, path), policy)
+
+
+def manifest_info(name: str, manifest: dict[str, Any], pipeline: DecisionPipeline) -> PolicyInfo:
+    digest = str(manifest["files"].get(WEIGHTS, ""))[:16]
+    spec_hash, expected = manifest["spec_hash"], pipeline.observation_spec.hash
+    if spec_hash != expected:
+        problem = f"trained on features {spec_hash}, this controller has {expected}"
+        return PolicyInfo(name, "checkpoint", digest, False, problem)
+    trained = manifest.get("decision", {})
+    differs = [k for k, v in trained.items() if getattr(pipeline.config, k, v) != v]
+    problem = f"trained with another {', '.join(differs)}" if differs else ""
+    return PolicyInfo(name, "checkpoint", digest, True, problem)

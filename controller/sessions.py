@@ -1,0 +1,117 @@
+"""Decisions for other engines of the same kind: each session has a history of its own, and shares
+the planner and the policy of the controller."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from controller.deciding import Decided, decide
+from controller.decision import DecisionPipeline
+from controller.policy_server import PolicyServer
+from engine.cluster import ClusterEvent, ClusterSnapshot, Routing
+from engine.errors import InvalidRequestError
+from policies.base import Policy
+from policies.baselines import HysteresisPolicy
+
+MAX_SESSIONS = 64
+MAX_NAME = 200  # characters
+
+
+@dataclass(slots=True)
+class _Session:
+    pipeline: DecisionPipeline
+    source: Policy  # the controller's, of which the server asks a copy
+    server: PolicyServer
+    num_events: int = 0
+    last: ClusterSnapshot | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Sessions:
+    """The longest unused is forgotten when there are too many."""
+
+    def __init__(
+        self, pipeline: DecisionPipeline, deadline_s: float, max_sessions: int = MAX_SESSIONS
+    ) -> None:
+        self._pipeline, self._deadline_s, self._max = pipeline, deadline_s, max_sessions
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _session(self, name: str, policy: Policy) -> _Session:
+        if not 0 < len(name) <= MAX_NAME:
+            raise InvalidRequestError(
+                f"the session's name has {len(name)} characters; expected 1 to {MAX_NAME}: name "
+                "the engine, so that its history is found again.",
+                "session",
+            )
+        with self._lock:
+            session = self._sessions.get(name)
+            if session is None:
+                session = self._sessions[name] = self._begin(policy)
+                if len(self._sessions) > self._max:
+                    self._sessions.popitem(last=False)[1].server.close()
+            self._sessions.move_to_end(name)
+        return session
+
+    def _begin(self, policy: Policy) -> _Session:
+        pipeline = self._pipeline.sibling()
+        return _Session(pipeline, policy, self._server(pipeline, policy))
+
+    def _server(self, pipeline: DecisionPipeline, policy: Policy) -> PolicyServer:
+        rule, own = HysteresisPolicy(pipeline.observation_spec), copy.deepcopy(policy)
+        own.reset()
+        return PolicyServer(own, rule, self._deadline_s, deterministic=True)
+
+    def report(
+        self, name: str, policy: Policy, events: Sequence[ClusterEvent], num_lost: int
+    ) -> int:
+        """Take in events; returns how many the session has."""
+        session = self._session(name, policy)
+        with session.lock:
+            session.pipeline.observe(events, num_lost)
+            session.num_events += len(events)
+            return session.num_events
+
+    def decide(
+        self,
+        name: str,
+        policy: Policy,
+        snapshot: ClusterSnapshot,
+        events: Sequence[ClusterEvent],
+        num_lost: int,
+        seed: int | None,
+    ) -> tuple[Decided, Routing]:
+        """A decision, and the best routing for what is deployed. With a seed it is drawn."""
+        session = self._session(name, policy)
+        with session.lock:
+            if session.source is not policy:
+                session.server.close()
+                session.source = policy
+                session.server = self._server(session.pipeline, policy)
+            if session.last is not None and snapshot.now_s < session.last.now_s:
+                raise InvalidRequestError(
+                    f"the snapshot is of {snapshot.now_s} s, the one before of "
+                    f"{session.last.now_s} s; send them in order, or begin another session when "
+                    "the engine was started again.",
+                    "snapshot",
+                )
+            pipeline, server = session.pipeline, session.server
+            pipeline.observe(events, num_lost)
+            session.num_events += len(events)
+            session.last = snapshot
+            server.deterministic = seed is None
+            rng, prepared = np.random.default_rng(seed), pipeline.prepare(snapshot)
+            decided = decide(pipeline, prepared, lambda p: server.act(p.observation, rng))
+            return decided, pipeline.routing_for(prepared)
+
+    def close(self) -> None:
+        with self._lock:
+            for session in self._sessions.values():
+                session.server.close()
+            self._sessions.clear()

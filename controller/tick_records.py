@@ -1,0 +1,88 @@
+"""What a tick came to, as the record that is published, and a decision with its explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from controller.decision import PreparedDecision
+from controller.log_records import decision_reason
+from controller.policy_server import ActResult
+from controller.records import CandidateView, Mode, TickRecord, TickStatus, TypeRate
+from engine.cluster import Decision, SwitchTicket, WorkloadType
+from policies.base import Observation
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What `Explain` needs of one decision, beside its record."""
+
+    record: TickRecord
+    observation: Observation
+
+
+def observed_record(
+    seq: int,
+    mode: Mode,
+    prepared: PreparedDecision,
+    types: Sequence[WorkloadType],
+    act: ActResult | None = None,
+) -> TickRecord:
+    """The record of a tick that saw the engine, before anything is decided."""
+    snapshot = prepared.snapshot
+    return TickRecord(
+        seq=seq,
+        at_s=prepared.at_s,
+        status=TickStatus.OBSERVED,
+        mode=mode,
+        candidates=_views(prepared, act),
+        rates=_rates(prepared, types),
+        epoch=snapshot.epoch,
+        deployment_key=snapshot.deployment.key,
+        num_waiting=prepared.monitor_state.num_waiting,
+        num_running=sum(r.num_running for r in snapshot.replicas),
+    )
+
+
+def decided_record(
+    record: TickRecord, act: ActResult, decision: Decision, ticket: SwitchTicket | None, arm: str
+) -> TickRecord:
+    """The same record with what was decided."""
+    return replace(
+        record,
+        status=TickStatus.DECIDED,
+        decision_id=decision.decision_id,
+        action=decision.action,
+        chosen_key=decision.chosen_key,
+        executed_key=decision.executed_key,
+        propensity=decision.propensity,
+        policy=decision.policy,
+        reason=decision_reason(act, decision),
+        vetoes=decision.vetoes,
+        ticket=ticket,
+        arm=arm,
+    )
+
+
+def _rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tuple[TypeRate, ...]:
+    forecast, actual = prepared.forecast, prepared.monitor_state.rates[0]
+    return tuple(
+        TypeRate(t.name, q50, q90, rate)
+        for t, q50, q90, rate in zip(types, forecast.q50, forecast.q90, actual, strict=True)
+    )
+
+
+def _views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
+    return tuple(
+        CandidateView(
+            key=c.key,
+            origin=c.origin,
+            legal=bool(prepared.observation.mask[i]),
+            mask_reason=prepared.mask_reasons[i],
+            probability=float(act.probabilities[i]) if act is not None else 0.0,
+            headroom=c.headroom,
+            predicted_switch_s=c.switch_s,
+            weight_bytes=c.weight_bytes,
+        )
+        for i, c in enumerate(prepared.candidates)
+    )
