@@ -11,7 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from controller.decision import DecisionPipeline, PreparedDecision
+from controller.decision import (
+    NO_RESTRAINTS,
+    DecisionPipeline,
+    PreparedDecision,
+    Restraints,
+)
 from engine.cluster import ClusterSnapshot
 from policies.base import Observation, ObservationSpec
 
@@ -44,8 +49,10 @@ class BlindPipeline(DecisionPipeline):
         blind.planner, blind.hidden = whole.planner, tuple(hidden)
         return blind
 
-    def prepare(self, snapshot: ClusterSnapshot) -> PreparedDecision:
-        prepared = super().prepare(snapshot)
+    def prepare(
+        self, snapshot: ClusterSnapshot, restraints: Restraints = NO_RESTRAINTS
+    ) -> PreparedDecision:
+        prepared = super().prepare(snapshot, restraints)
         seen = hide(self.observation_spec, prepared.observation, self.hidden)
         return replace(prepared, observation=seen)
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from controller.decision_log import REQUEST_FIELDS, read_log
+from controller.decision_log import read_log
+from controller.log_records import REQUEST_FIELDS
 from controller.observation import observation_spec
 from engine.cluster import parse_deployment_key
 from engine.errors import InvalidRequestError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from controller.decision_log import REQUEST_FIELDS
+from controller.log_records import REQUEST_FIELDS
 from engine.cluster import Request, RequestOutcome, RequestStatus
 from envs.reward import RewardConfig, RewardLedger
 from envs.workload import Trace
