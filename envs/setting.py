@@ -19,8 +19,8 @@ from envs.reward import RewardConfig
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import Capacity, Source, evaluation_windows, measure_capacity
 from envs.workload import Trace
+from policies.artifact import load_shipped, manifest_of
 from policies.base import Policy
-from policies.checkpoint import load_manifest, load_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class SettingOptions:
     load: float | None = None
     length_factor: float | None = None
     profile: Path | None = None
+    member: str = ""  # of an artifact: see `policies.artifact.load_shipped`
     initial: str | None = None
     num_windows: int = 6
     window_s: float = 3600.0
@@ -87,11 +88,11 @@ def _trained_config(folder: Path, manifest: Mapping[str, Any]) -> ExperimentConf
 def build_setting(folder: Path, options: SettingOptions) -> Setting:
     """Load the checkpoint, shape the trace, draw the windows. Raises TidewrightErrors."""
     _check(options)
-    manifest = load_manifest(folder)
+    manifest = manifest_of(folder)
     trained = _trained_config(folder, manifest)
     cluster = load_profiled_cluster(options.profile) if options.profile else None
     pipeline = pipeline_from_facts(manifest, cluster)
-    policy = load_policy(folder, expected_spec_hash=pipeline.observation_spec.hash)
+    policy = load_shipped(folder, pipeline.observation_spec.hash, options.member)
     workload = _workload(trained, options)
     (source,) = build_sources(workload, pipeline.cluster.spec.model.max_model_len)
     capacity = measure_capacity(pipeline.planner, source.trace, pipeline.typing)
