@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.errors import InvalidRequestError
 from policies.base import Observation, ObservationSpec
 from policies.networks import Network, NetworkConfig, build_network
 from policies.normalizer import ObservationNormalizer
@@ -68,7 +69,15 @@ class PpoPolicy:
         return self._name
 
     def with_max_candidates(self, number: int) -> PpoPolicy:
-        """The same weights and statistics for another number of rows: neither depends on it."""
+        """The same weights and statistics for another number of rows: neither depends on it.
+
+        Raises InvalidRequestError for a network whose weights do.
+        """
+        if self.network_config.kind != "candidates":
+            raise InvalidRequestError(
+                f"a network of kind {self.network_config.kind!r} has weights for "
+                f"{self.spec.max_candidates} rows, not {number}; train one of kind 'candidates'."
+            )
         spec = replace(self.spec, max_candidates=number)
         network = build_network(spec, self.network_config)
         network.load_state_dict(self.network.state_dict())

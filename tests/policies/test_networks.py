@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidRequestError
 from policies.base import Observation, ObservationSpec
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.networks import CandidateNetwork, NetworkConfig, build_network
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy, masked_softmax
 
@@ -56,6 +56,13 @@ def test_weights_do_not_depend_on_the_number_of_rows() -> None:
         grown.probabilities(padded)[:5], small.probabilities(given), atol=1e-6
     )
     assert grown.value(padded) == pytest.approx(small.value(given), abs=1e-5)
+
+
+def test_a_network_without_that_is_refused() -> None:
+    plain = NetworkConfig(hidden_size=4, kind="mlp")
+    trained = PpoPolicy(SPEC, build_network(SPEC, plain), plain, ObservationNormalizer(SPEC))
+    with pytest.raises(InvalidRequestError, match="has weights for 5 rows, not 9"):
+        trained.with_max_candidates(9)
 
 
 def test_masked_rows_have_probability_zero() -> None:
