@@ -151,11 +151,11 @@ def main(argv: list[str], out: Console | None = None) -> int:
     """Raises TidewrightErrors."""
     from rich.console import Console
 
-    from controller.cli_tables import RENDER, render_change, render_told
+    from controller.cli_tables import RENDER, render_change
     from controller.remote_control import RemoteControl
 
     given = build_parser().parse_args(argv)
-    console, render = out or Console(), RENDER.get(given.command, render_told)
+    console, render = out or Console(), RENDER[given.command]
     if given.command == "watch" and given.states:
         render = render_change
     with RemoteControl(given.control, given.timeout_s) as control:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +14,7 @@ from controller.remote_control import Told
 
 def table(*columns: str, rows: Iterable[Sequence[object]], title: str = "") -> Table:
     """Columns whose names start with '#' are numbers."""
-    found = Table(title=title or None, title_justify="left", header_style="bold")
+    found = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
     for name in columns:
         found.add_column(name.lstrip("#"), justify="right" if name.startswith("#") else "left")
     for row in rows:
@@ -148,19 +148,14 @@ def render_plan(told: Told) -> RenderableType:
 
 
 def render_policies(told: Told) -> RenderableType:
-    if "policies" not in told:
-        return (
-            facts((name, _policy_name(value)) for name, value in told.items()) if told else "none"
-        )
+    if "policies" not in told:  # the answer to a change: which now, which before
+        named = ((role, view["name"]) for role, view in told.items())
+        return facts(named) if told else "no canary"
     rows = [
         ("*" if p["is_active"] else "", p["name"], p["kind"], p["digest"], p["problem"])
         for p in told["policies"]
     ]
     return table("", "policy", "kind", "digest", "problem", rows=rows)
-
-
-def _policy_name(view: Told) -> str:
-    return str(view["name"])
 
 
 def render_switch(told: Told) -> RenderableType:
@@ -177,9 +172,22 @@ def render_switch(told: Told) -> RenderableType:
     )
 
 
-def render_told(told: Told) -> RenderableType:
-    """Anything else, as names and values."""
-    return facts((name, json.dumps(value)) for name, value in told.items())
+def render_hold(told: Told) -> RenderableType:
+    return f"no switch for {told['hold']['remaining_s']:.0f} s: {told['hold']['reason']}"
+
+
+def render_resume(told: Told) -> RenderableType:
+    ended = [f"{h['rule']} ({h['reason']})" for h in told["ended"]]
+    return f"ended: {', '.join(ended)}" if ended else "nothing was held"
+
+
+def render_mode(told: Told) -> RenderableType:
+    return f"{word(told['mode'])}, before {word(told['previous'])}"
+
+
+def render_ticket(told: Told) -> RenderableType:
+    ticket = told["ticket"]
+    return f"{ticket['ticket_id']} to {ticket['to_key']}: {word(ticket['phase'])}"
 
 
 RENDER: dict[str, Callable[[Told], RenderableType]] = {
@@ -190,4 +198,8 @@ RENDER: dict[str, Callable[[Told], RenderableType]] = {
     "plan": render_plan,
     "policies": render_policies,
     "switch": render_switch,
+    "hold": render_hold,
+    "resume": render_resume,
+    "mode": render_mode,
+    "cancel": render_ticket,
 }

@@ -83,13 +83,14 @@ def test_a_decision_is_explained(run: Run) -> None:
 
 
 def test_hold_resume_and_mode(served: Served, run: Run) -> None:
-    assert "maintenance" in run("hold", "30m", "--reason", "maintenance")
+    assert run("hold", "30m", "--reason", "maintenance") == "no switch for 1800 s: maintenance\n"
     held = json.loads(run("state", "--json"))["holds"]
     assert 1790 < held[0]["remaining_s"] <= 1800
     assert "hold for 1" in run("state")
-    assert "maintenance" in run("resume")
+    assert run("resume") == "ended: hold (maintenance)\n"
+    assert run("resume") == "nothing was held\n"
     assert json.loads(run("state", "--json"))["holds"] == []
-    run("mode", "advisory")
+    assert run("mode", "advisory") == "advisory, before active\n"
     assert served.loop.mode == "advisory"
 
 
@@ -109,7 +110,7 @@ def test_a_switch_is_shown_then_applied_then_cancelled(served: Served, run: Run)
     assert "prepare" in run("switch", "2xtp2pp1", "--apply")
     assert served.loop.counters.num_switches_started == 1
     assert "switch_in_flight" in run("switch", "1xtp4pp1")
-    assert json.loads(run("cancel", "--json"))["ticket"]["to_key"] == "2xtp2pp1"
+    assert run("cancel").endswith("to 2xtp2pp1: cancelled\n")
 
 
 def test_policies_are_listed_loaded_and_taken_back(served: Served, run: Run) -> None:
@@ -148,8 +149,8 @@ def test_what_is_no_demand(pair: str) -> None:
         demand_of([pair])
 
 
-def test_every_command_has_help_and_those_with_tables_exist() -> None:
-    assert set(RENDER) <= set(COMMANDS)
+def test_every_command_has_help_and_something_to_show() -> None:
+    assert set(RENDER) == set(COMMANDS)
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             build_parser().parse_args([name, "--help"])
