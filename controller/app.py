@@ -19,6 +19,7 @@ from controller.operations import Operations
 from controller.oversight import Oversight, OversightConfig
 from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
+from controller.retraining import RetrainingTrigger, expected_from
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
 from controller.service import start_grpc
 from controller.sessions import Sessions
@@ -29,8 +30,8 @@ from controller.workload import default_typing
 from engine.cluster import SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
 from engine.profile import ProfiledCluster, ServingProfile
+from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.baselines import HysteresisPolicy, StaticPolicy
-from policies.checkpoint import MANIFEST, load_manifest, load_policy
 
 STOP_TIMEOUT_S = 10.0
 
@@ -52,9 +53,9 @@ class Steering:
 
 def _facts(config: ControllerConfig) -> dict[str, Any]:
     """The checkpoint's manifest; empty where a rule decides and there is none."""
-    if config.rule and not (config.policy / MANIFEST).is_file():
+    if config.rule and not is_policy(config.policy):
         return {}
-    manifest = load_manifest(config.policy)
+    manifest = manifest_of(config.policy)
     if "cluster" not in manifest:
         raise CheckpointError(f"{config.policy} was not written by train.py: it has no cluster.")
     return manifest
@@ -91,9 +92,9 @@ def _policy(
     if config.rule:
         return LoadedPolicy(PolicyInfo(config.rule, "rule"), build_rule(config.rule, pipeline))
     expected = pipeline.observation_spec.hash
-    policy = load_policy(config.policy, expected_spec_hash=expected)
+    policy = load_shipped(config.policy, expected)
     name = config.policy.resolve().name
-    return LoadedPolicy(manifest_info(name, manifest, pipeline), policy)
+    return LoadedPolicy(manifest_info(name, manifest, pipeline), policy, expected_from(manifest))
 
 
 def _slo(device: str) -> SloSpec:
@@ -138,7 +139,7 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
     for name in filter(None, config.shadows.split(",")):
         trials.add_shadow(roster.load(name.strip()))
     loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight, trials=trials)
-    loop.active = active.info
+    loop.active, loop.retraining = active.info, RetrainingTrigger(active.expected)
     sessions = Sessions(pipeline, config.policy_deadline_s)
     return Steering(loop, Operations(loop, roster), sessions)
 

@@ -51,6 +51,7 @@ def render_state(told: Told) -> RenderableType:
                 canary and f"{canary['name']} at {canary['fraction']:g}, now {canary['arm']}",
             ),
             ("shadows", ", ".join(told["shadows"])),
+            ("retraining", "; ".join(told["retraining"]) or "not advised"),
             ("engine", "answers" if told["engine_available"] else "does not answer"),
             ("deployment", f"{told['deployment_key']} (epoch {told['epoch']})"),
             ("last decision", last.get("reason", "")),

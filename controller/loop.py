@@ -30,6 +30,7 @@ from controller.log_records import (
 from controller.oversight import Oversight, OversightConfig
 from controller.policy_server import ActResult, PolicyServer
 from controller.records import Counters, Mode, TickRecord, TickStatus
+from controller.retraining import RetrainingTrigger, figures_of
 from controller.roster import PolicyInfo
 from controller.tick_records import Explained, decided_record, observed_record
 from controller.trials import Trials
@@ -77,6 +78,7 @@ class ControlLoop:
         self.clock = clock
         self.trials = trials or Trials(KeepPolicy(), 1.0, policy_server.deterministic)
         self.active = PolicyInfo(policy_server.policy.name, "rule")
+        self.retraining = RetrainingTrigger({})
         self.counters = Counters()
         self.turn = threading.Lock()
         self.lock = threading.Lock()
@@ -134,6 +136,7 @@ class ControlLoop:
         snapshot = self.observe(at_s)
         prepared = self.pipeline.prepare(snapshot, self.oversight.restraints(at_s))
         self.prepared = prepared
+        self.retraining.observe(figures_of(prepared))
         types, seq = self.pipeline.typing.types, self._next_seq
         if self.mode is Mode.OFF:
             record = observed_record(seq, self.mode, prepared, types)

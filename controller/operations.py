@@ -17,6 +17,7 @@ from controller.oversight import Hold
 from controller.predictor import Forecast
 from controller.proposal import propose
 from controller.records import Mode
+from controller.retraining import RetrainingTrigger
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster
 from engine.cluster import Candidate, Decision, SwitchTicket, parse_deployment_key
 from engine.errors import (
@@ -134,7 +135,9 @@ class Operations:
         loaded = self.roster.load(name)
         loop = self._loop
         with loop.turn:
-            previous = LoadedPolicy(loop.active, loop.policy_server.policy)
+            previous = LoadedPolicy(
+                loop.active, loop.policy_server.policy, loop.retraining.expected
+            )
             self._before = [*self._before, previous][-MAX_KEPT:]
             self._take("load_policy", loaded)
         loop.tell()
@@ -177,6 +180,7 @@ class Operations:
         """A new policy starts with the trust that the one before may have lost."""
         loop = self._loop
         left, loop.active = loop.active, loaded.info
+        loop.retraining = RetrainingTrigger(loaded.expected)
         loop.policy_server.policy = loaded.policy
         loop.oversight.breaker.close()
         self._log(operation, policy=loaded.info.name, digest=loaded.info.digest, left=left.name)

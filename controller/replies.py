@@ -43,6 +43,7 @@ def state(loop: ControlLoop, uptime_s: float) -> Any:
         breaker=oversight.breaker.state,
         breaker_reason=oversight.breaker.reason,
         num_log_records_lost=loop.log.num_lost,
+        retraining=loop.retraining.state.reasons,
         shadows=loop.trials.shadows,
         canary=None if loop.trials.canary is None else canary(loop.trials.canary),
     )

@@ -88,13 +88,13 @@ class RetrainingTrigger:
     def __init__(
         self, expected: Mapping[str, Expected], config: RetrainingConfig | None = None
     ) -> None:
-        self._expected, self._config = dict(expected), config or RetrainingConfig()
+        self.expected, self._config = dict(expected), config or RetrainingConfig()
         self._smoothing = Smoothing(self._config.memory_ticks)
-        self._off = dict.fromkeys(self._expected, 0)
+        self._off = dict.fromkeys(self.expected, 0)
 
     def observe(self, figures: Mapping[str, float]) -> RetrainingState:
         self._smoothing.observe(figures)
-        for name, expected in self._expected.items():
+        for name, expected in self.expected.items():
             if name in figures:
                 self._off[name] = self._off[name] + 1 if self._is_off(name, expected) else 0
         return self.state
@@ -111,7 +111,7 @@ class RetrainingTrigger:
         values = self._smoothing.values
         reasons = tuple(
             f"{name} is {values[name]:.3f}, on validation traffic it was "
-            f"{self._expected[name].mean:.3f} +- {self._expected[name].std:.3f}"
+            f"{self.expected[name].mean:.3f} +- {self.expected[name].std:.3f}"
             for name, ticks in self._off.items()
             if ticks >= self._config.ticks
         )

@@ -1,16 +1,19 @@
-"""The policies that a controller may decide by: rules, and checkpoints in its folder."""
+"""The policies that a controller may decide by: rules, and what its folder holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from controller.decision import DecisionPipeline
+from controller.retraining import Expected, expected_from
 from engine.errors import CheckpointError, InvalidRequestError, NotFoundError
+from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.base import Policy
 from policies.baselines import HysteresisPolicy, KeepPolicy, MyopicPolicy
-from policies.checkpoint import MANIFEST, WEIGHTS, load_manifest, load_policy
+from policies.checkpoint import WEIGHTS
 
 RULES = ("keep", "myopic", "hysteresis")
 
@@ -30,6 +33,7 @@ class PolicyInfo:
 class LoadedPolicy:
     info: PolicyInfo
     policy: Policy
+    expected: Mapping[str, Expected] = field(default_factory=dict)  # see `controller.retraining`
 
 
 def build_rule(name: str, pipeline: DecisionPipeline) -> Policy:
@@ -47,7 +51,8 @@ def build_rule(name: str, pipeline: DecisionPipeline) -> Policy:
 
 
 class PolicyRoster:
-    """Of one pipeline. `folder` holds checkpoint folders; `others` are known by their own names."""
+    """Of one pipeline. `folder` holds folders of checkpoints and artifacts; `others` are known by
+    their own names. A policy of an artifact, other than its default, is ARTIFACT/NAME."""
 
     def __init__(
         self, pipeline: DecisionPipeline, folder: Path, others: tuple[Path, ...] = ()
@@ -55,8 +60,8 @@ class PolicyRoster:
         self._pipeline, self._folder, self._others = pipeline, folder, others
 
     def _checkpoints(self) -> dict[str, Path]:
-        found = sorted(self._folder.glob(f"*/{MANIFEST}")) if self._folder.is_dir() else []
-        paths = [p.parent for p in found] + [p for p in self._others if (p / MANIFEST).is_file()]
+        inside = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+        paths = filter(is_policy, (*inside, *self._others))
         return {path.resolve().name: path for path in paths}
 
     def infos(self) -> tuple[PolicyInfo, ...]:
@@ -67,7 +72,7 @@ class PolicyRoster:
 
     def _info(self, name: str, path: Path) -> PolicyInfo:
         try:
-            manifest = load_manifest(path)
+            manifest = manifest_of(path)
         except CheckpointError as error:
             return PolicyInfo(name, "checkpoint", "", False, str(error))
         return manifest_info(name, manifest, self._pipeline)
@@ -77,12 +82,13 @@ class PolicyRoster:
         if name in RULES:
             return LoadedPolicy(PolicyInfo(name, "rule"), build_rule(name, self._pipeline))
         checkpoints = self._checkpoints()
-        if name not in checkpoints:
+        folder, _, member = name.partition("/")
+        if folder not in checkpoints:
             known = ", ".join((*RULES, *sorted(checkpoints)))
             raise NotFoundError(f"no policy {name!r} in {self._folder.name}; there are {known}.")
-        path = checkpoints[name]
-        policy = load_policy(path, expected_spec_hash=self._pipeline.observation_spec.hash)
-        return LoadedPolicy(self._info(name, path), policy)
+        path = checkpoints[folder]
+        policy = load_shipped(path, self._pipeline.observation_spec.hash, member)
+        return LoadedPolicy(self._info(name, path), policy, expected_from(manifest_of(path)))
 
 
 def manifest_info(name: str, manifest: dict[str, Any], pipeline: DecisionPipeline) -> PolicyInfo:

@@ -23,6 +23,7 @@ from engine.errors import InvalidRequestError
 from envs.build import surrogate_parts
 from envs.comparison import compare, print_table, reporter
 from envs.demonstrations import demonstrations
+from envs.expectations import measure_expected
 from envs.experiment import (
     Experiment,
     build_engine_env,
@@ -35,7 +36,13 @@ from envs.serving_env import ServingEnv
 from envs.vec_env import ServingVecEnv
 from envs.workload import Trace
 from policies.base import ObservationSpec, Policy
-from policies.checkpoint import load_manifest, load_optimizer, load_policy, save_checkpoint
+from policies.checkpoint import (
+    add_facts,
+    load_manifest,
+    load_optimizer,
+    load_policy,
+    save_checkpoint,
+)
 from policies.cloning import clone
 from policies.curves import plot_curves
 from policies.ppo import PpoPolicy
@@ -97,6 +104,8 @@ def run_training(
     state = result.state
     curves = {"episode reward": [state.reward_curve], "validation": [state.validation_curve]}
     plot_curves(options.out / "learning_curve.png", curves)
+    if not result.interrupted and options.env_id != ENGINE:
+        add_facts(options.out / BEST, {"expected": _expected(experiment, options.out / BEST)})
     summary: dict[str, Any] = {
         "checkpoint": str(options.out / BEST),
         "seed": config.seed,
@@ -125,6 +134,14 @@ def _for_engine(config: ExperimentConfig) -> ExperimentConfig:
             "evaluation": config.evaluation.model_copy(update={"eval_freq": 0}),
         }
     )
+
+
+def _expected(experiment: Experiment, folder: Path) -> dict[str, dict[str, float]]:
+    """What the controller's retraining trigger compares with; from the windows of selection."""
+    pipeline, key = experiment.pipeline(), experiment.default_key
+    windows = experiment.selection_windows()
+    envs = (_window_env(experiment, pipeline, window, key) for window in windows)
+    return measure_expected(load_policy(folder), envs)
 
 
 # ---------------------------------------------------------------- where training starts

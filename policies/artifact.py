@@ -8,7 +8,6 @@ default wherever the trained policies were not shown to be better than it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,16 @@ class Artifact:
 def is_artifact(folder: Path) -> bool:
     """Whether the folder is a shipped policy, not a single checkpoint."""
     return (folder / FILE).is_file()
+
+
+def is_policy(folder: Path) -> bool:
+    """Whether the folder is an artifact or a checkpoint."""
+    return is_artifact(folder) or (folder / MANIFEST).is_file()
+
+
+def names_of(folder: Path) -> tuple[str, ...]:
+    """What `load_shipped` knows the policies of an artifact by. Raises CheckpointError."""
+    return (GUARDED, HYSTERESIS, *read_artifact(folder).members)
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -72,7 +81,7 @@ def write_artifact(folder: Path, artifact: Artifact) -> None:
     part.replace(folder / FILE)
 
 
-def manifest_of(folder: Path) -> Mapping[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     """Of a checkpoint, or of an artifact's first member. Raises CheckpointError."""
     if is_artifact(folder):
         folder = folder / read_artifact(folder).members[0]
@@ -93,7 +102,7 @@ def load_shipped(folder: Path, expected_spec_hash: str | None = None, name: str 
     if chosen in artifact.members:
         return load_policy(folder / chosen, expected_spec_hash)
     if chosen not in (GUARDED, HYSTERESIS):
-        known = ", ".join((GUARDED, HYSTERESIS, *artifact.members))
+        known = ", ".join(names_of(folder))
         raise CheckpointError(f"artifact {folder} has no policy {chosen!r}; it has {known}.")
     members = [load_policy(folder / m, expected_spec_hash) for m in artifact.members]
     spec = spec_from_json(load_manifest(folder / artifact.members[0])["observation"])

@@ -63,6 +63,13 @@ def save_checkpoint(
     return folder
 
 
+def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Into the manifest of a checkpoint that is there. Raises CheckpointError."""
+    manifest, part = load_manifest(folder) | dict(facts), folder / (MANIFEST + ".part")
+    part.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    part.replace(folder / MANIFEST)
+
+
 def _manifest(policy: PpoPolicy, staging: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA,

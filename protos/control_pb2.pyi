@@ -151,7 +151,7 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("mode", "policy", "uptime_s", "grid_s", "engine_available", "epoch", "deployment", "deployment_key", "last_tick", "switches", "counters", "next_seq", "holds", "actor", "breaker", "breaker_reason", "policy_digest", "canary", "shadows", "num_log_records_lost")
+    __slots__ = ("mode", "policy", "uptime_s", "grid_s", "engine_available", "epoch", "deployment", "deployment_key", "last_tick", "switches", "counters", "next_seq", "holds", "actor", "breaker", "breaker_reason", "policy_digest", "canary", "shadows", "num_log_records_lost", "retraining")
     MODE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,7 @@ class GetStateResponse(_message.Message):
     CANARY_FIELD_NUMBER: _ClassVar[int]
     SHADOWS_FIELD_NUMBER: _ClassVar[int]
     NUM_LOG_RECORDS_LOST_FIELD_NUMBER: _ClassVar[int]
+    RETRAINING_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     policy: str
     uptime_s: float
@@ -192,7 +193,8 @@ class GetStateResponse(_message.Message):
     canary: CanaryView
     shadows: _containers.RepeatedScalarFieldContainer[str]
     num_log_records_lost: int
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., grid_s: _Optional[float] = ..., engine_available: _Optional[bool] = ..., epoch: _Optional[int] = ..., deployment: _Optional[_Union[_deployment_pb2.Deployment, _Mapping]] = ..., deployment_key: _Optional[str] = ..., last_tick: _Optional[_Union[TickRecord, _Mapping]] = ..., switches: _Optional[_Iterable[_Union[_deployment_pb2.SwitchTicket, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., next_seq: _Optional[int] = ..., holds: _Optional[_Iterable[_Union[HoldView, _Mapping]]] = ..., actor: _Optional[str] = ..., breaker: _Optional[str] = ..., breaker_reason: _Optional[str] = ..., policy_digest: _Optional[str] = ..., canary: _Optional[_Union[CanaryView, _Mapping]] = ..., shadows: _Optional[_Iterable[str]] = ..., num_log_records_lost: _Optional[int] = ...) -> None: ...
+    retraining: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., policy: _Optional[str] = ..., uptime_s: _Optional[float] = ..., grid_s: _Optional[float] = ..., engine_available: _Optional[bool] = ..., epoch: _Optional[int] = ..., deployment: _Optional[_Union[_deployment_pb2.Deployment, _Mapping]] = ..., deployment_key: _Optional[str] = ..., last_tick: _Optional[_Union[TickRecord, _Mapping]] = ..., switches: _Optional[_Iterable[_Union[_deployment_pb2.SwitchTicket, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., next_seq: _Optional[int] = ..., holds: _Optional[_Iterable[_Union[HoldView, _Mapping]]] = ..., actor: _Optional[str] = ..., breaker: _Optional[str] = ..., breaker_reason: _Optional[str] = ..., policy_digest: _Optional[str] = ..., canary: _Optional[_Union[CanaryView, _Mapping]] = ..., shadows: _Optional[_Iterable[str]] = ..., num_log_records_lost: _Optional[int] = ..., retraining: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class HoldView(_message.Message):
     __slots__ = ("rule", "reason", "remaining_s")
