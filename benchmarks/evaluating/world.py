@@ -124,7 +124,15 @@ class World:
     @property
     def _config(self) -> DecisionConfig:
         return DecisionConfig(
-            grid_s=GRID_S, max_candidates=8, switches_per_hour=12.0, switch_burst=3.0
+            grid_s=GRID_S,
+            max_candidates=8,
+            switches_per_hour=12.0,
+            switch_burst=3.0,
+            min_headroom=0.0,  # from here on: bad deployments may be chosen, so that values differ
+            min_coverage=0.0,
+            max_capacity_change=1.0,
+            in_place_max_load=100.0,
+            clearly_worse=100.0,
         )
 
     @cached_property
