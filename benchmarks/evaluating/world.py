@@ -31,8 +31,8 @@ from envs.traffic import (
 from envs.workload import Trace, WorkloadConfig
 from policies.base import Observation, Policy, choose
 from policies.baselines import GreedyPolicy, MyopicPolicy, StaticPolicy
-from policies.ope import Evidence
 from policies.ope_data import LoggedDecisions, decide_on
+from policies.ope_estimators import Evidence
 from policies.ope_replay import ModelRun
 
 Floats = NDArray[np.float64]
