@@ -2,6 +2,7 @@
 
 Every policy meets the same windows of traffic on the surrogate. The trace's days are cut, lengths
 scaled to the model's context, and the rate resampled to a share of best static capacity.
+`python evaluate.py switchback` plans and analyses an experiment on the running system instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from engine.errors import TidewrightError
 from envs.comparison import compare, print_table, reporter
 from envs.setting import SettingOptions, build_setting
+from envs.switchback_command import run as run_switchback
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -67,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return run(parse(argv))
+        return run_switchback(given[1:]) if given[:1] == ["switchback"] else run(parse(given))
     except TidewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

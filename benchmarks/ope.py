@@ -27,7 +27,8 @@ from evaluating.world import World
 from rich.console import Console
 from rich.table import Table
 
-from policies.ope import ESTIMATORS, Evidence, OpeConfig, diagnose, estimate
+from policies.ope import diagnose, estimate
+from policies.ope_estimators import ESTIMATORS, Evidence, OpeConfig
 from policies.ope_interval import Estimate
 
 TRIVIAL = "no_difference"

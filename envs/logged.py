@@ -149,6 +149,8 @@ class _Cutter:
             yield from self.cut("the engine was started again")
         elif lost and self.intervals:
             yield from self.cut(f"{lost} events were lost")
+        elif self.intervals and interval.from_s > self.intervals[-1].to_s:
+            yield from self.cut("an interval is missing")
         self.intervals.append(self._with_switch(interval))
         if self.pending is None:
             return
@@ -201,7 +203,7 @@ def _parts(path: Path, skipped: list[str]) -> Iterator[Part]:
         contents = read_log(path)
     except OSError as error:
         raise InvalidRequestError(f"log {path} cannot be read: {error.strerror}.") from error
-    skipped += [f"{path.name}: {_told(entry)}" for entry in contents.skipped]
+    skipped += [f"{e.file}: line {e.line}: {e.reason}" for e in contents.skipped]
     cutter = _Cutter(path.name, skipped)
     for record in contents.records:
         if record["record"] != "header" and "decision" not in cutter.header:
@@ -213,12 +215,6 @@ def _parts(path: Path, skipped: list[str]) -> Iterator[Part]:
             what = f"{type(error).__name__}: {error}"
             skipped.append(f"{path.name}: a {record['record']} that is not understood: {what}")
     yield from cutter.cut()
-
-
-def _told(entry: Any) -> str:
-    """A line that `read_log` skipped: (number, why), or an object with these."""
-    number, why = entry if isinstance(entry, tuple) else (entry.line, entry.reason)
-    return f"line {number}: {why}"
 
 
 # --------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from envs.traffic import (
 from envs.workload import Trace, WorkloadConfig
 from policies.base import Observation, Policy, choose
 from policies.baselines import GreedyPolicy, MyopicPolicy, StaticPolicy
-from policies.ope import Evidence
 from policies.ope_data import LoggedDecisions, decide_on
+from policies.ope_estimators import Evidence
 from policies.ope_replay import ModelRun
 
 Floats = NDArray[np.float64]
@@ -124,7 +124,15 @@ class World:
     @property
     def _config(self) -> DecisionConfig:
         return DecisionConfig(
-            grid_s=GRID_S, max_candidates=8, switches_per_hour=12.0, switch_burst=3.0
+            grid_s=GRID_S,
+            max_candidates=8,
+            switches_per_hour=12.0,
+            switch_burst=3.0,
+            min_headroom=0.0,  # from here on: bad deployments may be chosen, so that values differ
+            min_coverage=0.0,
+            max_capacity_change=1.0,
+            in_place_max_load=100.0,
+            clearly_worse=100.0,
         )
 
     @cached_property

@@ -90,7 +90,7 @@ class Steered:
             self.server,
             DecisionLog(log, facts),
             mode,
-            np.random.default_rng(1),
+            (1,),
         )
 
     def run(self) -> list[float]:
@@ -211,6 +211,10 @@ def test_lost_events_and_a_restarted_engine_end_a_part(
     run = read(write(tmp_path / "lost", told))
     assert np.bincount(run.decisions.segment).tolist() == [9, TICKS - 1 - 9 - 1]
     assert any("7 events were lost" in text for text in run.skipped)
+    told = records(logged[0])
+    run = read(write(tmp_path / "gone", told[: intervals[10]] + told[intervals[10] + 2 :]))
+    assert np.bincount(run.decisions.segment).tolist() == [9, TICKS - 1 - 9 - 2]
+    assert any("an interval is missing" in text for text in run.skipped)
     twice = read(logged[0], logged[0])
     assert np.bincount(twice.decisions.segment).tolist() == [TICKS - 1] * 2
 

@@ -10,16 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.evaluating.chain import GENERATOR, Chain
 from engine.errors import InvalidRequestError
-from policies.ope import (
-    ESTIMATORS,
-    Estimate,
-    Evidence,
-    OpeConfig,
-    diagnose,
-    estimate,
-    usable_window,
-    window_means,
-)
+from policies.ope import diagnose, estimate
 from policies.ope_data import (
     LoggedDecisions,
     TargetDecisions,
@@ -28,7 +19,14 @@ from policies.ope_data import (
     ratios,
     same_keys_once,
 )
-from policies.ope_interval import draw_blocks, interval, standard_errors, t_quantile
+from policies.ope_estimators import (
+    ESTIMATORS,
+    Evidence,
+    OpeConfig,
+    usable_window,
+    window_means,
+)
+from policies.ope_interval import Estimate, draw_blocks, interval, standard_errors, t_quantile
 
 Floats = NDArray[np.float64]
 CHAIN = Chain()
