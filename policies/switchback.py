@@ -179,8 +179,8 @@ def _orders(number: int, rng: np.random.Generator) -> Floats:
     """[orders, P] of +1 and -1."""
     if 2**number <= EXACT:
         bits = (np.arange(2**number)[:, None] >> np.arange(number)) & 1
-        return 1.0 - 2.0 * bits
-    return rng.choice([-1.0, 1.0], (EXACT, number))
+        return np.where(bits == 1, -1.0, 1.0)
+    return np.where(rng.random((EXACT, number)) < 0.5, -1.0, 1.0)
 
 
 def accepted(differences: Floats, seed: int, level: float) -> tuple[float, float]:
