@@ -23,7 +23,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "python evaluate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--policy", type=Path, required=True, help="checkpoint folder that train.py wrote")
+    add("--policy", type=Path, required=True, help="checkpoint of train.py, or shipped policy")
+    add("--member", default="", help="of a shipped policy: guarded, hysteresis, seed0, ...")
     add("--trace", type=Path, help="trace file, plain or gzip'd (default: embedded generator)")
     add("--days", help="first-last day of the trace, 86400 s each, from 1 (default: all)")
     add("--load", type=float, help="share of best static capacity (default: as trained)")
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         load=args.load,
         length_factor=args.length_factor,
         profile=args.profile,
+        member=args.member,
         initial=args.initial,
         num_windows=args.windows,
         window_s=args.window_s,
