@@ -54,7 +54,7 @@ class Size:
     """How much of everything."""
 
     window_s: float = 2 * 3600.0  # of a log and of a fresh window
-    fresh: int = 5  # windows that a true value is the mean of
+    fresh: int = 3  # windows that a true value is the mean of
     runs: int = 2  # of the model under a target
     ope: OpeConfig = OpeConfig(window=20, block=48, draws=100)  # noqa: RUF009 (frozen)
     repetitions: int = 1000  # logs of the chain
@@ -62,10 +62,10 @@ class Size:
 
 
 QUICK = Size(
-    window_s=3600.0,
+    window_s=2700.0,
     fresh=1,
     runs=1,
-    ope=OpeConfig(window=20, block=48, draws=40),
+    ope=OpeConfig(window=12, block=32, draws=40),
     repetitions=200,
     behaviours=("even", "two pp2"),
 )
@@ -148,7 +148,9 @@ def score(name: str, pairs: list[Pair], truth: dict[str, float], refuse: bool = 
     errors, covered, orders, regrets = [], [], [], []
     for behaviour in sorted({pair.behaviour for pair in pairs}):
         guessed, known = [0.0], [truth[behaviour]]
-        for pair in (p for p in pairs if p.behaviour == behaviour):
+        of_log = [p for p in pairs if p.behaviour == behaviour]
+        best = max(truth[name] for name in (behaviour, *(p.target for p in of_log)))
+        for pair in of_log:
             answer = (pair.refusing if refuse else pair.insisting)[name]
             if answer.gain is None:
                 continue
@@ -160,7 +162,7 @@ def score(name: str, pairs: list[Pair], truth: dict[str, float], refuse: bool = 
             known.append(truth[pair.target])
         if len(guessed) > 2 and np.ptp(guessed) > 0:
             orders.append(float(np.corrcoef(ranks(guessed), ranks(known))[0, 1]))
-        regrets.append((max(known) - known[int(np.argmax(guessed))]) / spread)
+        regrets.append((best - known[int(np.argmax(guessed))]) / spread)
     return Scores(
         100 * float(np.median(errors)) if errors else float("nan"),
         1 - len(errors) / len(pairs),
