@@ -28,7 +28,7 @@ def ship_seeds(runs: Mapping[str, Path], folder: Path, study: StudyConfig) -> Ar
         target = folder / name
         target.mkdir(exist_ok=True)
         for file in (MANIFEST, WEIGHTS):
-            shutil.copy(checkpoint / file, target / file)
+            shutil.copyfile(checkpoint / file, target / file)
     manifests = [load_manifest(folder / name) for name in runs]
     curves = {
         "episode reward": [m["reward_curve"] for m in manifests],
