@@ -257,7 +257,7 @@ def build_engine_env(
 
 
 def build_envs(
-    experiment: Experiment, num_timesteps: int, numbers: Sequence[int]
+    experiment: Experiment, numbers: Sequence[int], num_timesteps: int = 0
 ) -> list[ServingEnv]:
     """The training environments of these numbers, in groups of `group_size`, with one planner. A
     run that goes on after `num_timesteps` decisions meets the groups' episodes after those."""
@@ -272,7 +272,8 @@ def build_envs(
 def build_venv(experiment: Experiment, num_timesteps: int = 0) -> ServingVecEnv | WorkerVecEnv:
     """`num_envs` training environments; the learner seeds them. The caller closes it. Raises
     InvalidRequestError."""
-    section, make_envs = experiment.config.env, partial(build_envs, experiment, num_timesteps)
+    section = experiment.config.env
+    make_envs = partial(build_envs, experiment, num_timesteps=num_timesteps)
     if section.num_workers > section.num_envs:
         raise InvalidRequestError(
             f"env.num_workers is {section.num_workers} and env.num_envs {section.num_envs}; "

@@ -90,7 +90,7 @@ def _training(folder: Path, artifact: Artifact, manifest: Mapping[str, Any]) -> 
     low, high = workload["load"]
     return f"""# {folder.name}
 
-Decides when {spec["num_devices"]} {cluster["profile"]["device"]}s that serve
+Decides when {spec["num_devices"]} devices ({cluster["profile"]["device"]}) that serve
 {spec["model"]["name"]} switch, and to what. {len(artifact.members)} policies that differ in their
 seed, guarded by hysteresis; by default **{artifact.default}** decides (`artifact.json`).
 

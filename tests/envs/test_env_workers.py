@@ -154,15 +154,20 @@ def test_workers_end_with_their_owner(number: signal.Signals) -> None:
     )
     assert owner.stdin is not None
     assert owner.stdout is not None
-    with owner.stdin, owner.stdout:
-        descriptors = [os.pidfd_open(int(pid)) for pid in owner.stdout.readline().split()]
-        assert len(descriptors) == 2
-        if number is signal.SIGKILL:
-            owner.kill()
-        else:
-            os.killpg(owner.pid, number)
-        owner.wait(WAIT_MS / 1000)
-        wait_until_gone(descriptors)
+    try:
+        with owner.stdin, owner.stdout:
+            descriptors = [os.pidfd_open(int(pid)) for pid in owner.stdout.readline().split()]
+            assert len(descriptors) == 2
+            if number is signal.SIGKILL:
+                owner.kill()
+            else:
+                os.killpg(owner.pid, number)
+            owner.wait(WAIT_MS / 1000)
+            wait_until_gone(descriptors)
+    finally:
+        if owner.poll() is None:
+            os.killpg(owner.pid, signal.SIGKILL)
+            owner.wait()
 
 
 def test_more_workers_than_environments_are_refused() -> None:
