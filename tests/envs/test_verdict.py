@@ -11,6 +11,7 @@ import pytest
 from engine.config import load_config
 from envs.study.config import DEFAULT_STUDY, GENERATED, StudyConfig
 from envs.study.report import BEGIN, END
+from envs.study.results import RESULTS, read_results
 from envs.study.verdict import capacity_at, figures, gains, interval, worth_ratio_low, write_verdict
 
 POLICY = DEFAULT_STUDY.with_name("policy.yaml")
@@ -106,6 +107,14 @@ def test_page_is_written_between_its_marks(tmp_path: Path) -> None:
     assert text.endswith("\nafter\n")
     assert "| a | seen | 2xtp4pp1 |" in text
     assert "old" not in text
+
+
+def test_the_committed_page_is_made_from_the_committed_results(tmp_path: Path) -> None:
+    root, page = DEFAULT_STUDY.parents[1], tmp_path / "policy.md"
+    committed = (root / "docs" / "policy.md").read_text()
+    page.write_text(committed)
+    write_verdict(list(read_results(RESULTS / "policy.json.gz").values()), page)
+    assert page.read_text() == committed
 
 
 def test_the_cells_are_as_they_should_be() -> None:
