@@ -61,18 +61,15 @@ def gains(result: Result, rules: Sequence[str], over: str = "hysteresis") -> Flo
 def interval(cells: Sequence[Floats], share: float = 0.95) -> tuple[float, float, float]:
     """Mean of [W, S] gains over cells that count alike, and the ends of its interval."""
     rng = np.random.default_rng(SEED)
-    means = np.array([cell.mean() for cell in cells])
-    drawn = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        total = 0.0
-        for index in rng.integers(len(cells), size=len(cells)):
-            cell = cells[index]
-            windows = rng.integers(cell.shape[0], size=cell.shape[0])
-            seeds = rng.integers(cell.shape[1], size=cell.shape[1])
-            total += float(cell[np.ix_(windows, seeds)].mean())
-        drawn[i] = total / len(cells)
-    low, high = np.quantile(drawn, [(1 - share) / 2, (1 + share) / 2])
-    return float(means.mean()), float(low), float(high)
+    drawn = np.zeros(RESAMPLES)
+    for _ in cells:  # each place is taken by a cell drawn anew
+        chosen = rng.integers(len(cells), size=RESAMPLES)
+        for index, cell in enumerate(cells):
+            times = np.flatnonzero(chosen == index)
+            windows, seeds = (rng.integers(n, size=(len(times), n)) for n in cell.shape)
+            drawn[times] += cell[windows[:, :, None], seeds[:, None, :]].mean(axis=(1, 2))
+    low, high = np.quantile(drawn / len(cells), [(1 - share) / 2, (1 + share) / 2])
+    return float(np.mean([cell.mean() for cell in cells])), float(low), float(high)
 
 
 def worth_ratio_low(result: Result, rule: str = "guarded", over: str = "hysteresis") -> float:
