@@ -13,27 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from engine.config import load_config
-from envs.study.cell import run_cell
-from envs.study.config import DEFAULT_STUDY, GENERATED, StudyConfig
+from envs.study.config import DEFAULT_STUDY, StudyConfig
 from envs.study.report import figures
-from envs.study.results import RESULTS, read_results
+from envs.study.results import RESULTS, read_results, run_again
 
 TOLERANCE = 0.02  # of a rule's mean latency: sums may be taken in another order elsewhere
-
-
-def _differences(again: dict, written: dict) -> dict[str, float]:
-    """By rule, how far its mean latency is off."""
-    before = {run["rule"]: run["latency_s"] for run in written["runs"]}
-    return {
-        run["rule"]: abs(run["latency_s"] / before.get(run["rule"], float("inf")) - 1.0)
-        for run in again["runs"]
-    }
 
 
 def main() -> int:
@@ -44,12 +33,11 @@ def main() -> int:
     results = read_results(RESULTS / "headroom.json.gz")
     off = 0.0
     if not args.quick:
-        cell = next(c for c in config.cells if c.trace == GENERATED)
-        again = run_cell(config, cell, Path(), lambda what: print(f"  {what}", file=sys.stderr))
-        differences = _differences(again, results[cell.name])
+        cell, latencies_s = run_again(config, results, "latency_s")
+        differences = {rule: abs(now_s / then_s - 1.0) for rule, now_s, then_s in latencies_s}
         off = max(differences.values())
         if off > TOLERANCE:
-            print(f"{cell.name} is not what the study wrote: {differences}", file=sys.stderr)
+            print(f"{cell} is not what the study wrote: {differences}", file=sys.stderr)
             return 1
     found = figures(results.values())
     table = Table("figure", "mean over cells", title=f"{len(results)} cells")

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from engine.config import load_config
-from envs.study.cell import run_cell
-from envs.study.config import DEFAULT_STUDY, GENERATED, StudyConfig
-from envs.study.results import RESULTS, read_results
+from envs.study.config import DEFAULT_STUDY, StudyConfig
+from envs.study.results import RESULTS, read_results, run_again
 from envs.study.verdict import figures
 
 CONFIG = DEFAULT_STUDY.with_name("policy.yaml")
@@ -36,12 +34,6 @@ GOALS = {
 }
 
 
-def _difference(again: dict, written: dict) -> float:
-    """How far the utility of any rule is off."""
-    before = {run["rule"]: run["utility"] for run in written["runs"]}
-    return max(abs(r["utility"] - before.get(r["rule"], float("inf"))) for r in again["runs"])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only score what is committed")
@@ -50,11 +42,10 @@ def main() -> int:
     results = read_results(RESULTS / "policy.json.gz")
     off = 0.0
     if not args.quick:
-        cell = next(c for c in config.cells if c.trace == GENERATED)
-        again = run_cell(config, cell, Path(), lambda what: print(f"  {what}", file=sys.stderr))
-        off = _difference(again, results[cell.name])
+        cell, utilities = run_again(config, results, "utility")
+        off = max(abs(now - then) for _, now, then in utilities)
         if off > TOLERANCE:
-            print(f"{cell.name} is not what is committed: off by {off}", file=sys.stderr)
+            print(f"{cell} is not what is committed: off by {off}", file=sys.stderr)
             return 1
     found = figures(results.values())
     table = Table("figure", "value", "goal", title=f"{len(results)} cells")

@@ -9,9 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.experiment import build_experiment
 from envs.experiment_config import read_config
+from envs.pool import run_in_processes
 from envs.study.report import fill_page, table
-from envs.study.results import end_with_parent, stop
 from envs.training import BEST, RunOptions, run_training, scorer
 from policies.checkpoint import load_manifest, load_policy
 from policies.curves import plot_curves
@@ -79,18 +77,11 @@ def run(job: Job) -> dict[str, Any]:
 
 def run_all(jobs: list[Job], number: int) -> list[dict[str, Any]]:
     """In the order of jobs. Raises TidewrightErrors."""
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(number, context, initializer=end_with_parent) as pool:
-        running = [pool.submit(run, job) for job in jobs]
-        found = []
-        try:
-            for job, future in zip(jobs, running, strict=True):
-                found.append(future.result())
-                print(f"{job.variant}, seed {job.seed}", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            stop(pool)
-            raise
-    return found
+    found = {}
+    for job, result in run_in_processes(run, jobs, number):
+        found[job.out] = result
+        print(f"{job.variant}, seed {job.seed}", file=sys.stderr, flush=True)
+    return [found[job.out] for job in jobs]
 
 
 # --------------------------------------------------------------------------------------

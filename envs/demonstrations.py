@@ -6,6 +6,7 @@ Experts know what a controller knows: the forecast, never the traffic to come.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ def _episodes(experiment: Experiment, config: CloningConfig) -> Iterator[Iterato
     """Episodes 0, 1, ... without end."""
     if config.num_processes == 1:
         planner = experiment.pipeline().planner
-        yield (_episode(experiment, planner, config, i) for i in _count())
+        yield (_episode(experiment, planner, config, i) for i in itertools.count())
         return
     pool = ProcessPoolExecutor(
         config.num_processes, get_context("spawn"), _start_process, (experiment, config)
@@ -103,17 +104,10 @@ def _episodes(experiment: Experiment, config: CloningConfig) -> Iterator[Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _count() -> Iterator[int]:
-    index = 0
-    while True:
-        yield index
-        index += 1
-
-
 def _in_order(pool: ProcessPoolExecutor, ahead: int) -> Iterator[Demonstrations]:
     """Keeps `ahead` episodes under way."""
     waiting = [pool.submit(_episode_in_process, i) for i in range(ahead)]
-    for index in _count():
+    for index in itertools.count():
         part = waiting.pop(0).result()
         waiting.append(pool.submit(_episode_in_process, ahead + index))
         yield part

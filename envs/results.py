@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.experiment_config import read_config
+from envs.pool import run_in_processes
 from envs.shipping import decide_default, ship_seeds, write_card
 from envs.study.__main__ import main as run_study
 from envs.study.config import StudyConfig
-from envs.study.results import RESULTS, end_with_parent, read_results, stop
+from envs.study.results import RESULTS, read_results
 from envs.training import BEST, RunOptions, run_training
 
 ROOT = Path(__file__).parents[1]
@@ -74,19 +73,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _train_all(jobs: list[Job], number: int) -> None:
     """Raises TidewrightErrors."""
     left = [job for job in jobs if not job.is_done]
-    if not left:
-        return
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(number, context, initializer=end_with_parent) as pool:
-        running = {pool.submit(train_seed, job): job for job in left}
-        try:
-            for count, future in enumerate(as_completed(running), 1):
-                job = running[future]
-                future.result()
-                print(f"{count}/{len(left)} {job.experiment} seed {job.seed}", file=sys.stderr)
-        except KeyboardInterrupt:
-            stop(pool)
-            raise
+    for count, (job, _) in enumerate(run_in_processes(train_seed, left, number), 1):
+        print(f"{count}/{len(left)} {job.experiment} seed {job.seed}", file=sys.stderr)
 
 
 def _score_left(study: str, names: list[str], args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidRequestError
 from policies.base import Observation, Policy
+from policies.baselines import one_hot
 
 Floats = NDArray[np.float64]
 LEAST = 1e-12  # probability that counts in place of zero
@@ -62,11 +63,8 @@ class GuardedPolicy:
         by_rule = self.rule.probabilities(observation)
         logs = np.log([np.maximum(m.probabilities(observation), LEAST) for m in self.members])
         chosen = self._chosen(logs, int(np.argmax(by_rule)))
-        if chosen is None:
-            return by_rule if not self.config.epsilon else self._explore(logs, by_rule, observation)
-        certain = np.zeros(len(observation.mask), np.float64)
-        certain[chosen] = 1.0
-        return self._explore(logs, certain, observation) if self.config.epsilon else certain
+        decided = by_rule if chosen is None else one_hot(observation, chosen)
+        return self._explore(logs, decided, observation) if self.config.epsilon else decided
 
     def _chosen(self, logs: Floats, by_rule: int) -> int | None:
         """The row that enough of the members prefer by the margin; None: the rule's. [M, K]"""

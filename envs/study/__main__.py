@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine.config import load_config
 from engine.errors import TidewrightError
+from envs.pool import run_in_processes
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
 from envs.study.report import write_page
 from envs.study.results import (
     RESULTS,
-    end_with_parent,
     read_results,
     run,
-    stop,
     write_results,
 )
 from envs.study.verdict import write_verdict
@@ -75,24 +73,20 @@ def main(arguments: list[str] | None = None) -> int:
         write(list(results.values()), ROOT / "docs" / f"{args.config.stem}.md")
         return 0
     cells, traces = _chosen(args, config, results), args.traces or Path()
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(args.jobs, context, initializer=end_with_parent) as pool:
-        running = {pool.submit(run, config, c, traces, args.verbose): c for c in cells}
-        try:
-            for number, future in enumerate(as_completed(running), 1):
-                result = future.result()
-                results[running[future].name] = result
-                write_results(out, results)
-                name, took_s = running[future].name, result["took_s"]
-                print(f"{number}/{len(cells)} {name}: {took_s:.0f} s", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            stop(pool)
-            print("stopped; cells that have finished are kept", file=sys.stderr)
-            return 130
-        except TidewrightError as error:
-            pool.shutdown(cancel_futures=True)
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    run_one = partial(run, config, traces, args.verbose)
+    try:
+        done = run_in_processes(run_one, cells, args.jobs)
+        for number, (cell, result) in enumerate(done, 1):
+            results[cell.name] = result
+            write_results(out, results)
+            took = f"{number}/{len(cells)} {cell.name}: {result['took_s']:.0f} s"
+            print(took, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("stopped; cells that have finished are kept", file=sys.stderr)
+        return 130
+    except TidewrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

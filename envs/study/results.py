@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import parent_process
-from multiprocessing.connection import wait
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from envs.study.cell import run_cell
-from envs.study.config import Cell, StudyConfig
+from envs.study.config import GENERATED, Cell, StudyConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -36,28 +32,21 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def end_with_parent() -> None:
-    """For a process of a pool: it ends when the one that started it does."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
-def stop(pool: ProcessPoolExecutor) -> None:
-    """End what its processes are doing, at once."""
-    for process in list(pool._processes.values()):
-        process.terminate()
-    pool.shutdown(cancel_futures=True)
-
-
-def run(config: StudyConfig, cell: Cell, traces: Path, shows: bool) -> dict[str, Any]:
+def run(config: StudyConfig, traces: Path, shows: bool, cell: Cell) -> dict[str, Any]:
     def report(what: str) -> None:
         if shows:
             print(f"  {cell.name}: {what}", file=sys.stderr, flush=True)
 
     return run_cell(config, cell, traces, report)
+
+
+def run_again(
+    config: StudyConfig, results: Mapping[str, Any], figure: str
+) -> tuple[str, list[tuple[str, float, float]]]:
+    """The cell of generated traffic, which needs no file: its name, and of each rule its name and
+    the figure now and in the results; infinite where they lack the rule."""
+    cell = next(c for c in config.cells if c.trace == GENERATED)
+    again = run(config, Path(), True, cell)
+    before = {run["rule"]: run[figure] for run in results[cell.name]["runs"]}
+    found = [(r["rule"], r[figure], before.get(r["rule"], float("inf"))) for r in again["runs"]]
+    return cell.name, found
