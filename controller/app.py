@@ -24,10 +24,9 @@ from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule
 from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
-from controller.switch_watch import NO_SLO
 from controller.trials import Trials
 from controller.workload import default_typing
-from engine.cluster import SloSpec, parse_deployment_key
+from engine.cluster import NO_SLO, SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
 from engine.profile import ProfiledCluster, ServingProfile
 from policies.artifact import is_policy, load_shipped, manifest_of

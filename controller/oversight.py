@@ -13,8 +13,8 @@ from controller.breaker import Actor, BreakerConfig, CircuitBreaker
 from controller.decision import Restraints
 from controller.drift import DriftEvent, DriftWatch
 from controller.guardrails import UNDO_WAIVES
-from controller.switch_watch import NO_SLO, SwitchWatch, Undo, WatchConfig
-from engine.cluster import ClusterEvent, ClusterSnapshot, SloSpec, SwitchPhase, SwitchTicket
+from controller.switch_watch import SwitchWatch, Undo, WatchConfig
+from engine.cluster import NO_SLO, ClusterEvent, ClusterSnapshot, SloSpec, SwitchPhase, SwitchTicket
 from engine.errors import InvalidRequestError
 
 MAX_HOLD_S = 7 * 86400.0

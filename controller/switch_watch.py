@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.cluster import (
+    NO_SLO,
     ClusterEvent,
     RequestOutcome,
     RequestStatus,
@@ -23,7 +24,6 @@ from engine.cluster import (
     SwitchTicket,
 )
 
-NO_SLO = SloSpec()
 OWN_TARGET = 2.0  # without targets: times the 90th percentile before the switch
 MAX_KEPT = 2000  # outcomes
 
@@ -174,12 +174,7 @@ def is_good(slo: SloSpec, outcome: RequestOutcome) -> bool:
     """Whether a request was served within the targets; one that the client gave up is not bad."""
     if outcome.status is RequestStatus.CANCELLED:
         return True
-    ttft_s, tpot_s = outcome.ttft_s, outcome.tpot_s
-    if outcome.status is not RequestStatus.FINISHED or ttft_s is None:
-        return False
-    due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * outcome.prompt_tokens
-    in_time = due_s <= 0 or ttft_s <= due_s
-    return in_time and (slo.tpot_s <= 0 or tpot_s is None or tpot_s <= slo.tpot_s)
+    return slo.is_met_by(outcome)
 
 
 def own_targets(before: Iterable[RequestOutcome]) -> SloSpec:

@@ -714,6 +714,18 @@ class SloSpec:
     tpot_s: float = 0.0
     ttft_per_prompt_token_s: float = 0.0
 
+    def is_met_by(self, outcome: RequestOutcome) -> bool:
+        """Whether a request finished with both its TTFT and its TPOT within the objective."""
+        if outcome.status is not RequestStatus.FINISHED or outcome.ttft_s is None:
+            return False
+        due_s = self.ttft_s + self.ttft_per_prompt_token_s * outcome.prompt_tokens
+        slow_start = 0 < due_s < outcome.ttft_s
+        slow_tokens = outcome.tpot_s is not None and 0 < self.tpot_s < outcome.tpot_s
+        return not (slow_start or slow_tokens)
+
+
+NO_SLO = SloSpec()
+
 
 @dataclass(frozen=True, slots=True)
 class UtilitySpec:

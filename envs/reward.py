@@ -42,13 +42,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cluster import Request, RequestOutcome, RequestStatus, SloSpec, UtilitySpec
+from engine.cluster import NO_SLO, Request, RequestOutcome, RequestStatus, SloSpec, UtilitySpec
 from engine.profile import ProfiledCluster, StepTimeModel
 from envs.workload import Trace
 from policies.base import Seconds, TrafficColumns
 
 WORST = -1.0
-NO_SLO, LATENCY_ONLY = SloSpec(), UtilitySpec()
+LATENCY_ONLY = UtilitySpec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,22 +162,12 @@ def parts_of_utility(
     by_tpot, tpot_s = by_latency, outcome.tpot_s
     if tpot_s is not None:
         by_tpot = log_worth(tpot_s / (stretch * config.ref_tpot_s), weigh.worst_slowdown)
-    by_slo = 1.0 if meets_slo(config.slo, outcome) else -1.0
+    by_slo = 1.0 if config.slo.is_met_by(outcome) else -1.0
     return weigh.latency * by_latency, weigh.tpot * by_tpot, weigh.slo * by_slo
 
 
-def meets_slo(slo: SloSpec, outcome: RequestOutcome) -> bool:
-    """Whether a request finished with both its TTFT and its TPOT within the objective."""
-    if outcome.status is not RequestStatus.FINISHED or outcome.ttft_s is None:
-        return False
-    due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * outcome.prompt_tokens
-    slow_start = 0 < due_s < outcome.ttft_s
-    slow_tokens = outcome.tpot_s is not None and 0 < slo.tpot_s < outcome.tpot_s
-    return not (slow_start or slow_tokens)
-
-
 def slo_met(slo: SloSpec, ended: TrafficColumns) -> NDArray[np.bool_]:
-    """[E] `meets_slo` of each request."""
+    """[E] `SloSpec.is_met_by` of each request."""
     due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * ended.prompt_tokens
     ttft_s = ended.first_token_s - ended.ended_arrival_s
     slow_start = (due_s > 0) & (ttft_s > due_s)

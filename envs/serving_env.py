@@ -30,7 +30,7 @@ from engine.errors import (
 )
 from envs.columns import ColumnTraffic
 from envs.render import Frame, draw, show_text
-from envs.reward import RewardConfig, RewardTerms, meets_slo
+from envs.reward import RewardConfig, RewardTerms
 from envs.scenarios import DeviceFailure, Disturbances, FailureDrivable
 from envs.traffic_feed import EventTraffic, IntervalCounts, TrafficFeed
 from envs.workload import Trace
@@ -268,5 +268,5 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             rewards=tuple(self._rewards),
             num_switches=len(self._tickets),
             switch_s=sum(t.duration_s for t in done),
-            num_slo_met=sum(meets_slo(self.parts.reward.slo, o) for o in feed.outcomes),
+            num_slo_met=sum(self.parts.reward.slo.is_met_by(o) for o in feed.outcomes),
         )

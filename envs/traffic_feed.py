@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from controller.decision import DecisionPipeline
 from engine.cluster import ClusterEvent, Drivable, RequestOutcome, RequestStatus, SloSpec
-from envs.reward import RewardConfig, RewardLedger, RewardTerms, meets_slo
+from envs.reward import RewardConfig, RewardLedger, RewardTerms
 from envs.workload import Trace
 
 
@@ -92,6 +92,6 @@ class EventTraffic:
         return {"outcomes": self._interval}
 
     def counts(self, arrived: int, slo: SloSpec) -> IntervalCounts:
-        met = sum(meets_slo(slo, outcome) for outcome in self._interval)
+        met = sum(slo.is_met_by(outcome) for outcome in self._interval)
         finished = sum(o.status is RequestStatus.FINISHED for o in self._interval)
         return IntervalCounts(arrived, finished, met, len(self._interval) - finished)

@@ -9,7 +9,7 @@ import yaml
 from controller.slo import CLASSES, DEFAULT_SLO, find_slo, read_slo
 from engine.cluster import RequestOutcome, RequestStatus, SloSpec
 from engine.errors import InvalidRequestError
-from envs.reward import meets_slo, slo_met
+from envs.reward import slo_met
 from policies.base import TrafficColumns
 
 
@@ -82,8 +82,7 @@ def test_both_forms_of_the_objective_agree() -> None:
         SloSpec(0.0, 0.05, 0.001),
     ):
         one_by_one = [
-            meets_slo(
-                slo,
+            slo.is_met_by(
                 RequestOutcome(
                     str(i),
                     RequestStatus.FINISHED if finished[i] else RequestStatus.REJECTED,

@@ -20,7 +20,7 @@ from engine.cluster import (
 )
 from engine.profile import ProfiledCluster
 from envs.build import surrogate_parts
-from envs.reward import RewardConfig, RewardLedger, Stretch, meets_slo
+from envs.reward import RewardConfig, RewardLedger, Stretch
 from envs.serving_env import ServingEnv
 from envs.workload import RequestType, Trace, WorkloadConfig, generate
 
@@ -166,9 +166,9 @@ def test_columns_equal_events(make_env: MakeEnv, rate_per_s: float) -> None:
 
 def test_slo_by_hand() -> None:
     done = RequestOutcome("r", RequestStatus.FINISHED, 0.0, 0.5, 1.5, 10, 11)  # TPOT 0.1 s
-    assert meets_slo(SloSpec(), done)
-    assert meets_slo(SloSpec(0.5, 0.1), done)
-    assert not meets_slo(SloSpec(0.4, 0.2), done)
-    assert not meets_slo(SloSpec(0.6, 0.09), done)
+    assert SloSpec().is_met_by(done)
+    assert SloSpec(0.5, 0.1).is_met_by(done)
+    assert not SloSpec(0.4, 0.2).is_met_by(done)
+    assert not SloSpec(0.6, 0.09).is_met_by(done)
     rejected = RequestOutcome("r", RequestStatus.REJECTED, 0.0, None, 0.0, 10, 0)
-    assert not meets_slo(SloSpec(), rejected)
+    assert not SloSpec().is_met_by(rejected)
