@@ -31,19 +31,32 @@ from policies.ppo import PpoConfig, PpoPolicy
 class CloningConfig:
     """Imitation before reinforcement. With num_decisions 0 there is none."""
 
-    expert: Literal["mpc", "hysteresis"] = "hysteresis"  # mpc: some 10 ms a decision, and better
+    expert: Literal["mpc", "hysteresis", "rollouts"] = "hysteresis"  # rollouts: what each row came
+    # to on the traffic that followed, in utility; learn its costs, never its choice, which knows
+    # what nobody could
+    learn: Literal["choice", "costs"] = "choice"  # costs: regress them, so that noise averages out
     num_decisions: int = 0  # of the expert, with more than one legal row
     epochs: int = 20  # passes over them
     batch_size: int = 256
     learning_rate: float = 1e-3  # of Adam
-    temperature: float = 0.01  # of targets, in shares of keep's cost; 0: the expert's row alone
+    temperature: float = 0.01  # of targets, in units of cost; 0: the expert's row alone
     noise: float = 0.1  # share of decisions that are executed at random: states off its path
     held_out: float = 0.2  # share of decisions, the last ones, that is not learned from
+    seed: int = 0  # of the decisions, which runs that differ in their own seed may share
     num_processes: int = 1  # that collect; the decisions are the same
     file: str = ""  # of decisions: read where it exists, else written; empty: in the run's folder
     mpc: MpcConfig = field(default_factory=MpcConfig)  # its `decisions` has no meaning here
 
     def __post_init__(self) -> None:
+        if self.learn == "choice" and self.expert == "rollouts":
+            raise InvalidRequestError(
+                "cloning.expert 'rollouts' knows the traffic to come, and who copies its choices "
+                "learns what cannot be seen; set cloning.learn to 'costs'."
+            )
+        if self.learn == "costs" and self.temperature <= 0:
+            raise InvalidRequestError(
+                f"cloning.learn 'costs' needs a temperature above 0, got {self.temperature}."
+            )
         shares = (self.noise, self.held_out)
         if self.num_decisions < 0 or self.epochs < 1 or not all(0.0 <= s < 1.0 for s in shares):
             raise InvalidRequestError(
@@ -77,6 +90,12 @@ class Demonstrations:
         weights = np.exp((least - self.costs) / temperature)
         share: Floats = weights / weights.sum(axis=1, keepdims=True)
         return share
+
+    @property
+    def gains(self) -> Floats:
+        """[N, K] what keep costs more than each row; -inf where the row's cost is not known."""
+        found: Floats = self.costs[:, :1] - self.costs
+        return found
 
     def part(self, which: slice) -> Demonstrations:
         return Demonstrations(self.flat[which], self.mask[which], self.costs[which])
@@ -157,19 +176,34 @@ def _fit(
     config: CloningConfig,
     seed: int,
 ) -> None:
-    """Cross-entropy to the targets, by Adam with a rate that falls linearly to zero."""
+    """Cross-entropy to the expert's choice, or squared error of its costs, by Adam with a rate
+    that falls linearly to zero."""
     flat = torch.from_numpy(normalizer.normalise(known.flat))
-    mask, target = torch.from_numpy(known.mask), torch.from_numpy(known.targets(config.temperature))
+    mask, by_costs = torch.from_numpy(known.mask), config.learn == "costs"
+    wanted = known.gains / config.temperature if by_costs else known.targets(config.temperature)
+    target = torch.from_numpy(wanted)
     adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     batches = list(_batches(len(known), config, torch.Generator().manual_seed(seed)))
     falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, len(batches))
     for batch in batches:
-        log_p = masked_log_softmax(network.forward_actor(flat[batch]), mask[batch])
-        loss = -(target[batch] * log_p).sum(dim=1).mean()
+        logits = network.forward_actor(flat[batch])
+        if by_costs:
+            loss = _regression_loss(logits, target[batch])
+        else:
+            log_p = masked_log_softmax(logits, mask[batch])
+            loss = -(target[batch] * log_p).sum(dim=1).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
         falling.step()
+
+
+def _regression_loss(logits: Tensor, gains: Tensor) -> Tensor:
+    """Mean squared error of logits over keep's, where a gain is known."""
+    error = (logits - logits[:, :1]) - gains
+    known = torch.isfinite(gains)
+    known[:, KEEP_ROW] = False
+    return torch.where(known, error, 0.0).square().sum() / known.sum().clamp(min=1)
 
 
 def _batches(number: int, config: CloningConfig, random: torch.Generator) -> Iterator[Tensor]:
