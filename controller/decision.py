@@ -51,7 +51,7 @@ class DecisionConfig:
     grid_s: float = 15.0  # between decisions
     max_candidates: int = 12  # rows, keep included
     min_dwell_s: float = 60.0
-    min_observed_s: float = 60.0  # of traffic, before the first switch: unknown is not zero
+    min_observed_s: float = 0.0  # of traffic, before the first switch: unknown is not zero
     switches_per_hour: float = 30.0
     switch_burst: float = 6.0
     window_s: float = 60.0  # of the monitor's medium scale

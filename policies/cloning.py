@@ -26,6 +26,8 @@ from policies.networks import Network, build_network
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoConfig, PpoPolicy
 
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
+
 
 @dataclass(frozen=True, slots=True)
 class CloningConfig:
@@ -34,7 +36,7 @@ class CloningConfig:
     expert: Literal["mpc", "hysteresis", "rollouts"] = "hysteresis"  # rollouts: what each row came
     # to on the traffic that followed, in utility; learn its costs, never its choice, which knows
     # what nobody could
-    learn: Literal["choice", "costs"] = "choice"  # costs: regress them, so that noise averages out
+    learn: Literal["choice", "costs"] = "choice"  # costs: what is least in the mean of alike states
     num_decisions: int = 0  # of the expert, with more than one legal row
     epochs: int = 20  # passes over them
     batch_size: int = 256
@@ -92,9 +94,9 @@ class Demonstrations:
         return share
 
     @property
-    def gains(self) -> Floats:
-        """[N, K] what keep costs more than each row; -inf where the row's cost is not known."""
-        found: Floats = self.costs[:, :1] - self.costs
+    def extra(self) -> Floats:
+        """[N, K] what each row costs more than keep; 0 where that is not known."""
+        found: Floats = np.where(np.isfinite(self.costs), self.costs - self.costs[:, :1], 0.0)
         return found
 
     def part(self, which: slice) -> Demonstrations:
@@ -176,34 +178,31 @@ def _fit(
     config: CloningConfig,
     seed: int,
 ) -> None:
-    """Cross-entropy to the expert's choice, or squared error of its costs, by Adam with a rate
-    that falls linearly to zero."""
+    """By Adam with a rate that falls linearly to zero.
+
+    To copy choices: cross-entropy. To learn costs c: the cost expected under the policy less
+    temperature times its entropy, whose least is at softmax(-E[c] / temperature). It is linear in
+    c, so that what is noise in a cost averages out; and unlike squared errors, which those of a
+    few overloaded decisions rule, it counts a decision by what the choice is worth.
+    """
     flat = torch.from_numpy(normalizer.normalise(known.flat))
-    mask, by_costs = torch.from_numpy(known.mask), config.learn == "costs"
-    wanted = known.gains / config.temperature if by_costs else known.targets(config.temperature)
-    target = torch.from_numpy(wanted)
+    by_costs = config.learn == "costs"
+    legal = torch.from_numpy(np.isfinite(known.costs) if by_costs else known.mask)
+    wanted = torch.from_numpy(known.extra if by_costs else known.targets(config.temperature))
     adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     batches = list(_batches(len(known), config, torch.Generator().manual_seed(seed)))
     falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, len(batches))
     for batch in batches:
-        logits = network.forward_actor(flat[batch])
+        log_p = masked_log_softmax(network.forward_actor(flat[batch]), legal[batch])
         if by_costs:
-            loss = _regression_loss(logits, target[batch])
+            each = log_p.exp() * (wanted[batch] / config.temperature + log_p)
         else:
-            log_p = masked_log_softmax(logits, mask[batch])
-            loss = -(target[batch] * log_p).sum(dim=1).mean()
+            each = -wanted[batch] * log_p
         adam.zero_grad()
-        loss.backward()
+        each.sum(dim=1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
         adam.step()
         falling.step()
-
-
-def _regression_loss(logits: Tensor, gains: Tensor) -> Tensor:
-    """Mean squared error of logits over keep's, where a gain is known."""
-    error = (logits - logits[:, :1]) - gains
-    known = torch.isfinite(gains)
-    known[:, KEEP_ROW] = False
-    return torch.where(known, error, 0.0).square().sum() / known.sum().clamp(min=1)
 
 
 def _batches(number: int, config: CloningConfig, random: torch.Generator) -> Iterator[Tensor]:
