@@ -2,7 +2,12 @@
 
 Every policy meets the same windows of traffic on the surrogate. The trace's days are cut, lengths
 scaled to the model's context, and the rate resampled to a share of best static capacity.
-`python evaluate.py switchback` plans and analyses an experiment on the running system instead.
+Commands in place of options, each with its own --help:
+  ope LOG... --policy P     what logs of the running system say of a policy that was not running
+  compare A B               two policies on the same windows, or two logs
+  explain LOG --tick T      why a logged decision was made, and what came of it
+  replay --policy P...      policies x traces x loads x seeds on all cores, resumable
+  switchback plan|analyse   an experiment on the running system
 """
 
 from __future__ import annotations
@@ -14,8 +19,11 @@ from pathlib import Path
 
 from engine.errors import TidewrightError
 from envs.comparison import compare, print_table, reporter
+from envs.offline.ope_command import run as run_ope
 from envs.setting import SettingOptions, build_setting
 from envs.switchback_command import run as run_switchback
+
+COMMANDS = {"ope": run_ope, "switchback": run_switchback}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -73,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     try:
-        return run_switchback(given[1:]) if given[:1] == ["switchback"] else run(parse(given))
+        if given and given[0] in COMMANDS:
+            return COMMANDS[given[0]](given[1:])
+        return run(parse(given))
     except TidewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

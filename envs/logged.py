@@ -37,6 +37,7 @@ from policies.base import Observation, ObservationSpec
 from policies.ope_data import TINY, LoggedDecisions, same_keys_once
 
 IN_PLACE_OF_THE_POLICY = ("fallback:", "breaker:", "undo:")  # how such reasons begin
+NO_PROBABILITIES = "it has no probabilities"
 LONGEST = 1.5  # intervals that the one after a decision may last
 
 
@@ -86,14 +87,21 @@ class LoggedRun:
 
 def read_logs(paths: Sequence[Path], reward: RewardConfig) -> LoggedRun:
     """Raises InvalidRequestError when there is nothing to evaluate, saying what is missing."""
+    return logged_run(*read_parts(paths), reward)
+
+
+def read_parts(paths: Sequence[Path]) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The unbroken parts with decisions, and sentences on what was skipped. Raises
+    InvalidRequestError when there are none, or when they are not alike."""
     skipped: list[str] = []
-    parts = [part for path in paths for part in _parts(path, skipped)]
-    parts = [part for part in parts if part.steps]
+    parts = tuple(part for path in paths for part in _parts(path, skipped) if part.steps)
     if not parts:
         names = ", ".join(map(str, paths)) or "no file"
+        bare = sum(sentence.endswith(NO_PROBABILITIES) for sentence in skipped)
+        lacking = f" ({bare} decisions have no probabilities of what was chosen)" if bare else ""
         raise InvalidRequestError(
-            f"{names}: no decision with a whole interval after it; give logs of a controller that "
-            "ran in active or advisory mode for more than one interval."
+            f"{names}: no decision with a whole interval after it{lacking}; give logs of a "
+            "controller that ran in active or advisory mode for more than one interval."
         )
     specs, generators = {part.spec for part in parts}, {part.generator for part in parts}
     if len(specs) > 1 or len(generators) > 1:
@@ -101,9 +109,14 @@ def read_logs(paths: Sequence[Path], reward: RewardConfig) -> LoggedRun:
             f"these logs are of {len(generators)} candidate generators and {len(specs)} feature "
             "specifications; evaluate those of each apart."
         )
-    (spec,), (generator,) = specs, generators
+    return parts, tuple(skipped)
+
+
+def logged_run(parts: Sequence[Part], skipped: Sequence[str], reward: RewardConfig) -> LoggedRun:
+    """What `read_parts` gave, as decisions with rewards."""
+    spec = parts[0].spec
     observations = [_observation(spec, d) for part in parts for d, _ in part.steps]
-    decisions = _decisions(parts, observations, reward, generator)
+    decisions = _decisions(parts, observations, reward, parts[0].generator)
     return LoggedRun(decisions, tuple(observations), tuple(parts), spec.grid_s, tuple(skipped))
 
 
@@ -136,7 +149,7 @@ class _Cutter:
             self._drop_pending("another decision came first")
             self._note_devices(record)
             if "probabilities" not in record:
-                self._skip(record, "it has no probabilities")
+                self._skip(record, NO_PROBABILITIES)
             else:
                 self.pending = record
         elif kind == "switch":

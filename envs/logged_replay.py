@@ -6,8 +6,9 @@ compared with what the log says by `policies.ope_replay`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,13 @@ from envs.serving_env import ServingEnv
 from policies.base import Policy, choose
 from policies.ope_data import Floats
 from policies.ope_replay import ModelRun
+
+Watch = Callable[[dict[str, Any]], None]
+"""Is shown the `info` of each step."""
+
+
+def unwatched(info: dict[str, Any]) -> None:
+    """Nobody looks."""
 
 
 @dataclass
@@ -51,7 +59,11 @@ def _load(env: ServingEnv, number: int) -> Floats:
 
 
 def replay_policy(
-    env: ServingEnv, policy: Policy, rng: np.random.Generator, deterministic: bool
+    env: ServingEnv,
+    policy: Policy,
+    rng: np.random.Generator,
+    deterministic: bool,
+    watch: Watch = unwatched,
 ) -> ModelRun:
     """The trace of `env` under a policy, which sees what the model shows it."""
     course = _Course()
@@ -60,12 +72,13 @@ def replay_policy(
     while not env.is_over:
         assert env.prepared is not None
         probabilities = policy.probabilities(env.prepared.observation)
-        _, reward, *_ = env.step(choose(probabilities, rng, deterministic))
+        _, reward, _, _, info = env.step(choose(probabilities, rng, deterministic))
         course.note(env, reward)
+        watch(info)
     return course.run(env)
 
 
-def replay_logged(env: ServingEnv, switches: Sequence[str]) -> ModelRun:
+def replay_logged(env: ServingEnv, switches: Sequence[str], watch: Watch = unwatched) -> ModelRun:
     """The trace of `env` with the switches of a log: per decision the key that was switched to,
     or an empty string. One that cannot start yet, since another runs, starts as soon as it can."""
     course, due = _Course(), ""
@@ -75,8 +88,9 @@ def replay_logged(env: ServingEnv, switches: Sequence[str]) -> ModelRun:
         moved = 0
         if due:
             moved, due = _switch(env, due)
-        _, reward, *_ = env.step(0)
+        _, reward, _, _, info = env.step(0)
         course.note(env, reward - env.parts.reward.switch_byte_cost * moved)
+        watch(info)
     return course.run(env)
 
 

@@ -1,0 +1,1 @@
+"""`evaluate.py`: what logs and replays say of policies, told as tables, reports and gates."""
