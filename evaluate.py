@@ -19,11 +19,18 @@ from pathlib import Path
 
 from engine.errors import TidewrightError
 from envs.comparison import compare, print_table, reporter
+from envs.offline.explain_command import run as run_explain
 from envs.offline.ope_command import run as run_ope
+from envs.offline.replay_command import run as run_replay
 from envs.setting import SettingOptions, build_setting
 from envs.switchback_command import run as run_switchback
 
-COMMANDS = {"ope": run_ope, "switchback": run_switchback}
+COMMANDS = {
+    "ope": run_ope,
+    "explain": run_explain,
+    "replay": run_replay,
+    "switchback": run_switchback,
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

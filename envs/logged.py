@@ -115,7 +115,7 @@ def read_parts(paths: Sequence[Path]) -> tuple[tuple[Part, ...], tuple[str, ...]
 def logged_run(parts: Sequence[Part], skipped: Sequence[str], reward: RewardConfig) -> LoggedRun:
     """What `read_parts` gave, as decisions with rewards."""
     spec = parts[0].spec
-    observations = [_observation(spec, d) for part in parts for d, _ in part.steps]
+    observations = [observation_of(spec, d) for part in parts for d, _ in part.steps]
     decisions = _decisions(parts, observations, reward, parts[0].generator)
     return LoggedRun(decisions, tuple(observations), tuple(parts), spec.grid_s, tuple(skipped))
 
@@ -234,7 +234,8 @@ def _parts(path: Path, skipped: list[str]) -> Iterator[Part]:
 # Decisions
 
 
-def _observation(spec: ObservationSpec, decision: dict[str, Any]) -> Observation:
+def observation_of(spec: ObservationSpec, decision: dict[str, Any]) -> Observation:
+    """What the policy saw."""
     flat = np.array(decision["observation"], np.float32)
     num_state, width = len(spec.state_features), len(spec.candidate_features)
     rows = flat[num_state : num_state + spec.max_candidates * width]

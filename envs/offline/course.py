@@ -1,4 +1,4 @@
-"""What was served over time: as logged, in a model, or in a replayed window. For tables and plots."""
+"""What was served over time: as logged, in a model, or in a window. For tables and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from envs.reward import slo_met
 from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
-BIN_S = 300.0  # of curves
+NUM_BINS, FINEST_BIN_S = 60, 30.0  # of curves
 BLOCK_S = 1800.0  # of the worst block
 
 
@@ -57,7 +57,13 @@ class Course:
     def latency_mean_s(self) -> float:
         return float(self.latency_s.mean()) if len(self.latency_s) else 0.0
 
-    def curve(self, values: Floats, bin_s: float = BIN_S) -> tuple[Floats, Floats]:
+    @property
+    def bin_s(self) -> float:
+        """Of curves, whole multiples of FINEST_BIN_S."""
+        wanted_s = 3600.0 * self.hours / NUM_BINS
+        return FINEST_BIN_S * max(1, round(wanted_s / FINEST_BIN_S))
+
+    def curve(self, values: Floats, bin_s: float) -> tuple[Floats, Floats]:
         """Mean per bin of a figure of requests: middles of the bins that have any, and means."""
         index = (self.ended_s // bin_s).astype(np.int64)
         if not len(index):
@@ -66,7 +72,7 @@ class Course:
         filled = np.flatnonzero(count)
         return (filled + 0.5) * bin_s, total[filled] / count[filled]
 
-    def goodput(self, bin_s: float = BIN_S) -> tuple[Floats, Floats]:
+    def goodput(self, bin_s: float) -> tuple[Floats, Floats]:
         """Requests per second that met their service level, per bin."""
         index = (self.ended_s // bin_s).astype(np.int64)
         good = np.bincount(index, weights=self.met) if len(index) else np.zeros(0)

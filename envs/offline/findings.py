@@ -1,4 +1,4 @@
-"""What logs say about one policy: estimates, diagnostics, and what was served and would have been."""
+"""What logs say about one policy: estimates, diagnostics, what was served and would have been."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`python evaluate.py ope`: what logs of the running system say about a policy that was not running.
+"""`python evaluate.py ope`: what logs of the running system say of a policy that did not run.
 
-It replays the logged arrivals in a model of the system and corrects by what was logged; beside that,
-estimators that need no model. A number comes with an interval, or is refused with the reason. J is
-the mean utility of a request, from -1 to 1 (configs/slo.yaml).
+It replays the logged arrivals in a model of the system and corrects by what was logged; beside
+that, estimators that need no model. A number comes with an interval, or is refused with the
+reason. J is the mean utility of a request, from -1 to 1 (configs/slo.yaml).
 """
 
 from __future__ import annotations

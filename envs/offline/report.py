@@ -1,4 +1,4 @@
-"""A report: one HTML file that needs nothing else, on screen and printed; PNG and JSON beside it."""
+"""A report: one HTML file that needs nothing else, to read or print; PNG and JSON beside it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.8
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #d7dee6; text-align: left;
   vertical-align: top; }
-th { border-bottom: 2px solid #8a97a5; } td.n { text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #8a97a5; } .n { text-align: right; }
+td.n { white-space: nowrap; }
 figure { margin: .5rem 0; } figure img { width: 100%; height: auto; }
 figcaption, .note { color: #4a5866; font-size: .85rem; }
 pre { background: #f4f6f8; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -93,11 +94,15 @@ def draw(plots: Sequence[Plot]) -> bytes:
 
 
 def _table(table: Table) -> str:
-    def cell(column: int, text: str) -> str:
-        is_number = table.number_from <= column < table.number_to
-        return f"<td{' class=n' if is_number else ''}>{escape(text)}</td>"
+    is_number = range(table.number_from, table.number_to)
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+    def cell(column: int, text: str) -> str:
+        return f"<td{' class=n' if column in is_number else ''}>{escape(text)}</td>"
+
+    head = "".join(
+        f"<th{' class=n' if i in is_number else ''}>{escape(name)}</th>"
+        for i, name in enumerate(table.header)
+    )
     rows = "".join(
         f"<tr>{''.join(cell(i, text) for i, text in enumerate(row))}</tr>" for row in table.rows
     )

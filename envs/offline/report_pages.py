@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from envs.offline.course import BIN_S, Course
+from envs.offline.course import Course
 from envs.offline.findings import Findings
 from envs.offline.gate import Reason
 from envs.offline.report import Page, Plotted, Section, Table
@@ -77,6 +77,10 @@ def _axes(axes: Axes, title: str, unit: str) -> None:
     axes.set_ylabel(unit, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, frameon=False,
+        borderaxespad=0.2, markerscale=2.0,
+    )  # fmt: skip
 
 
 def plot_timeline(courses: Sequence[Course]) -> Plotted:
@@ -92,7 +96,6 @@ def plot_timeline(courses: Sequence[Course]) -> Plotted:
         axes.set_yticks(range(len(keys)), keys)
         axes.set_ylim(-0.6, len(keys) - 0.4)
         _axes(axes, "Deployment that served", "")
-        axes.legend(fontsize=7, loc="upper right", framealpha=0.8)
 
     return Plotted("Deployment over time, as logged or replayed, one mark per decision.", plot)
 
@@ -100,19 +103,21 @@ def plot_timeline(courses: Sequence[Course]) -> Plotted:
 def plot_curves(courses: Sequence[Course], title: str, unit: str, figure: str) -> Plotted:
     """`figure`: latency, goodput or met."""
 
+    bin_s = max(course.bin_s for course in courses)
+
     def plot(axes: Axes) -> None:
         for number, course in enumerate(courses):
             if figure == "goodput":
-                at_s, values = course.goodput()
+                at_s, values = course.goodput(bin_s)
             else:
-                at_s, values = course.curve(course.latency_s if figure == "latency" else course.met)
+                figures = course.latency_s if figure == "latency" else course.met
+                at_s, values = course.curve(figures, bin_s)
             axes.plot(at_s / 3600, values, color=COLOURS[number % 4], lw=1.3, label=course.name)
         axes.set_ylim(bottom=0)
         _axes(axes, title, unit)
-        axes.legend(fontsize=7, loc="upper right", framealpha=0.8)
 
     names = ", ".join(course.name for course in courses)
-    return Plotted(f"{title} per {BIN_S / 60:g} minutes: {names}.", plot)
+    return Plotted(f"{title}, in bins of {bin_s:g} s: {names}.", plot)
 
 
 def plot_forecast(found: Findings) -> Plotted:
@@ -122,7 +127,6 @@ def plot_forecast(found: Findings) -> Plotted:
         axes.plot(told.at_s / 3600, told.actual, color=COLOURS[0], lw=0.8, label="came")
         axes.plot(told.at_s / 3600, told.expected, color=COLOURS[1], lw=0.8, label="expected")
         _axes(axes, "Arrivals", "requests/s")
-        axes.legend(fontsize=7, loc="upper right", framealpha=0.8)
 
     return Plotted("Arrivals in the next interval: expected (sum of medians) and what came.", plot)
 
@@ -150,22 +154,21 @@ def gate_section(reasons: Sequence[Reason] | None) -> tuple[Section, ...]:
 def ledger_section(course: Course) -> Section:
     """The switches, each with its reason."""
     shown = course.switches[:MAX_SWITCHES]
-    rows = tuple(
-        (
-            f"{s.at_s:.0f}",
-            f"{s.before} → {s.after}",
-            "" if s.switch_s is None else f"{s.switch_s:.2f}",
-            "" if s.probability is None else f"{s.probability:.2f}",
-            s.why,
-        )
-        for s in shown
-    )
+    columns = {
+        "at s": [f"{s.at_s:.0f}" for s in shown],
+        "expected s": ["" if s.switch_s is None else f"{s.switch_s:.2f}" for s in shown],
+        "probability": ["" if s.probability is None else f"{s.probability:.2f}" for s in shown],
+        "switch": [f"{s.before} → {s.after}" for s in shown],
+        "why": [s.why for s in shown],
+    }
+    known = {name: values for name, values in columns.items() if any(values)}
+    numbers = len(known.keys() & {"at s", "expected s", "probability"})
     total = (
         f"{len(course.switches)} in {course.hours:.2f} h, {course.switches_per_hour:.2f} an hour"
     )
     left = f"; the first {MAX_SWITCHES} are shown" if len(shown) < len(course.switches) else ""
-    header = ("at s", "switch", "expected s", "probability", "why")
-    table = Table(header, rows, 2, 4) if rows else None
+    rows = tuple(zip(*known.values(), strict=True))
+    table = Table(tuple(known), rows, 0, numbers) if rows else None
     return Section(f"Switches: {course.name}", (f"{total}{left}.",), table)
 
 
