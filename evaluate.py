@@ -19,6 +19,7 @@ from pathlib import Path
 
 from engine.errors import TidewrightError
 from envs.comparison import compare, print_table, reporter
+from envs.offline.compare_command import run as run_compare
 from envs.offline.explain_command import run as run_explain
 from envs.offline.ope_command import run as run_ope
 from envs.offline.replay_command import run as run_replay
@@ -26,6 +27,7 @@ from envs.setting import SettingOptions, build_setting
 from envs.switchback_command import run as run_switchback
 
 COMMANDS = {
+    "compare": run_compare,
     "ope": run_ope,
     "explain": run_explain,
     "replay": run_replay,

@@ -70,13 +70,13 @@ class Course:
             return np.zeros(0), np.zeros(0)
         count, total = np.bincount(index), np.bincount(index, weights=values)
         filled = np.flatnonzero(count)
-        return (filled + 0.5) * bin_s, total[filled] / count[filled]
+        return np.asarray((filled + 0.5) * bin_s, np.float64), total[filled] / count[filled]
 
     def goodput(self, bin_s: float) -> tuple[Floats, Floats]:
         """Requests per second that met their service level, per bin."""
         index = (self.ended_s // bin_s).astype(np.int64)
         good = np.bincount(index, weights=self.met) if len(index) else np.zeros(0)
-        return (np.arange(len(good)) + 0.5) * bin_s, good / bin_s
+        return np.asarray((np.arange(len(good)) + 0.5) * bin_s, np.float64), good / bin_s
 
 
 def ledger_of_keys(at_s: Sequence[float], keys: Sequence[str]) -> tuple[Switch, ...]:

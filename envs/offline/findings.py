@@ -183,7 +183,6 @@ class _Replayed:
     logged: ModelRun
     target: tuple[ModelRun, ...]
     courses: tuple[Course, Course]  # as logged, and the first one under the target
-    rows: Floats
 
 
 def _replay(target: Target, part: Part, question: Question) -> _Replayed:
@@ -208,7 +207,7 @@ def _replay(target: Target, part: Part, question: Question) -> _Replayed:
             courses.append(_course(question.policy, runs[0], watched, env))
     env.close()
     rows_of = [_rows(run, rows) for run in (logged, *runs)]
-    return _Replayed(rows_of[0], tuple(rows_of[1:]), (courses[0], courses[1]), rows)
+    return _Replayed(rows_of[0], tuple(rows_of[1:]), (courses[0], courses[1]))
 
 
 def _rows(run: ModelRun, rows: Any) -> ModelRun:
@@ -225,7 +224,7 @@ def _joined(runs: Sequence[ModelRun]) -> ModelRun:
 
 
 def _course(name: str, run: ModelRun, watched: Watched, env: ServingEnv) -> Course:
-    at_s = env.grid_s * np.arange(len(run.reward))
+    at_s = env.grid_s * np.arange(len(run.reward), dtype=np.float64)
     arrived, keys = np.array(watched.arrived, np.float64), run.keys
     ledger = ledger_of_keys(at_s.tolist(), keys)
     return Course(name, at_s, keys, run.reward, arrived, *watched.ended(), env.grid_s, ledger)
@@ -324,7 +323,7 @@ def _logged_course(part: Part, run: LoggedRun, target: Target, first: int) -> Co
 
 def _switches(decision: Mapping[str, Any]) -> bool:
     is_active = decision.get("mode", "active") == "active"
-    return is_active and decision["executed_key"] != decision["deployment_key"]
+    return is_active and bool(decision["executed_key"] != decision["deployment_key"])
 
 
 def _switch(decision: Mapping[str, Any], start_s: float) -> Switch:
@@ -363,5 +362,5 @@ def check_forecasts(parts: Sequence[Part]) -> ForecastCheck:
                 at_s = float(decision["at_s"]) - part.traffic.start_s + offset_s
                 rows.append((at_s, sum(told["q50"]), float(actual.sum())))
         offset_s += part.traffic.trace.duration_s
-    columns = np.array(rows, np.float64).reshape(-1, 3).T
-    return ForecastCheck(*columns, float(np.mean(within)) if within else None)
+    at, expected, came = np.array(rows, np.float64).reshape(-1, 3).T
+    return ForecastCheck(at, expected, came, float(np.mean(within)) if within else None)

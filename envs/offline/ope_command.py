@@ -112,7 +112,7 @@ def facts_of(found: Findings) -> GateFacts:
         None if main.gain is None else scale * main.gain,
         None if interval is None else (scale * interval[0], scale * interval[1]),
         found.target.switches_per_hour,
-        found.worst and found.worst.ratio,
+        None if found.worst is None else found.worst.ratio,
         None if met[0] is None or met[1] is None else float(met[0] - met[1]),
         main.refusal or main.note,
     )

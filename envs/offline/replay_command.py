@@ -20,7 +20,7 @@ from rich.table import Table
 
 from engine.errors import InvalidRequestError
 from envs.offline.files import origin, to_csv, write_json, write_whole
-from envs.offline.paired import paired_gain, value_j
+from envs.offline.paired import Gain, paired_gain, value_j
 from envs.offline.replays import STATIC, Job, Plan, rewards_of, run_all
 from envs.setting import SettingOptions
 from policies.artifact import is_policy
@@ -38,12 +38,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--policy", nargs="+", required=True, metavar="P",
-        help="rules, FOLDERs of checkpoints, FOLDER:MEMBERs; differences are to the first")  # fmt: skip
+        help="rules, FOLDERs of checkpoints, FOLDER:MEMBERs; beside the first")  # fmt: skip
     add("--ground", type=Path, help="checkpoint that says pool and pipeline (default: first given)")
     add("--trace", type=Path, nargs="+", help="trace files (default: the embedded generator)")
-    add(
-        "--load", type=float, nargs="+", help="shares of best static capacity (default: as trained)"
-    )
+    add("--load", type=float, nargs="+", help="shares of best static capacity (default: trained)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the resampling (default: 0)")
     add("--statics", action="store_true", help="also every static deployment, for regret")
     add("--processes", type=int, default=0, help="at a time (default: one per core)")
@@ -216,11 +214,11 @@ def _figures(
     return found
 
 
-def gain_over(ours: Sequence[Result], theirs: Sequence[Result], level: float = 0.95) -> Any:
+def gain_over(ours: Sequence[Result], theirs: Sequence[Result], level: float = 0.95) -> Gain:
     """Paired over all windows of all cells."""
     scale, grid_s = float(ours[0]["scale_requests"]), float(ours[0]["grid_s"])
-    pairs = ([r for result in side for r in rewards_of(result)] for side in (ours, theirs))
-    return paired_gain(*pairs, scale=scale, grid_s=grid_s, level=level)
+    left, right = ([r for result in side for r in rewards_of(result)] for side in (ours, theirs))
+    return paired_gain(left, right, scale, grid_s, level=level)
 
 
 def show(told: Mapping[str, Any]) -> None:

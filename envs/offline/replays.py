@@ -79,13 +79,8 @@ def setting_of(ground: Ground) -> Setting:
 def run_job(job: Job) -> dict[str, Any]:
     """Rewards, figures and keys of each window, as plain JSON."""
     setting = setting_of(job.ground)
-    key = setting.initial_key
-    if job.policy.startswith(STATIC):
-        policy: Policy = KeepPolicy()
-        key = job.policy.removeprefix(STATIC)
-    else:
-        policy = MostProbable(load_named(job.policy, setting.pipeline))
-    windows = [_window(setting, policy, key, number) for number in range(len(setting.windows))]
+    courses = (course_of_policy(setting, job.policy, i) for i in range(len(setting.windows)))
+    windows = [_figures(course) for course in courses]
     return job.facts | {
         "scale_requests": setting.reward.scale_requests,
         "grid_s": setting.pipeline.observation_spec.grid_s,
@@ -93,16 +88,19 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def course_of(setting: Setting, policy: Policy, key: str, number: int) -> Course:
-    """One window under a policy, from deployment `key`."""
+def course_of_policy(setting: Setting, name: str, number: int) -> Course:
+    """One window under a policy by name, as `Job` has it."""
+    key, policy = setting.initial_key, _policy(setting, name)
+    if name.startswith(STATIC):
+        key = name.removeprefix(STATIC)
     window, reward = setting.windows[number], setting.reward
     parts = surrogate_parts(setting.pipeline, lambda rng: window, key, reward, columns=True)
     env, watched = ServingEnv(parts), Watched(reward.slo)
     run = replay_policy(env, policy, np.random.default_rng(number), True, watched)
     env.close()
-    at_s = env.grid_s * np.arange(len(run.reward))
+    at_s = env.grid_s * np.arange(len(run.reward), dtype=np.float64)
     return Course(
-        policy.name,
+        name,
         at_s,
         run.keys,
         run.reward,
@@ -113,8 +111,13 @@ def course_of(setting: Setting, policy: Policy, key: str, number: int) -> Course
     )
 
 
-def _window(setting: Setting, policy: Policy, key: str, number: int) -> dict[str, Any]:
-    course = course_of(setting, policy, key, number)
+def _policy(setting: Setting, name: str) -> Policy:
+    if name.startswith(STATIC):
+        return KeepPolicy()
+    return MostProbable(load_named(name, setting.pipeline))
+
+
+def _figures(course: Course) -> dict[str, Any]:
     latency_s = course.latency_s
 
     def percentile(q: float) -> float:

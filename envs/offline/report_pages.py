@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from envs.offline.course import Course
 from envs.offline.findings import Findings
 from envs.offline.gate import Reason
+from envs.offline.paired import Gain
 from envs.offline.report import Page, Plotted, Section, Table
 
 COLOURS = ("#1f6feb", "#d9730d", "#2f855a", "#7c3aed")
@@ -243,4 +245,89 @@ def _forecast_lines(found: Findings) -> tuple[str, ...]:
     return (
         f"{told.coverage_q90:.1%} of the rates stayed within their q90 (90 % is right); the mean "
         f"error of the total is {error:.0%} of the mean rate.",
+    )
+
+
+def page_of_policies(
+    courses: Sequence[Course],
+    gain: Gain,
+    told: Mapping[str, Any],
+    reasons: Sequence[Reason] | None,
+) -> Page:
+    """Two policies on the same windows; `courses` of the window in which the first did worst."""
+    header = ("policy", "J", f"over {told['b']}", "95 %", "mean latency s", "SLO %", "switches/h")
+    rows = tuple(_policy_row(name, told["policies"][name]) for name in (told["a"], told["b"]))
+    worst = "there is no whole half hour"
+    if gain.worst is not None:
+        worst = (
+            f"{gain.worst.ratio:.4f} of the worth of {told['b']}, (1 + J) / 2, in window "
+            f"{gain.worst_window} from {gain.worst.at_s:.0f} s"
+        )
+    return Page(
+        f"{told['a']} beside {told['b']}",
+        str(told["verdict"]),
+        (
+            *gate_section(reasons),
+            Section("All windows", tuple(told["notes"]), Table(header, rows)),
+            Section(
+                f"Window {gain.worst_window}, the worst for {told['a']}",
+                (f"Worst half hour: {worst}.",),
+                None,
+                (*courses_plots(courses), plot_timeline(courses)),
+            ),
+            *(ledger_section(course) for course in courses),
+        ),
+        str(told["command"]),
+        versions_of(told),
+    )
+
+
+def _policy_row(name: str, f: Mapping[str, Any]) -> tuple[str, ...]:
+    bounds = f["gain_j_interval"]
+    return (
+        name,
+        f"{f['j']:.4f}",
+        f"{f['gain_j']:+.4f}",
+        f"{bounds[0]:+.4f} to {bounds[1]:+.4f}" if bounds else "",
+        f"{f['latency_mean_s']:.3f}",
+        f"{100 * f['slo']:.2f}",
+        f"{f['switches_per_hour']:.2f}",
+    )
+
+
+def page_of_logs(courses: Sequence[Course], told: Mapping[str, Any]) -> Page:
+    """Two logs, each with traffic of its own."""
+    named = [
+        replace(course, name=name)
+        for course, name in zip(courses, (told["a"], told["b"]), strict=True)
+    ]
+    rows = tuple(
+        (
+            name,
+            str(f["policies"]),
+            f"{f['j']:.4f}",
+            f"{f['j_interval'][0]:.4f} to {f['j_interval'][1]:.4f}" if f["j_interval"] else "",
+            f"{f['latency_mean_s']:.3f}",
+            f"{100 * f['slo']:.2f}",
+            f"{f['arrivals_per_s']:.2f}",
+            f"{f['switches_per_hour']:.2f}",
+            f"{f['hours']:.2f}",
+        )
+        for name, f in told["logs"].items()
+    )
+    header = (
+        "log", "policies", "J", "95 %", "mean latency s", "SLO %", "requests/s", "switches/h", "h"
+    )  # fmt: skip
+    skipped = tuple(s for f in told["logs"].values() for s in f["skipped"])
+    return Page(
+        "Two logs",
+        str(told["verdict"]),
+        (
+            Section("Served", (), Table(header, rows, 2), courses_plots(named)),
+            Section("Deployments", (), None, (plot_timeline(named),)),
+            *(ledger_section(course) for course in named),
+            Section("Skipped records", skipped or ("none",)),
+        ),
+        str(told["command"]),
+        versions_of(told),
     )

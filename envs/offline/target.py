@@ -75,7 +75,7 @@ class MostProbable:
 
     def probabilities(self, observation: Observation) -> Floats:
         found = self.policy.probabilities(observation)
-        return np.eye(len(found))[int(np.argmax(found))]
+        return np.asarray(np.eye(len(found))[int(np.argmax(found))])
 
 
 def policy_folder(text: str) -> tuple[Path, str]:
