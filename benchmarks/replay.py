@@ -3,8 +3,8 @@
 The pool is 16 H100s that serve Llama-2-70B, at 0.85 of the best static deployment's capacity; an
 hour counts once per policy that it is replayed under. The policies are hysteresis, keep and a
 member of the shipped policy, with decisions as in production. Reading the trace and starting the
-processes are within the time measured, compiling for the first time is not: two windows of each policy
-are replayed before. Each round is a fresh run; the figure is the median.
+processes are within the time measured, compiling for the first time is not: two windows of each
+policy are replayed before. Each round is a fresh run; the figure is the median.
 """
 
 from __future__ import annotations

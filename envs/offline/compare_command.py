@@ -230,8 +230,8 @@ def _logs(args: argparse.Namespace, made: Mapping[str, Any]) -> int:
         "b": args.b,
         "verdict": (
             f"J {first['j']:.4f} in {args.a} and {second['j']:.4f} in {args.b}, at "
-            f"{first['arrivals_per_s']:.2f} and {second['arrivals_per_s']:.2f} requests/s: each had "
-            "traffic of its own, so this says what was served, not which policy is better; for "
+            f"{first['arrivals_per_s']:.2f} and {second['arrivals_per_s']:.2f} requests/s: each "
+            "had traffic of its own, so this says what was served, not which policy is better; for "
             "that ask `evaluate.py ope` or run `evaluate.py switchback`."
         ),
         "logs": figures,
