@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
 from controller.retraining import RetrainingTrigger, expected_from
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
+from controller.security import Security, build_security
 from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
@@ -148,7 +150,10 @@ async def serve(config: ControllerConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with RemoteCluster(config.engine, config.engine_timeout_s) as remote:
+    with (
+        closing(build_security(config)) as security,
+        RemoteCluster(config.engine, config.engine_timeout_s) as remote,
+    ):
         try:
             steering = await asyncio.to_thread(build_steering, config, remote)
         except UnavailableError as error:
@@ -157,16 +162,19 @@ async def serve(config: ControllerConfig) -> None:
                 "`python -m engine`, or name it with --engine."
             ) from error
         try:
-            await _serve(config, steering, stop)
+            await _serve(config, steering, security, stop)
         finally:
             steering.close()
 
 
-async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Event) -> None:
+async def _serve(
+    config: ControllerConfig, steering: Steering, security: Security, stop: asyncio.Event
+) -> None:
     loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
     server, port = await start_grpc(
-        loop, steering.operations, steering.sessions, config.host, config.grpc_port
+        *(loop, steering.operations, steering.sessions),
+        *(config.host, config.grpc_port, security),
     )
     try:
         thread.start()
