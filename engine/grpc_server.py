@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -60,7 +60,7 @@ def _guard_unary(method: Any) -> Any:
     return guarded
 
 
-async def responses_of(method: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+async def responses_of(method: Any, request: Any, context: Any) -> AsyncGenerator[Any]:
     """Of a stream's handler; one that writes them to the context itself, as health's does, yields
     none here."""
     answer = method(request, context)
