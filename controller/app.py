@@ -27,6 +27,7 @@ from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
 from controller.trials import Trials
+from controller.watching import Watching
 from controller.workload import default_typing
 from engine.cluster import NO_SLO, SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
@@ -176,12 +177,14 @@ async def _serve(
         *(loop, steering.operations, steering.sessions),
         *(config.host, config.grpc_port, security),
     )
+    watching = Watching(config, loop, security)
     try:
+        watching.start()
         thread.start()
         print(
             f"tidewright controller ready: grpc {config.host}:{port} engine {config.engine} "
             f"policy {loop.policy_server.policy.name} mode {loop.mode} "
-            f"grid {loop.pipeline.config.grid_s:g} s",
+            f"grid {loop.pipeline.config.grid_s:g} s{watching.told}",
             flush=True,
         )
         await stop.wait()
@@ -189,6 +192,7 @@ async def _serve(
         halt.set()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+        await asyncio.to_thread(watching.close)
     counters = loop.counters
     print(
         f"controller stopped: {counters.num_ticks} ticks, {counters.num_decisions} decisions, "
