@@ -330,7 +330,9 @@ class DecisionPipeline:
                 )
                 found = review(blocked, action, probabilities)
             self.mark("plan")
-        return self._decision(prepared, action, found, plan, policy_name, name)
+        decision = self._decision(prepared, action, found, plan, policy_name, name)
+        self.mark("resolve")
+        return decision
 
     def _decision_id(self, prepared: PreparedDecision) -> str:
         text = f"{prepared.at_s!r}|{prepared.snapshot.epoch}|{self._num_decisions}"

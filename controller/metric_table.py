@@ -57,7 +57,11 @@ METRICS = (
     # what is expected and what comes
     _gauge("observed_rate_per_second", "arrivals over the last interval", "type"),
     _gauge("predicted_rate_per_second", "forecast for the next interval", "type", "quantile"),
-    _gauge("prediction_error_ratio", "running mean of |actual - forecast| / actual", "type"),
+    _gauge(
+        "prediction_error_ratio",
+        "running mean of the forecast's absolute error over what came",
+        "type",
+    ),
     _gauge("headroom_ratio", "the multiple of the forecast that the present deployment carries"),
     _gauge("requests_waiting", "requests that wait in the engine"),
     _gauge("requests_running", "requests in the engine's batches"),

@@ -10,15 +10,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from controller.loop import NUM_SWITCHES_KEPT, ControlLoop, Step
 from controller.records import TickRecord, TickStatus
 from engine.cluster import SwitchPhase, SwitchTicket
 from engine.errors import InvalidRequestError
 
+if TYPE_CHECKING:
+    from controller.loop import ControlLoop, Step
+
 FLUSH_TIMEOUT_MS = 2000
-MAX_OPEN = 200  # decisions whose switch has not ended
+MAX_OPEN = 200  # decisions whose switch has not ended, and ended switches that are known
 
 
 class DecisionTracing:
@@ -29,7 +31,7 @@ class DecisionTracing:
         self._tracer = provider.get_tracer("tidewright.controller")
         self._lock, self._seq = threading.Lock(), 0
         self._open: OrderedDict[str, Any] = OrderedDict()  # contexts by decision id
-        self._seen: deque[str] = deque(maxlen=2 * NUM_SWITCHES_KEPT)
+        self._seen: deque[str] = deque(maxlen=MAX_OPEN)
         loop.listeners.append(self._observe)
 
     def _observe(self) -> None:
