@@ -15,7 +15,7 @@ from typing import Any
 from controller.decision_log import DecisionLog
 from engine.errors import InvalidRequestError
 
-MAX_BYTES, MAX_FILES = 16 << 20, 16
+MAX_BYTES, MAX_FILES = 16 * 10**6, 16
 
 
 class AuditLog:
