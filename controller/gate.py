@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from engine.errors import (
     TidewrightError,
     UnauthenticatedError,
 )
+
+MAX_STREAMS = 500  # of one caller, open at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,11 @@ class Gate:
         limits: RateLimits | None = None,
         audit: AuditLog | None = None,
         clock: Callable[[], float] = time.monotonic,
+        max_streams: int = MAX_STREAMS,
     ) -> None:
         self.access, self.audit = access, audit or AuditLog(None)
         self._limits, self._clock = limits or RateLimits(0.0, 1), clock
+        self._max_streams, self._streams = max_streams, Counter[str]()
         self._lock = threading.Lock()
         self.calls: Counter[tuple[str, str]] = Counter()  # by method and status
 
@@ -63,7 +68,8 @@ class Gate:
         """For the method `service/Method`. Raises OverloadedError, UnauthenticatedError and
         PermissionDeniedError."""
         caller = self._identify(credentials)
-        wait_s = self._limits.take(_bucket_of(caller, credentials), self._clock())
+        bucket = _bucket_of(caller or Caller("", Role.ANYONE, credentials.peer))
+        wait_s = self._limits.take(bucket, self._clock())
         if wait_s > 0:
             raise OverloadedError(
                 f"too many calls; try again after {wait_s:.3f} s, or ask for a higher "
@@ -99,6 +105,28 @@ class Gate:
                 f"{caller.name} has {caller.role.name.lower()}."
             )
         return caller
+
+    @contextmanager
+    def open_stream(self, caller: Caller) -> Iterator[None]:
+        """Counts it while it is open. Raises OverloadedError when the caller has too many."""
+        bucket = _bucket_of(caller)
+        with self._lock:
+            if self._streams[bucket] >= self._max_streams:
+                raise OverloadedError(
+                    f"{self._max_streams} streams of this caller are open; end one of them."
+                )
+            self._streams[bucket] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._streams[bucket] -= 1
+                self._streams += Counter()  # forgets those at 0
+
+    @property
+    def num_streams(self) -> int:
+        with self._lock:
+            return self._streams.total()
 
     # ---------------------------------------------------------------- what came of it
 
@@ -147,10 +175,9 @@ def method_of(path: str) -> Method:
     return METHODS.get(path, NOBODYS)
 
 
-def _bucket_of(caller: Caller | None, credentials: Credentials) -> str:
+def _bucket_of(caller: Caller) -> str:
     """Those without a name share the bucket of their host."""
-    named = caller is not None and caller.name
-    return f"name {caller.name}" if caller and named else f"peer {credentials.peer}"
+    return f"name {caller.name}" if caller.name else f"peer {caller.peer}"
 
 
 def told_of(error: BaseException) -> str:

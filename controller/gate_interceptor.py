@@ -64,9 +64,7 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
                 self._stream(path, handler, self._parsed), response_serializer=serializer
             )
         return grpc.stream_stream_rpc_method_handler(
-            self._stream(path, handler, lambda path, handler, requests: requests),
-            handler.request_deserializer,
-            serializer,
+            self._stream(path, handler, self._all_parsed), response_serializer=serializer
         )
 
     def _parsed(self, path: str, handler: Any, raw: bytes) -> Any:
@@ -83,6 +81,10 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
                 f"the request is no message of {path.rpartition('/')[2]}; look at "
                 "docs/control-api.md."
             ) from error
+
+    async def _all_parsed(self, path: str, handler: Any, sent: Any) -> AsyncIterator[Any]:
+        async for raw in sent:
+            yield self._parsed(path, handler, raw)
 
     def _unary(self, path: str, handler: Any) -> Any:
         async def gated(raw: bytes, context: Any) -> Any:
@@ -107,10 +109,11 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
             try:
                 call.caller = self._gate.admit(path, call.credentials)
                 request = parsed(path, handler, raw)
-                async with aclosing(responses_of(method, request, context)) as responses:
-                    async for response in responses:
-                        self._gate.check(path, call.credentials)
-                        yield response
+                with self._gate.open_stream(call.caller):
+                    async with aclosing(responses_of(method, request, context)) as responses:
+                        async for response in responses:
+                            self._gate.check(path, call.credentials)
+                            yield response
             except BaseException as error:
                 await call.ended(error)
                 raise

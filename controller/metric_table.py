@@ -99,6 +99,7 @@ METRICS = (
     _counter("engine_drifts", "switches of the engine by somebody else"),
     # the service and its logs
     _counter("control_calls", "calls of the control API", "method", "code"),
+    _gauge("control_streams", "streams of the control API that are open"),
     _counter("decision_log_lost", "records that could not be written to the decision log"),
     _counter("audit_log_lost", "records that could not be written to the audit log"),
     _counter("access_reload_failures", "times that the access file had changed and was unusable"),

@@ -146,6 +146,7 @@ class ControlMetrics(Collector):
         gate, certificates = self._security.gate, self._security.certificates
         return {
             "control_calls_total": [(labels, n) for labels, n in gate.counted().items()],
+            "control_streams": gate.num_streams,
             "audit_log_lost_total": gate.audit.num_lost,
             "access_reload_failures_total": gate.access.num_failed_reloads if gate.access else 0,
             "certificate_reloads_total": certificates.num_reloads if certificates else 0,

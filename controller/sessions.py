@@ -21,6 +21,7 @@ from policies.baselines import HysteresisPolicy
 
 MAX_SESSIONS = 64
 MAX_NAME = 200  # characters
+MAX_TIME_S, MAX_TOKENS = 1e12, 1e9  # of an event; more would drown all others
 
 
 @dataclass(slots=True)
@@ -134,9 +135,12 @@ def _check_events(events: Sequence[ClusterEvent]) -> None:
             if isinstance(told, RequestOutcome):
                 times += [told.finish_s, told.longest_gap_s, told.first_token_s or 0.0]
                 counts.append(told.output_tokens)
-            if not np.isfinite(times).all() or min(counts) < 0:
+            if not (
+                all(abs(t) <= MAX_TIME_S for t in times)
+                and 0 <= min(counts) <= max(counts) <= MAX_TOKENS
+            ):
                 raise InvalidRequestError(
                     f"event {event.seq} has times {times} and token counts {counts}; expected "
-                    "finite times, and counts of 0 or more.",
+                    f"seconds up to {MAX_TIME_S:g}, and counts of 0 to {MAX_TOKENS:g}.",
                     "events",
                 )

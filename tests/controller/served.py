@@ -76,7 +76,10 @@ class Served:
         self._thread.start()
         self.operations = Operations(self.loop, PolicyRoster(pipeline, policies or Path("none")))
         self.sessions = Sessions(pipeline, 10.0)
-        served = start_grpc(self.loop, self.operations, self.sessions, "127.0.0.1", 0, security)
+        self.security = security or Security()
+        served = start_grpc(
+            self.loop, self.operations, self.sessions, "127.0.0.1", 0, self.security
+        )
         self._server, self.port = self._run(served)
         self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         self.stub = control_pb2_grpc.ControlServiceStub(self._channel)

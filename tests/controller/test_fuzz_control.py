@@ -46,7 +46,7 @@ class Target:
         }
         self.served = Served(cluster, security=Security(Gate(AccessFile(path))))
         self.served.step()
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{self.served.port}")
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.served.port}")
 
     def send(
         self, name: str, raw: bytes, role: Role = Role.ADMIN, is_wrong: bool = False
@@ -65,11 +65,11 @@ class Target:
         metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         try:
             if SERVICE.methods_by_name[name].server_streaming:
-                stream = self._channel.unary_stream(path)(raw, timeout=timeout_s, metadata=metadata)
+                stream = self.channel.unary_stream(path)(raw, timeout=timeout_s, metadata=metadata)
                 next(stream, None)
                 stream.cancel()
             else:
-                self._channel.unary_unary(path)(raw, timeout=timeout_s, metadata=metadata)
+                self.channel.unary_unary(path)(raw, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             return error.code(), error.details()
         return grpc.StatusCode.OK, ""
@@ -81,7 +81,7 @@ class Target:
         assert self.send("GetState", b"", Role.READ) is grpc.StatusCode.OK
 
     def close(self) -> None:
-        self._channel.close()
+        self.channel.close()
         self.served.close()
 
 
@@ -166,6 +166,56 @@ def parses(name: str, raw: bytes) -> bool:
     return True
 
 
+def fuzz_other_services(target: Target, examples: int, how: Any) -> None:
+    """Health and reflection, which are another's code behind the same gate."""
+    token = target.tokens[Role.READ]
+    others = sorted(set(METHODS) - {f"{CONTROL}/{name}" for name in SERVICE.methods_by_name})
+    allowed = DOCUMENTED | {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+    @settings(max_examples=examples, **how)
+    @given(st.sampled_from(others), st.binary(max_size=60))
+    def run(path: str, raw: bytes) -> None:
+        channel = target.channel
+        kind = {"Watch": channel.unary_stream, "ServerReflectionInfo": channel.stream_stream}
+        open_call = kind.get(path.rpartition("/")[2], channel.unary_unary)
+        is_many = path.endswith("Info")
+        metadata = (("authorization", f"Bearer {token}"),)
+        code = grpc.StatusCode.OK
+        try:
+            found = open_call(f"/{path}")(
+                iter([raw]) if is_many else raw, timeout=0.2, metadata=metadata
+            )
+            if not isinstance(found, bytes):
+                next(found, None)
+                found.cancel()
+        except grpc.RpcError as error:
+            code = error.code()
+        assert code in allowed, f"{path} {raw!r}"
+
+    run()
+    target.still_serves()
+
+
+def fuzz_tokens(target: Target, examples: int, how: Any) -> None:
+    """Whatever is said in place of a token, even one with a letter off."""
+    good = str(target.tokens[Role.ADMIN])
+    printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
+    near_good = st.integers(0, len(good) - 1).map(
+        lambda i: good[:i] + ("A" if good[i] != "A" else "B") + good[i + 1 :]
+    )
+
+    @settings(max_examples=examples, **how)
+    @given(st.sampled_from(["", "Bearer ", "bearer ", "Basic "]), st.one_of(printable, near_good))
+    def run(scheme: str, said: str) -> None:
+        with pytest.raises(grpc.RpcError) as error:
+            target.channel.unary_unary(f"/{CONTROL}/GetState")(
+                b"", timeout=WAIT_S, metadata=(("authorization", scheme + said),)
+            )
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    run()
+
+
 def fuzz_socket(target: Target, examples: int, how: Any) -> None:
     """Raw bytes on the port, also after a good beginning of HTTP/2."""
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -196,8 +246,13 @@ def test_bytes_that_are_no_message_are_refused(target: Target, name: str) -> Non
     fuzz_bytes(target, name, 25, QUICK)
 
 
-def test_bytes_on_the_port_do_no_harm(target: Target) -> None:
+def test_bytes_on_the_port_and_at_other_services_do_no_harm(target: Target) -> None:
     fuzz_socket(target, 40, QUICK)
+    fuzz_other_services(target, 25, QUICK)
+
+
+def test_nothing_passes_for_a_token(target: Target) -> None:
+    fuzz_tokens(target, 50, QUICK)
 
 
 @pytest.mark.slow
@@ -210,5 +265,7 @@ def test_many_messages_and_bytes(target: Target, right: dict[str, Any], name: st
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_many_bytes_on_the_port(target: Target) -> None:
+def test_many_bytes_on_the_port_and_at_other_services(target: Target) -> None:
     fuzz_socket(target, 5000, MANY)
+    fuzz_other_services(target, 1000, MANY)
+    fuzz_tokens(target, 2000, MANY)

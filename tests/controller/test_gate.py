@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,28 @@ def test_a_caller_that_is_too_fast_is_told_when_to_try_again(
             ("GetState", "OK"): 3,
             ("GetState", "RESOURCE_EXHAUSTED"): 1,
         }
+    finally:
+        served.close()
+
+
+def test_a_caller_has_only_so_many_streams(synthetic_cluster: ProfiledCluster) -> None:
+    served = Served(synthetic_cluster, security=Security(Gate(max_streams=2)))
+    gate = served.security.gate
+    try:
+        streams = [served.stub.WatchState(pb.WatchStateRequest(), timeout=WAIT_S) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        assert gate.num_streams == 2
+        with pytest.raises(grpc.RpcError) as error:
+            next(served.stub.WatchState(pb.WatchStateRequest(), timeout=WAIT_S))
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        served.state()  # calls go on
+        streams[0].cancel()
+        deadline_s = time.monotonic() + WAIT_S
+        while gate.num_streams == 2:  # until the server has noticed
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        next(served.stub.WatchState(pb.WatchStateRequest(), timeout=WAIT_S))
     finally:
         served.close()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from controller.access import TOKEN_BYTES, parse_rights
 from controller.audit import MAX_BYTES, MAX_FILES
 from controller.config import ControllerConfig
+from controller.gate import MAX_STREAMS
 from controller.roles import METHODS, SMALL_BYTES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,6 +31,7 @@ def test_defaults_and_limits_are_those_of_the_code() -> None:
     named = re.findall(r"`--([a-z-]+)`\s\((\d+)\)", PAGE)
     assert len(named) == 3
     assert [(n, float(v)) for n, v in named] == [(n, float(default[n])) for n, _ in named]
+    assert f"{MAX_STREAMS} streams open at once" in PAGE
     assert f"{SMALL_BYTES >> 10} KiB" in PAGE
     assert f"{MAX_BYTES // 10**6} MB as `.1` to `.{MAX_FILES - 1}`" in PAGE
     assert f"a token of {TOKEN_BYTES} random bytes" in PAGE
