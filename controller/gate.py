@@ -17,7 +17,7 @@ from typing import Any
 from controller.access import AccessFile
 from controller.audit import AuditLog
 from controller.rate_limits import RateLimits
-from controller.roles import METHODS, Method, Role
+from controller.roles import METHODS, Method, Role, parse_role
 from engine.errors import (
     OverloadedError,
     PermissionDeniedError,
@@ -81,6 +81,13 @@ class Gate:
     def check(self, path: str, credentials: Credentials) -> Caller:
         """The same without counting a call: whether a stream may go on."""
         return self._authorise(path, self._identify(credentials), credentials)
+
+    def allows(self, role: str, token: str, peer: str = "") -> bool:
+        """Whether that bearer token, or "" for none, gives the role read, operate or admin: for
+        fronts that serve something else than the methods."""
+        known = self._identify(Credentials(peer, token or None))
+        needed = parse_role(role)
+        return known is not None and needed is not None and known.role >= needed
 
     def _identify(self, credentials: Credentials) -> Caller | None:
         if self.access is None:

@@ -105,6 +105,15 @@ def test_refused_calls_do_nothing(guarded: Guarded) -> None:
     assert guarded.served.loop.revision == before
 
 
+def test_other_fronts_may_ask_for_a_role_by_name(guarded: Guarded) -> None:
+    gate, token = guarded.security.gate, guarded.tokens[Role.OPERATE]
+    allowed = {role: gate.allows(role, token) for role in ("read", "operate", "admin", "boss")}
+    assert allowed == {"read": True, "operate": True, "admin": False, "boss": False}
+    assert not gate.allows("read", "")
+    assert not gate.allows("read", "wrong")
+    assert Gate().allows("admin", "")  # without an access file, whoever reaches the port
+
+
 def test_two_tokens_are_none(guarded: Guarded) -> None:
     good = ("authorization", f"Bearer {guarded.tokens[Role.ADMIN]}")
     with pytest.raises(grpc.RpcError) as error:
