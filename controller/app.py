@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
 from controller.retraining import RetrainingTrigger, expected_from
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
+from controller.security import Security, build_security
 from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
 from controller.trials import Trials
+from controller.watching import Watching
 from controller.workload import default_typing
 from engine.cluster import NO_SLO, SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
@@ -148,7 +151,10 @@ async def serve(config: ControllerConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with RemoteCluster(config.engine, config.engine_timeout_s) as remote:
+    with (
+        closing(build_security(config)) as security,
+        RemoteCluster(config.engine, config.engine_timeout_s) as remote,
+    ):
         try:
             steering = await asyncio.to_thread(build_steering, config, remote)
         except UnavailableError as error:
@@ -157,23 +163,28 @@ async def serve(config: ControllerConfig) -> None:
                 "`python -m engine`, or name it with --engine."
             ) from error
         try:
-            await _serve(config, steering, stop)
+            await _serve(config, steering, security, stop)
         finally:
             steering.close()
 
 
-async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Event) -> None:
+async def _serve(
+    config: ControllerConfig, steering: Steering, security: Security, stop: asyncio.Event
+) -> None:
     loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
     server, port = await start_grpc(
-        loop, steering.operations, steering.sessions, config.host, config.grpc_port
+        *(loop, steering.operations, steering.sessions),
+        *(config.host, config.grpc_port, security),
     )
+    watching = Watching(config, loop, security)
     try:
+        watching.start()
         thread.start()
         print(
             f"tidewright controller ready: grpc {config.host}:{port} engine {config.engine} "
             f"policy {loop.policy_server.policy.name} mode {loop.mode} "
-            f"grid {loop.pipeline.config.grid_s:g} s",
+            f"grid {loop.pipeline.config.grid_s:g} s{watching.told}",
             flush=True,
         )
         await stop.wait()
@@ -181,6 +192,7 @@ async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Eve
         halt.set()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+        await asyncio.to_thread(watching.close)
     counters = loop.counters
     print(
         f"controller stopped: {counters.num_ticks} ticks, {counters.num_decisions} decisions, "

@@ -12,15 +12,22 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
+import trustme
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from controller.__main__ import main
+from controller.access import issue_token
 from controller.build import build_pipeline, pipeline_facts
+from controller.control_channel import ClientAccess
 from controller.decision import DecisionConfig
 from controller.decision_log import read_log
 from controller.remote_control import RemoteControl
@@ -154,10 +161,35 @@ def checkpoint(
     )
 
 
+class Collector:
+    """What an OpenTelemetry collector does: takes spans over gRPC."""
+
+    def __init__(self) -> None:
+        self._spans: list[str] = []
+        self._server = grpc.server(ThreadPoolExecutor(1))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def Export(self, request: Any, context: Any) -> Any:
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self._spans += [span.name for span in scope.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def names(self) -> set[str]:
+        return set(self._spans)
+
+    def close(self) -> None:
+        self._server.stop(0).wait(10)
+
+
 class Controller:
     """The process, its ready line, and a client."""
 
-    def __init__(self, *arguments: str, cwd: Path = ROOT) -> None:
+    def __init__(
+        self, *arguments: str, cwd: Path = ROOT, access: ClientAccess | None = None
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "controller", *arguments, "--grpc-port", "0"],
             cwd=cwd,
@@ -173,7 +205,7 @@ class Controller:
             self.process.kill()
             raise AssertionError(self.process.communicate()[1])
         self.target = f"127.0.0.1:{found[1]}"
-        self.control = RemoteControl(self.target, timeout_s=10.0)
+        self.control = RemoteControl(self.target, timeout_s=10.0, access=access)
 
     def wait_for(self, condition: Callable[[list[Any]], bool]) -> list[Any]:
         deadline_s = time.monotonic() + WAIT_S
@@ -338,3 +370,57 @@ def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path) -> None:
     config = tmp_path / "controller.yaml"
     config.write_text("polcy: x\n")
     assert "unknown key 'polcy'" in refused("--config", str(config))
+
+
+def test_guarded_and_watched_it_is_reached_with_a_certificate_and_a_token(
+    engine: ServedEngine, checkpoint: Path, tmp_path: Path
+) -> None:
+    """TLS, an access file, the audit log, metrics and traces, all of one process."""
+    authority = trustme.CA()
+    server = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    (tmp_path / "server.pem").chmod(0o600)
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(issue_token(tmp_path / "access", "alice", "operate"))
+    access = ClientAccess(tls_ca=tmp_path / "ca.pem", token_file=token)
+    collector = Collector()
+    controller = Controller(
+        *("--engine", f"127.0.0.1:{engine.port}", "--policy", str(checkpoint)),
+        *("--tls-cert", str(tmp_path / "server.pem"), "--tls-key", str(tmp_path / "server.pem")),
+        *("--access", str(tmp_path / "access"), "--audit", str(tmp_path / "audit.jsonl")),
+        *("--metrics-port", "0", "--otlp-traces-endpoint", collector.endpoint),
+        access=access,
+    )
+    try:
+        controller.wait_for(lambda ticks: len(ticks) >= 3)
+        controller.control.hold(60.0, "night")
+        found = re.search(r"metrics (127\.0\.0\.1:\d+)", controller.ready)
+        assert found is not None
+        with urllib.request.urlopen(f"http://{found[1]}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        assert re.search(r'tidewright_ticks_total{status="decided"} [3-9]', text)
+        assert 'tidewright_control_calls_total{code="OK",method="Hold"} 1.0' in text
+        code, _, err = controller.end(signal.SIGTERM)
+        names = collector.names()
+    finally:
+        controller.close()
+        collector.close()
+    assert code == 0, err
+    assert names >= {"decision", "snapshot", "forecast", "propose", "act", "review", "apply"}
+    (call,) = [r for r in read_log(tmp_path / "audit.jsonl").records if r["record"] == "call"]
+    assert (call["caller"], call["method"].rpartition("/")[2], call["status"]) == (
+        *("alice", "Hold"),
+        "OK",
+    )
+    assert token.read_text() not in (tmp_path / "audit.jsonl").read_text() + err
+
+
+def test_it_does_not_start_where_others_could_steer_it(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--host", "0.0.0.0", "--grpc-port", "0", "--policy", str(checkpoint)])
+    assert error.value.code == 2
+    assert "--insecure" in capsys.readouterr().err
