@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from controller.build import build_pipeline, load_profiled_cluster, pipeline_fro
 from controller.config import ControllerConfig
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog
+from controller.http_front import RunningFront, start_http
 from controller.log_records import header_record
 from controller.loop import ControlLoop
 from controller.operations import Operations
@@ -32,6 +34,7 @@ from engine.profile import ProfiledCluster, ServingProfile
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.baselines import HysteresisPolicy, StaticPolicy
 
+logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
 
 
@@ -162,16 +165,30 @@ async def serve(config: ControllerConfig) -> None:
             steering.close()
 
 
+async def _dashboard(config: ControllerConfig, steering: Steering) -> RunningFront | None:
+    """None when its port cannot be had: an engine is steered without being watched, too."""
+    names = tuple(name.strip() for name in config.http_names.split(","))
+    loop, operations, sessions = steering.loop, steering.operations, steering.sessions
+    try:
+        return await start_http(loop, operations, sessions, config.host, config.http_port, names)
+    except UnavailableError as error:
+        logger.warning("there is no dashboard: %s", error)
+        return None
+
+
 async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Event) -> None:
     loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
     server, port = await start_grpc(
         loop, steering.operations, steering.sessions, config.host, config.grpc_port
     )
+    front = await _dashboard(config, steering)
+    shown = f"http://{config.host}:{front.port}" if front is not None else "none"
     try:
         thread.start()
         print(
-            f"tidewright controller ready: grpc {config.host}:{port} engine {config.engine} "
+            f"tidewright controller ready: grpc {config.host}:{port} dashboard {shown} "
+            f"engine {config.engine} "
             f"policy {loop.policy_server.policy.name} mode {loop.mode} "
             f"grid {loop.pipeline.config.grid_s:g} s",
             flush=True,
@@ -179,6 +196,8 @@ async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Eve
         await stop.wait()
     finally:
         halt.set()
+        if front is not None:
+            await front.close()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
     counters = loop.counters

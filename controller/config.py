@@ -48,4 +48,8 @@ class ControllerConfig(BaseModel):
     log_files: int = Field(16, ge=1, description="files that are kept of it")
     host: str = Field("127.0.0.1", description="address of the control service")
     grpc_port: int = Field(50052, ge=0, le=65535, description="its port; 0: any free one")
+    http_port: int = Field(50053, ge=0, le=65535, description="of the dashboard; 0: any free one")
+    http_names: str = Field(
+        "", description="host names that it answers to beside addresses and --host, with commas"
+    )
     seed: int = Field(0, ge=0, description="of the draws when not deterministic")

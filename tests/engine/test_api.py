@@ -17,7 +17,7 @@ import httpx
 import pytest
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
-from engine.app import bind_http, http_server
+from engine.app import http_server
 from engine.build import build_runtime
 from engine.cluster import RequestOutcome, RequestStatus, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.config import EngineConfig
