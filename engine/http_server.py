@@ -1,4 +1,4 @@
-"""What every HTTP server here shares: a listening socket, and uvicorn without its signal handling."""
+"""What every HTTP server here shares: a listening socket, and uvicorn without signal handling."""
 
 from __future__ import annotations
 
