@@ -130,6 +130,8 @@ class Page {
   say(text, isError = false) {
     setText($("news"), text);
     $("news").className = isError ? "error" : "";
+    clearTimeout(this.quiet);
+    this.quiet = setTimeout(() => setText($("news"), ""), isError ? 20000 : 8000);
   }
 
   // ------------------------------------------------------------ what is shown

@@ -2,7 +2,7 @@
 
 import { bytes, clock, facts, h, num, percent, plural, seconds, setText, table } from "./dom.js";
 
-const STEP = 15;
+const STEP = 10;
 
 /** [class, word] of what a tick came to. */
 export function kindOf(x) {
@@ -13,6 +13,17 @@ export function kindOf(x) {
   if (x.executed_key === x.deployment_key) return ["quiet", "keep"];
   if (x.ticket_id) return ["good", "switch"];
   return x.mode === "active" ? ["warn", "not started"] : ["info", "would switch"];
+}
+
+/** "keep+optimum_q90" -> "keep, optimum q90"; keys of deployments stay as they are. */
+export const spelled = (text) => text.replace(/\+(?=[a-z])/g, ", ").replace(/([a-z])_(?=[a-z])/g, "$1 ");
+
+/** What was done in a few words, and what is to be said of it. */
+function wordsOf(x) {
+  if (x.status !== "decided" || x.vetoes.length) return [spelled(x.summary), ""];
+  const kept = x.executed_key === x.deployment_key;
+  const about = `by ${x.policy}, probability ${num(x.propensity)}`;
+  return [`${kept ? "keep" : "switch to"} ${x.executed_key}`, kept ? about : `${about}: ${spelled(x.reason)}`];
 }
 
 const isPlain = (x) => kindOf(x)[1] === "keep" && !x.notes.length;
@@ -73,10 +84,11 @@ export class DecisionsPanel {
       "aria-label": `Why, tick ${sample.seq}`, onclick: () => this.toggle(item),
     }, "Why?");
     const explained = sample.status === "decided" || sample.status === "observed";
+    const [did, about] = wordsOf(sample);
     const element = h("li", {},
       h("time", { datetime: new Date(sample.wall_s * 1000).toISOString() }, clock(sample.wall_s)),
       h("span", { class: `badge ${cls}` }, name),
-      h("div", { class: "what" }, h("p", {}, sample.summary),
+      h("div", { class: "what" }, h("p", {}, did, " ", about ? h("small", {}, about) : null),
         sample.notes.map((note) => h("p", { class: "note" }, note)),
         sample.arm ? h("p", { class: "muted" }, `canary: ${sample.arm}`) : null),
       explained ? button : h("span", {}), box);
@@ -104,14 +116,14 @@ export class DecisionsPanel {
 function explanation(told) {
   const rows = told.candidates.map(({ candidate: c, is_chosen, is_executed, why }) => [
     h("span", {}, c.key, is_executed ? h("em", {}, " executed") : is_chosen ? h("em", {}, " chosen") : null),
-    percent(c.probability), num(c.headroom), seconds(c.predicted_switch_s), bytes(c.weight_bytes), why,
+    percent(c.probability), num(c.headroom), seconds(c.predicted_switch_s), bytes(c.weight_bytes), spelled(why),
   ]);
   const columns = ["candidate", "#probability", "#headroom", "#switch takes", "#moves", "why, or why not"];
   const { policy, propensity, tick_s, decision_id } = told.record;
   return [
     table(`Candidates at tick ${told.record.seq}`, columns, rows),
     h("details", {}, h("summary", {}, "What the policy saw"), features(told)),
-    facts([["policy", policy], ["probability of what was executed", policy ? num(propensity) : ""],
+    facts([["policy", policy], ["probability of what was executed", policy ? percent(propensity) : ""],
       ["the tick took", seconds(tick_s)], ["decision", decision_id]]),
   ];
 }

@@ -38,6 +38,7 @@ export class DeviceMap {
     if (!view?.deployment) return;
     const drawn = JSON.stringify([view.deployment, view.dead, view.replicas, facts.num_devices]);
     if (drawn === this.drawn) return;
+    if (!this.view && view.deployment.replicas.length <= 8 && innerWidth >= 900) this.table.element.open = true;
     Object.assign(this, { drawn, view, facts, owner: owners(view.deployment) });
     this.loads = new Map((view.replicas ?? []).map((r) => [r.id, r]));
     const idle = facts.num_devices - this.owner.size - view.dead.filter((d) => !this.owner.has(d)).length;
@@ -134,7 +135,7 @@ export class Timeline extends Plot {
 
   update(facts, samples, deployments, t0, t1) {
     this.facts = facts;
-    this.height = Math.max(96, Math.min(280, 34 + facts.num_devices * 16));
+    this.height = Math.max(110, Math.min(290, 34 + facts.num_devices * 20));
     this.spans = deploymentSpans(samples, deployments, facts.grid_s, t1);
     const shapes = new Set(this.spans.flatMap((p) => p.deployment.replicas.map((r) => shape(r[1], r[2]))));
     const keys = [...shapes].map((name) => {

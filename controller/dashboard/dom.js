@@ -80,6 +80,9 @@ export function num(value, unknown = "–") {
 export const percent = (v, unknown = "–") =>
   isNumber(v) ? `${(100 * v).toFixed(v > 0 && v < 1 ? 1 : 0)} %` : unknown;
 
+/** For axes: without decimals. */
+export const wholePercent = (v) => `${Math.round(100 * v)} %`;
+
 export function seconds(v) {
   if (!isNumber(v)) return "–";
   if (v < 0.0995) return `${(1000 * v).toFixed(v < 0.00995 ? 1 : 0)} ms`;

@@ -55,15 +55,16 @@ export class SwitchPanel {
     const at = PHASES.indexOf(ticket.phase);
     PHASES.forEach((name, i) => {
       const spent = ticket.phase_s[name];
-      const passed = ticket.is_over ? spent !== undefined : i < at;
+      const passed = ticket.phase === "done" || (ticket.is_over ? spent !== undefined : i < at);
       const state = !ticket.is_over && i === at ? "current" : passed ? "passed" : "ahead";
       const failed = ticket.is_over && ticket.phase !== "done" && !passed;
       const step = this.steps[i];
       step.className = failed ? "skipped" : state;
       if (state === "current") step.setAttribute("aria-current", "step");
       else step.removeAttribute("aria-current");
+      const mark = { current: "● ", passed: "✓ " }[state] ?? (failed ? "✕ " : "");
       const text = spent !== undefined ? seconds(spent) : state === "current" ? "now" : failed ? "not reached" : "–";
-      setText(step.lastChild, text);
+      setText(step.lastChild, mark + (passed && text === "–" ? "" : text));
     });
   }
 
@@ -75,7 +76,7 @@ export class SwitchPanel {
     ].filter(Boolean).join(", ");
     return [
       ["took", `${seconds(t.duration_s)} (predicted ${seconds(t.predicted_s)})`],
-      ["moved", `${bytes(t.moved_bytes)}, weights planned ${bytes(t.planned_bytes)}`],
+      ["moved", `${bytes(t.moved_bytes)} (planned for weights: ${bytes(t.planned_bytes)})`],
       ["requests", moved || "none moved"],
       ["pause", `${seconds(t.pause_s)}, ${word(t.mode, "SWITCH_MODE")}`],
       ["why it ended", t.reason],

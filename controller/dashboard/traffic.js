@@ -1,6 +1,6 @@
 // Forecast against actual for each type of requests; queue, KV cache and service level.
 
-import { clock, h, num, percent, table } from "./dom.js";
+import { clock, h, num, percent, table, wholePercent } from "./dom.js";
 import { LinePlot } from "./plot.js";
 
 const ROWS = 40; // of a table, newest first
@@ -61,9 +61,9 @@ export class ServicePanel {
     const count = (v) => (v === null ? "unknown" : num(v));
     this.queue = this.plot("Queue", "requests", (v) => num(v), undefined, [
       { name: "waiting", cls: "one", format: count }, { name: "running", cls: "two", format: count }]);
-    this.slo = this.plot("Within targets", "share of requests", (v) => percent(v), 1, [
+    this.slo = this.plot("Within targets", "share of requests", wholePercent, 1, [
       { name: "within targets", cls: "one", format: (v) => percent(v, "nothing ended") }]);
-    this.kv = this.plot("KV cache", "fullest replica", (v) => percent(v), 1, [
+    this.kv = this.plot("KV cache", "fullest replica", wholePercent, 1, [
       { name: "used", cls: "one", format: (v) => percent(v, "unknown") }]);
   }
 
