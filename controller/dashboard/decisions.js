@@ -22,7 +22,7 @@ export const spelled = (text) => text.replace(/\+(?=[a-z])/g, ", ").replace(/([a
 function wordsOf(x) {
   if (x.status !== "decided" || x.vetoes.length) return [spelled(x.summary), ""];
   const kept = x.executed_key === x.deployment_key;
-  const about = `by ${x.policy}, probability ${num(x.propensity)}`;
+  const about = `by ${x.policy}, probability ${percent(x.propensity)}`;
   return [`${kept ? "keep" : "switch to"} ${x.executed_key}`, kept ? about : `${about}: ${spelled(x.reason)}`];
 }
 

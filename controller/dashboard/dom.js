@@ -21,6 +21,10 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** A deployment's key, which may break after a "+". */
+export const keyNodes = (key) =>
+  key.split("+").flatMap((term, i) => (i ? ["+", document.createElement("wbr"), term] : [term]));
+
 /** A table in a box that scrolls sideways by itself. A column name with "#" in front has numbers. */
 export function table(label, columns, rows) {
   const names = columns.map((c) => c.replace(/^#/, ""));
@@ -83,8 +87,10 @@ export const percent = (v, unknown = "–") =>
 /** For axes: without decimals. */
 export const wholePercent = (v) => `${Math.round(100 * v)} %`;
 
+/** A length of time. */
 export function seconds(v) {
   if (!isNumber(v)) return "–";
+  if (v === 0) return "0 s";
   if (v < 0.0995) return `${(1000 * v).toFixed(v < 0.00995 ? 1 : 0)} ms`;
   if (v < 10) return `${v.toFixed(2)} s`;
   if (v < 120) return `${v.toFixed(0)} s`;

@@ -22,6 +22,10 @@ export function timeTicks(t0, t1, most) {
   return { ticks, withSeconds: step < 60 };
 }
 
+/** `keys` are [class, text]. */
+export const legend = (keys) => h("ul", { class: "legend" },
+  keys.map(([cls, text]) => h("li", {}, h("i", { class: `key ${cls}` }), text)));
+
 /** Shared frame: subclasses give `drawInside(g, area)` and `tableOf()`. */
 export class Plot {
   /** `label` names the plot; `height` in px; `keys` are [class, text] of the legend. */
@@ -34,8 +38,7 @@ export class Plot {
       onpointerleave: () => this.point(null), onblur: () => this.point(null),
     });
     this.readout = h("p", { class: "readout", "aria-hidden": "true" });
-    this.legend = h("ul", { class: "legend" },
-      keys.map(([cls, text]) => h("li", {}, h("i", { class: `key ${cls}` }), text)));
+    this.legend = legend(keys);
     this.table = new Details("Table", () => this.tableOf());
     this.heading = title ? h("h3", {}, title) : null;
     this.element = h("figure", { class: "plot" },
@@ -140,10 +143,7 @@ export class LinePlot extends Plot {
   constructor(host, options) {
     super(host, {
       ...options,
-      keys: [
-        ...options.series.map((one) => [one.cls, one.name]),
-        ...(options.band ? [["band", options.band]] : []),
-      ],
+      keys: options.isKeyed === false ? [] : options.series.map((one) => [one.cls, one.name]),
     });
     Object.assign(this, { series: options.series, top: options.top, axis: options.axis });
     this.data = { values: [], band: [] };

@@ -1,6 +1,6 @@
 // The figures on top, and what is known of policy and guardrails.
 
-import { Details, facts, h, isNumber, num, percent, plural, seconds, setText, table } from "./dom.js";
+import { Details, facts, h, isNumber, keyNodes, num, percent, plural, seconds, setText, table } from "./dom.js";
 import { attainment } from "./traffic.js";
 
 export class Tiles {
@@ -23,6 +23,8 @@ export class Tiles {
   /** `last` is the newest tick that saw the engine, `view` the engine at this moment. */
   update({ facts: f, state, last, view, now, lastTick }) {
     const key = view?.deployment?.key ?? state?.deployment_key;
+    const { big } = this.tiles.Deployment;
+    if (key && big.textContent !== key) big.replaceChildren(...keyNodes(key));
     this.set("Deployment", key || "unknown", key ? `epoch ${view?.epoch ?? state.epoch}` : "not seen yet");
     this.setQueue(view, last);
     this.set("Within targets", percent(attainment(last)),

@@ -1,7 +1,7 @@
 // Forecast against actual for each type of requests; queue, KV cache and service level.
 
 import { clock, h, num, percent, table, wholePercent } from "./dom.js";
-import { LinePlot } from "./plot.js";
+import { LinePlot, legend } from "./plot.js";
 
 const ROWS = 40; // of a table, newest first
 
@@ -11,8 +11,7 @@ export class TrafficPanel {
   constructor(host) {
     this.note = h("p", { class: "muted" }, "Nothing yet.");
     this.grid = h("div", { class: "plots" });
-    this.host = host;
-    host.append(this.note, this.grid);
+    host.append(this.note, legend([["one", "actual"], ["two", "forecast"], ["band", "median to high forecast"]]), this.grid);
     this.plots = new Map();
   }
 
@@ -28,7 +27,7 @@ export class TrafficPanel {
       const about = `${num(type.prompt_tokens)} in, ${num(type.output_tokens)} out`;
       const plot = new LinePlot(this.grid, {
         label: `Forecast against actual: ${type.name}`, title: h("span", {}, type.name, " ", h("small", {}, `${about} tokens`)),
-        height: 130, axis: (v) => num(v), band: "forecast, median to high",
+        height: 130, axis: (v) => num(v), isKeyed: false,
         series: [
           { name: "actual", cls: "one", format: (v) => num(v) },
           { name: "forecast", cls: "two", format: (v) => num(v) },

@@ -36,6 +36,8 @@ def small() -> Watched:
             found.operations.propose("1xtp2pp1+2xtp1pp1", dry_run=False)
         if tick == 44:
             found.operations.propose("2xtp2pp1", dry_run=False)
+    found.operations.propose("1xtp2pp1+2xtp1pp1", dry_run=False)
+    found.advance(0.33)  # into the transfer
     return found
 
 
@@ -71,12 +73,14 @@ def take(browser: Browser, watched: Watched, suffix: str) -> None:
         browser.open(watched.base, width, 900, dark)
         browser.wait(lambda: browser.all(".decisions li"))
         browser.wait(lambda: browser.all("#timeline rect.span"))
-        if name == "light":
+        if name == "dark":
+            browser.js("document.querySelector('#decisions input').click()")
+        elif name == "light":
             browser.js("document.querySelector('.decisions button').click()")
             browser.wait(lambda: browser.all(".why table"))
         path = DOCS / f"dashboard{suffix}-{name}.png"
         browser.picture(path, HEIGHT)
-        Image.open(path).quantize(128).save(path, optimize=True)
+        Image.open(path).quantize(256).save(path, optimize=True)
         print(path.name, path.stat().st_size)
     print(browser.complaints())
 
