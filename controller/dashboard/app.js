@@ -175,7 +175,7 @@ class Page {
     const key = [this.facts.life, last?.seq, this.range, Math.floor(now / Math.max(5, this.range / 400))].join();
     if (key === this.plotted) return;
     this.plotted = key;
-    const end = Math.max(now, last?.wall_s ?? 0);
+    const end = Math.max(now, last ? last.wall_s + this.facts.grid_s : 0); // the next tick is forecast
     const first = this.samples[0]?.wall_s ?? end;
     const start = Math.max(end - this.range, Math.min(first, end - 4 * this.facts.grid_s));
     const from = this.samples.findIndex((x) => x.wall_s >= start);

@@ -163,8 +163,8 @@ export class Timeline extends Plot {
     }
     g.append(s("rect", { class: "empty", x: area.x0, y: area.y1, width: area.x1 - area.x0, height: area.y0 - area.y1 }));
     for (const one of this.spans) {
-      const [x0, x1] = [Math.max(area.x0, area.x(one.from)), Math.max(area.x0, area.x(one.to))];
-      if (x1 - x0 < 0.1) continue;
+      const x0 = Math.max(area.x0, area.x(one.from));
+      const x1 = Math.max(x0 + 3, area.x(one.to)); // what has just begun shows, too
       for (const [, tp, pp, devices] of one.deployment.replicas) {
         for (const [a, b] of rows(devices)) {
           const height = y(b + 1) - y(a);

@@ -100,7 +100,7 @@ export class Plot {
     }[event.key];
     if (to === undefined || last < 0) return;
     event.preventDefault();
-    this.point(Math.max(0, Math.min(last, this.cursor === null ? last : to)));
+    this.point(Math.max(0, Math.min(last, to)));
   }
 
   onPointer(event) {

@@ -41,13 +41,14 @@ export class TrafficPanel {
     return this.plots.get(type.name);
   }
 
-  /** What a tick forecasts is for the interval that ends at the next tick. */
+  /** What a tick forecasts is for the interval that ends at the next tick, the last one's too. */
   dataOf(facts, type, samples, t0, t1) {
     const rate = (x) => x?.rates.find((r) => r[0] === type.name);
-    const made = samples.map((x, i) => (i > 0 && x.wall_s - samples[i - 1].wall_s < 3 * facts.grid_s ? rate(samples[i - 1]) : undefined));
-    const known = samples.map(rate);
-    return [t0, t1, samples.map((x) => x.wall_s),
-      [known.map((r) => r?.[3] ?? null), made.map((r) => r?.[1] ?? null)],
+    const [times, known] = [samples.map((x) => x.wall_s), samples.map(rate)];
+    if (times.length) times.push(times.at(-1) + facts.grid_s);
+    const made = times.map((t, i) => (i > 0 && t - times[i - 1] < 3 * facts.grid_s ? known[i - 1] : undefined));
+    return [t0, t1, times,
+      [times.map((_, i) => known[i]?.[3] ?? null), made.map((r) => r?.[1] ?? null)],
       made.map((r) => (r ? [r[1], Math.max(r[1], r[2])] : null))];
   }
 }

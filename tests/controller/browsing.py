@@ -20,7 +20,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
-WAIT_S = 15.0
+WAIT_S = 10.0
 T = TypeVar("T")
 
 
@@ -81,7 +81,7 @@ class Browser:
                     return found
             except StaleElementReferenceException:
                 pass
-            assert time.monotonic() < deadline_s, what or self.text("body")
+            assert time.monotonic() < deadline_s, what or self.text("body")[-1500:]
             time.sleep(0.03)
 
     def wait_text(self, css: str, *parts: str) -> str:
