@@ -183,11 +183,11 @@ class HttpFront:
 
     async def _state(self) -> Plain:
         """Without what switches did to single requests."""
-        told = await call(self._service, "GetState", {}, CALL_S)
+        told = await self._call("GetState", {})
         told["switches"] = told["switches"][-SWITCHES_TOLD:]
         for ticket in told["switches"]:
             ticket.pop("bindings", None)
-        return dict(plain(told))
+        return told
 
     async def _events(self, request: Request) -> Response:
         self._feed.check_room()
@@ -197,14 +197,17 @@ class HttpFront:
         fields = dict(request.query_params)
         if READS[request.url.path] == "GetState" and not fields:
             return JSONResponse(await self._state())
-        found = await call(self._service, READS[request.url.path], fields, CALL_S)
-        return JSONResponse(plain(found))
+        return JSONResponse(await self._call(READS[request.url.path], fields))
 
     async def _write(self, request: Request) -> Response:
         self._guard.check_same_origin(request.headers)
         method, _ = WRITES[request.url.path]
         fields = json_object(await _body(request))
-        return JSONResponse(plain(await call(self._service, method, fields, CALL_S)))
+        return JSONResponse(await self._call(method, fields))
+
+    async def _call(self, method: str, fields: Plain) -> Plain:
+        """The one way to the control service."""
+        return dict(plain(await call(self._service, method, fields, CALL_S)))
 
 
 async def _body(request: Request) -> bytes:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("selenium", reason="selenium is not installed (pip install -e '.[dev]')")
+NEEDS_BROWSER = bool(os.environ.get("TIDEWRIGHT_NEEDS_BROWSER"))
+if not NEEDS_BROWSER:
+    pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 
 from browsing import CHROMIUM, DRIVER, Browser  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -20,7 +22,7 @@ from engine.profile import ProfiledCluster  # noqa: E402
 
 HAS_BROWSER = CHROMIUM is not None and DRIVER is not None
 pytestmark = pytest.mark.skipif(
-    not HAS_BROWSER and not os.environ.get("TIDEWRIGHT_NEEDS_BROWSER"),
+    not HAS_BROWSER and not NEEDS_BROWSER,
     reason="no Chromium: apt-get install chromium chromium-driver",
 )
 CONTRAST = """

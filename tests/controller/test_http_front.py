@@ -225,9 +225,11 @@ def test_bad_input_gets_a_clear_error(
         st.binary(max_size=40),
         st.recursive(
             st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
-            lambda inner: st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["mode", "duration_s", "reason", "ticket_id", "x"]), inner
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["mode", "duration_s", "reason", "ticket_id", "x"]), inner
+                )
             ),
             max_leaves=6,
         ).map(lambda value: json.dumps(value).encode()),
