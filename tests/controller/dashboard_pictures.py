@@ -8,10 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "controller")]
 
-from PIL import Image
-
 from browsing import Browser  # noqa: E402
 from conftest import build_cluster  # noqa: E402
+from PIL import Image  # noqa: E402
 from watched import Watched, nodes  # noqa: E402
 
 from controller.decision import DecisionConfig  # noqa: E402
@@ -42,7 +41,7 @@ def small() -> Watched:
 
 
 def large() -> Watched:
-    """128 devices in 16 nodes, eight types."""
+    """128 devices in 16 nodes, eight types; a tick takes seconds."""
     typing = WorkloadTyping(EIGHT, (1 / 8,) * 8)
     config = DecisionConfig(grid_s=5.0, min_dwell_s=5.0, max_candidates=8)
     key = "8xtp4pp2+12xtp4pp1+4xtp2pp1+8xtp1pp1"
@@ -70,6 +69,8 @@ def main(names: list[str]) -> None:
 def take(browser: Browser, watched: Watched, suffix: str) -> None:
     sizes = {"light": (1280, False), "dark": (1280, True), "phone": (360, False)}
     for name, (width, dark) in sizes.items():
+        if suffix and name != "light":
+            continue
         browser.open(watched.base, width, 900, dark)
         browser.wait(lambda: browser.all(".decisions li"))
         browser.wait(lambda: browser.all("#timeline rect.span"))

@@ -22,6 +22,7 @@ from engine.build import build_runtime
 from engine.cluster import RequestOutcome, RequestStatus, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.config import EngineConfig
 from engine.facade import EngineCluster
+from engine.http_server import bind_http
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc
