@@ -46,6 +46,7 @@ class Browser:
         service = webdriver.ChromeService(DRIVER)
         self.driver = webdriver.Chrome(options=options, service=service)
         self.urls: list[str] = []
+        self.ids: list[str] = []  # of the last event, that came with each of them
 
     def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.size(width, height)
@@ -103,7 +104,9 @@ class Browser:
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
-                self.urls.append(message["params"]["request"]["url"])
+                request = message["params"]["request"]
+                self.urls.append(request["url"])
+                self.ids.append(request["headers"].get("last-event-id", ""))
         return self.urls
 
     def picture(self, path: Path, height: int | None = None) -> None:

@@ -81,7 +81,7 @@ def take(browser: Browser, watched: Watched, suffix: str) -> None:
             browser.wait(lambda: browser.all(".why table"))
         path = DOCS / f"dashboard{suffix}-{name}.png"
         browser.picture(path, HEIGHT)
-        Image.open(path).quantize(256).save(path, optimize=True)
+        Image.open(path).quantize(256, kmeans=4).save(path, optimize=True)
         print(path.name, path.stat().st_size)
     print(browser.complaints())
 

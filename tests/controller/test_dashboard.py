@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -375,11 +376,28 @@ def test_a_lost_controller_is_shown_as_lost_and_found_again(
     watched.start_front()
     browser.wait_text("#link", "live")
     browser.wait(lambda: len(browser.all(".decisions li")) == 3)
+    browser.requested()
+    assert f"{watched.loop.log.life}:1" in browser.ids  # only what was missed is sent again
     assert not browser.text("#banners")
     assert not [e for e in browser.all(".old") if e.is_displayed()]
     browser.wait(lambda: browser.find("[data-mode=off]").is_enabled())
     browser.find("[data-mode=off]").click()  # with the page token of the front before
     browser.wait(lambda: watched.loop.mode is Mode.OFF)
+    browser.complaints()
+
+
+def test_a_controller_that_says_nothing_any_more_is_lost_too(
+    browser: Browser, watched: Watched
+) -> None:
+    watched.step()
+    loaded(browser, watched)
+    release = threading.Event()
+    watched._events.call_soon_threadsafe(release.wait, 30)  # connected, and frozen
+    try:
+        browser.wait_text("#banners", "Not connected since")
+    finally:
+        release.set()
+    browser.wait_text("#link", "live")
     browser.complaints()
 
 
