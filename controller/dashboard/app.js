@@ -159,7 +159,7 @@ class Page {
     const live = this.engine?.deployment ? this.engine : null;
     const past = seen && { deployment: this.deployments[seen.deployment], dead: seen.dead, replicas: [] };
     const lastTick = this.samples.at(-1);
-    this.tiles.update({ facts: this.facts, state: this.state, last: seen, view: live, now, lastTick });
+    this.tiles.update({ facts: this.facts, state: this.state, last: seen, view: live, now, lastTick, isOld: document.body.classList.contains("is-old") });
     this.map.update(this.facts, live ?? past);
     if (this.state) {
       const news = this.switch.update(live?.switch, this.state.switches, isLive && this.session.may.operate);

@@ -21,7 +21,7 @@ export class Tiles {
   }
 
   /** `last` is the newest tick that saw the engine, `view` the engine at this moment. */
-  update({ facts: f, state, last, view, now, lastTick }) {
+  update({ facts: f, state, last, view, now, lastTick, isOld }) {
     const key = view?.deployment?.key ?? state?.deployment_key;
     const { big } = this.tiles.Deployment;
     if (key && big.textContent !== key) big.replaceChildren(...keyNodes(key));
@@ -32,7 +32,9 @@ export class Tiles {
     this.set("First token", seconds(last?.ttft_s), isNumber(last?.tpot_s) ? `then ${seconds(last.tpot_s)} per token` : "nothing served lately");
     const due = lastTick ? Math.max(0, lastTick.wall_s + f.grid_s - now) : f.grid_s;
     const actor = !state ? "" : state.actor === "policy" ? `by ${state.policy}` : `by the ${state.actor === "safe" ? "safe plan" : state.actor}`;
-    this.set("Next decision", state?.mode === "MODE_OFF" ? "none" : `in ${Math.ceil(due)} s`, state?.mode === "MODE_OFF" ? "the mode is off" : actor);
+    if (isOld) this.set("Next decision", "unknown", "what is shown is old");
+    else if (state?.mode === "MODE_OFF") this.set("Next decision", "none", "the mode is off");
+    else this.set("Next decision", `in ${Math.ceil(due)} s`, actor);
   }
 
   setQueue(view, last) {

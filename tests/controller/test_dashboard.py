@@ -369,6 +369,7 @@ def test_a_lost_controller_is_shown_as_lost_and_found_again(
     watched.stop_front()
     browser.wait_text("#banners", "Not connected since", "may no longer hold")
     assert browser.text("#link") == "not connected"
+    browser.wait_text("#now", "unknown")  # when the next decision is due
     assert all("old: as of" in e.text for e in browser.all("section h2"))
     assert not [b for b in browser.all("header button") if b.is_enabled() and b.is_displayed()]
     watched.step()
