@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from contextlib import closing
@@ -14,6 +15,7 @@ from controller.build import build_pipeline, load_profiled_cluster, pipeline_fro
 from controller.config import ControllerConfig
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog
+from controller.http_front import RunningFront, start_http
 from controller.log_records import header_record
 from controller.loop import ControlLoop
 from controller.operations import Operations
@@ -35,6 +37,7 @@ from engine.profile import ProfiledCluster, ServingProfile
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.baselines import HysteresisPolicy, StaticPolicy
 
+logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
 
 
@@ -168,6 +171,22 @@ async def serve(config: ControllerConfig) -> None:
             steering.close()
 
 
+async def _dashboard(
+    config: ControllerConfig, steering: Steering, security: Security
+) -> RunningFront | None:
+    """None when its port cannot be had: an engine is steered without being watched, too."""
+    names = tuple(name.strip() for name in config.http_names.split(","))
+    loop, operations, sessions = steering.loop, steering.operations, steering.sessions
+    try:
+        return await start_http(
+            *(loop, operations, sessions, config.host, config.http_port, names),
+            *(security.gate, security.tls),
+        )
+    except UnavailableError as error:
+        logger.warning("there is no dashboard: %s", error)
+        return None
+
+
 async def _serve(
     config: ControllerConfig, steering: Steering, security: Security, stop: asyncio.Event
 ) -> None:
@@ -178,11 +197,15 @@ async def _serve(
         *(config.host, config.grpc_port, security),
     )
     watching = Watching(config, loop, security)
+    front = await _dashboard(config, steering, security)
+    scheme = "https" if security.tls is not None else "http"
+    shown = f"{scheme}://{config.host}:{front.port}" if front is not None else "none"
     try:
         watching.start()
         thread.start()
         print(
-            f"tidewright controller ready: grpc {config.host}:{port} engine {config.engine} "
+            f"tidewright controller ready: grpc {config.host}:{port} dashboard {shown} "
+            f"engine {config.engine} "
             f"policy {loop.policy_server.policy.name} mode {loop.mode} "
             f"grid {loop.pipeline.config.grid_s:g} s{watching.told}",
             flush=True,
@@ -190,6 +213,8 @@ async def _serve(
         await stop.wait()
     finally:
         halt.set()
+        if front is not None:
+            await front.close()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
         await asyncio.to_thread(watching.close)

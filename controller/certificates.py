@@ -38,25 +38,25 @@ class Certificates:
     """What new connections are met with. Raises InvalidRequestError at the start."""
 
     def __init__(self, files: TlsFiles) -> None:
-        self._files, self._lock = files, threading.Lock()
+        self.files, self._lock = files, threading.Lock()
         self._stamps = files.stamps
         self._first = _load(files)
         self.num_reloads, self.num_failed_reloads = 0, 0
 
     def credentials(self) -> grpc.ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(
-            self._first, self.changed, self._files.client_ca is not None
+            self._first, self.changed, self.files.client_ca is not None
         )
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
         """What the files hold now; None when that is not new, or no use. gRPC asks before each
         handshake, from a thread of its own."""
         with self._lock:
-            stamps = self._files.stamps
+            stamps = self.files.stamps
             if stamps == self._stamps:
                 return None
             try:
-                found = _load(self._files)
+                found = _load(self.files)
             except InvalidRequestError as error:
                 self.num_failed_reloads += 1
                 logger.error("the certificate read before stays in force: %s", error)
@@ -64,7 +64,7 @@ class Certificates:
             finally:
                 self._stamps = stamps
             self.num_reloads += 1
-            logger.info("the certificate %s was read again", self._files.cert)
+            logger.info("the certificate %s was read again", self.files.cert)
             return found
 
 

@@ -18,7 +18,8 @@ from engine.errors import InvalidRequestError
 if TYPE_CHECKING:  # gRPC reads its settings when it is imported; `__main__` makes them first
     from rich.console import Console
 
-    from controller.remote_control import RemoteControl, Told
+    from controller.json_messages import Told
+    from controller.remote_control import RemoteControl
 
 DEFAULT_TARGET = "127.0.0.1:50052"
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -71,4 +71,8 @@ class ControllerConfig(BaseModel):
     otlp_traces_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for a trace per decision, e.g. http://localhost:4317"
     )
+    http_port: int = Field(50053, ge=0, le=65535, description="of the dashboard; 0: any free one")
+    http_names: str = Field(
+        "", description="host names that it answers to beside addresses and --host, with commas"
+    )
     seed: int = Field(0, ge=0, description="of the draws when not deterministic")

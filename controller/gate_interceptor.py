@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
-from controller.gate import Caller, Credentials, Gate, method_of, told_of
-from engine.errors import InvalidRequestError, TidewrightError
+from controller.gate import Credentials, Gate, method_of
+from controller.gated_call import GatedCall
+from engine.errors import InvalidRequestError
 from engine.grpc_server import responses_of
-from engine.wire import status_of
 
 BEARER = "bearer "
 
@@ -88,7 +85,7 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, path: str, handler: Any) -> Any:
         async def gated(raw: bytes, context: Any) -> Any:
-            call = _Call(self._gate, path, credentials_of(context))
+            call = GatedCall(self._gate, path, credentials_of(context))
             try:
                 call.caller = self._gate.admit(path, call.credentials)
                 call.request = self._parsed(path, handler, raw)
@@ -105,7 +102,7 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
         method = handler.unary_stream or handler.stream_stream
 
         async def gated(raw: Any, context: Any) -> AsyncIterator[Any]:
-            call = _Call(self._gate, path, credentials_of(context))
+            call = GatedCall(self._gate, path, credentials_of(context))
             try:
                 call.caller = self._gate.admit(path, call.credentials)
                 request = parsed(path, handler, raw)
@@ -120,39 +117,3 @@ class GateInterceptor(grpc.aio.ServerInterceptor):
             await call.ended(None)
 
         return gated
-
-
-class _Call:
-    """What is known of a call until it ends, which is told once."""
-
-    def __init__(self, gate: Gate, path: str, credentials: Credentials) -> None:
-        self._gate, self._path, self.credentials = gate, path, credentials
-        self.caller: Caller | None = None
-        self.request: Any = None
-        self._started_s = time.monotonic()
-
-    async def ended(self, error: BaseException | None) -> None:
-        status = _status_of(error)
-        self._gate.count(self._path, status)
-        if not method_of(self._path).is_audited:
-            return
-        request = (
-            {}
-            if self.request is None
-            else MessageToDict(self.request, preserving_proto_field_name=True)
-        )
-        why = "" if error is None else told_of(error)
-        took_s = time.monotonic() - self._started_s
-        args = (self._path, self.credentials, self.caller, request, status, why, took_s)
-        # a caller that hangs up does not keep what it did from being recorded
-        await asyncio.shield(asyncio.to_thread(self._gate.record, *args))
-
-
-def _status_of(error: BaseException | None) -> str:
-    if error is None:
-        return "OK"
-    if isinstance(error, TidewrightError):
-        return str(status_of(error).name)
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "CANCELLED"
-    return "UNKNOWN"

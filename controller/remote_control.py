@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
-from google.protobuf.json_format import MessageToDict
 
 from controller.control_channel import ClientAccess, open_channel
+from controller.json_messages import Told
+from controller.json_messages import told as _told
 from controller.records import Mode, TickRecord
 from engine.errors import UnavailableError
 from engine.grpc_server import MAX_MESSAGE_BYTES
@@ -21,7 +22,6 @@ from protos import control_pb2_grpc
 
 KEPT_TICKS = 1000
 STREAM_S = 600.0  # deadline of a stream; it goes on with its resume token
-Told = dict[str, Any]  # a message as plain data, with the field names of control.proto
 
 
 class RemoteControl:
@@ -185,23 +185,3 @@ class RemoteControl:
 
 def _new_key() -> str:
     return uuid.uuid4().hex
-
-
-def _told(message: Any) -> Told:
-    """Every field, also those at their default; 64-bit integers as numbers."""
-    told: Told = MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return _with_integers(told, message.DESCRIPTOR)
-
-
-def _with_integers(told: Told, descriptor: Any) -> Told:
-    """protobuf's JSON has 64-bit integers as strings."""
-    for name, value in told.items():
-        field = descriptor.fields_by_name[name]
-        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            for item in value if isinstance(value, list) else [value]:
-                _with_integers(item, field.message_type)
-        elif field.cpp_type in (field.CPPTYPE_INT64, field.CPPTYPE_UINT64):
-            told[name] = [int(v) for v in value] if isinstance(value, list) else int(value)
-    return told

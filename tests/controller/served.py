@@ -44,8 +44,8 @@ class Gated(SurrogateCluster):
 
     is_gone = False
 
-    def __init__(self, cluster: ProfiledCluster) -> None:
-        super().__init__(cluster, dense_deployment(parse_deployment_key("4xtp1pp1")))
+    def __init__(self, cluster: ProfiledCluster, key: str = "4xtp1pp1") -> None:
+        super().__init__(cluster, dense_deployment(parse_deployment_key(key)))
         self.asked, self.gate = threading.Event(), threading.Event()
         self.gate.set()
 

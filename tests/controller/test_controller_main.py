@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -54,6 +55,7 @@ ROOT = Path(__file__).parents[2]
 TYPING = WorkloadTyping((WorkloadType("short", 64, 32), WorkloadType("long", 700, 200)), (0.7, 0.3))
 CONFIG = DecisionConfig(grid_s=0.25, min_dwell_s=1.0, max_candidates=6)
 WAIT_S = 40.0
+FRONT = ("--http-port", "0")
 
 
 class SurrogateService(engine_pb2_grpc.EngineServiceServicer):
@@ -191,7 +193,7 @@ class Controller:
         self, *arguments: str, cwd: Path = ROOT, access: ClientAccess | None = None
     ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "controller", *arguments, "--grpc-port", "0"],
+            [sys.executable, "-m", "controller", *arguments, "--grpc-port", "0", *FRONT],
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -204,6 +206,7 @@ class Controller:
         if found is None:
             self.process.kill()
             raise AssertionError(self.process.communicate()[1])
+        self.page = re.search(r"dashboard (http://\S+)", self.ready)
         self.target = f"127.0.0.1:{found[1]}"
         self.control = RemoteControl(self.target, timeout_s=10.0, access=access)
 
@@ -273,10 +276,14 @@ def test_interrupted_in_advisory_mode_it_has_applied_nothing(
         ticks = controller.wait_for(lambda ticks: len(ticks) >= 4)
         assert {t.deployment_key for t in ticks} == {"4xtp1pp1"}
         assert not [t for t in ticks if t.ticket]
-        code, out, _ = controller.end(signal.SIGINT)
+        assert controller.page is not None
+        with urlopen(f"{controller.page[1]}/api/events", timeout=20) as events:
+            assert events.readline().startswith(b"retry")  # a page that watches keeps nobody up
+            code, out, err = controller.end(signal.SIGINT)
     finally:
         controller.close()
     assert (code, "0 switches done, 0 failed" in out) == (0, True)
+    assert "Traceback" not in err
 
 
 def test_a_rule_needs_no_checkpoint_and_the_commands_reach_it(
