@@ -348,6 +348,8 @@ def test_without_the_role_nothing_can_be_changed(
         loaded(browser, found)
         browser.wait_text("#controls", "You may look")
         assert not [b for b in browser.all("[data-mode]") if b.is_enabled()]
+        browser.js("[...document.querySelectorAll('header button')].at(-1).click()")
+        browser.wait_text("body", "Signed out.")
         browser.js(
             "[...document.querySelectorAll('header button')].at(-1).click();"
             f"document.getElementById('token').value = '{operator}'"
