@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from controller.build import build_pipeline, load_profiled_cluster, pipeline_fro
 from controller.config import ControllerConfig
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog
+from controller.http_front import RunningFront, start_http
 from controller.log_records import header_record
 from controller.loop import ControlLoop
 from controller.operations import Operations
@@ -21,10 +24,12 @@ from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
 from controller.retraining import RetrainingTrigger, expected_from
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
+from controller.security import Security, build_security
 from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
 from controller.trials import Trials
+from controller.watching import Watching
 from controller.workload import default_typing
 from engine.cluster import NO_SLO, SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
@@ -32,6 +37,7 @@ from engine.profile import ProfiledCluster, ServingProfile
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.baselines import HysteresisPolicy, StaticPolicy
 
+logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
 
 
@@ -148,7 +154,10 @@ async def serve(config: ControllerConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with RemoteCluster(config.engine, config.engine_timeout_s) as remote:
+    with (
+        closing(build_security(config)) as security,
+        RemoteCluster(config.engine, config.engine_timeout_s) as remote,
+    ):
         try:
             steering = await asyncio.to_thread(build_steering, config, remote)
         except UnavailableError as error:
@@ -157,30 +166,58 @@ async def serve(config: ControllerConfig) -> None:
                 "`python -m engine`, or name it with --engine."
             ) from error
         try:
-            await _serve(config, steering, stop)
+            await _serve(config, steering, security, stop)
         finally:
             steering.close()
 
 
-async def _serve(config: ControllerConfig, steering: Steering, stop: asyncio.Event) -> None:
+async def _dashboard(
+    config: ControllerConfig, steering: Steering, security: Security
+) -> RunningFront | None:
+    """None when its port cannot be had: an engine is steered without being watched, too."""
+    names = tuple(name.strip() for name in config.http_names.split(","))
+    loop, operations, sessions = steering.loop, steering.operations, steering.sessions
+    try:
+        return await start_http(
+            *(loop, operations, sessions, config.host, config.http_port, names),
+            *(security.gate, security.tls),
+        )
+    except UnavailableError as error:
+        logger.warning("there is no dashboard: %s", error)
+        return None
+
+
+async def _serve(
+    config: ControllerConfig, steering: Steering, security: Security, stop: asyncio.Event
+) -> None:
     loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
     server, port = await start_grpc(
-        loop, steering.operations, steering.sessions, config.host, config.grpc_port
+        *(loop, steering.operations, steering.sessions),
+        *(config.host, config.grpc_port, security),
     )
+    watching = Watching(config, loop, security)
+    front = await _dashboard(config, steering, security)
+    scheme = "https" if security.tls is not None else "http"
+    shown = f"{scheme}://{config.host}:{front.port}" if front is not None else "none"
     try:
+        watching.start()
         thread.start()
         print(
-            f"tidewright controller ready: grpc {config.host}:{port} engine {config.engine} "
+            f"tidewright controller ready: grpc {config.host}:{port} dashboard {shown} "
+            f"engine {config.engine} "
             f"policy {loop.policy_server.policy.name} mode {loop.mode} "
-            f"grid {loop.pipeline.config.grid_s:g} s",
+            f"grid {loop.pipeline.config.grid_s:g} s{watching.told}",
             flush=True,
         )
         await stop.wait()
     finally:
         halt.set()
+        if front is not None:
+            await front.close()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+        await asyncio.to_thread(watching.close)
     counters = loop.counters
     print(
         f"controller stopped: {counters.num_ticks} ticks, {counters.num_decisions} decisions, "
