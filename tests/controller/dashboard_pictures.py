@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "controller")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "controller"), str(ROOT / "tests")]
 
 from browsing import Browser  # noqa: E402
 from conftest import build_cluster  # noqa: E402

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.build import build_pipeline
-from controller.decision import DecisionConfig
+from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog
 from controller.loop import ControlLoop
 from controller.policy_server import PolicyServer
@@ -27,7 +27,7 @@ from engine.profile import ProfiledCluster
 from envs.reward import RewardConfig, RewardLedger, Stretch
 from envs.surrogate.cluster import SurrogateCluster
 from envs.workload import RequestType, Trace, WorkloadConfig, generate
-from policies.base import Observation
+from policies.base import Observation, Policy
 from policies.baselines import KeepPolicy
 
 TYPING = WorkloadTyping((WorkloadType("short", 12, 20), WorkloadType("long", 120, 40)), (0.6, 0.4))
@@ -66,6 +66,8 @@ class Steered:
         log: Path,
         mode: Mode = Mode.ACTIVE,
         num_ticks: int = TICKS,
+        policy: Policy | None = None,
+        pipeline: DecisionPipeline | None = None,
         **header: Any,
     ) -> None:
         self.num_ticks = num_ticks
@@ -77,13 +79,14 @@ class Steered:
         self.cluster = SurrogateCluster(
             profiled, dense_deployment(parse_deployment_key("4xtp1pp1"))
         )
-        pipeline = build_pipeline(profiled, TYPING, CONFIG, "ewma2")
-        self.server = PolicyServer(Even(), KeepPolicy(), 10.0, deterministic=False)
+        pipeline = pipeline or build_pipeline(profiled, TYPING, CONFIG, "ewma2")
+        self.server = PolicyServer(policy or Even(), KeepPolicy(), 10.0, deterministic=False)
         facts = {
-            "decision": asdict(CONFIG),
-            "types": [asdict(t) for t in TYPING.types],
+            "decision": asdict(pipeline.config),
+            "types": [asdict(t) for t in pipeline.typing.types],
             "spec_hash": pipeline.observation_spec.hash,
             "pipeline_hash": pipeline.config_hash,
+            "predictor": pipeline.predictor.name,
         } | header
         self.loop = ControlLoop(
             self.cluster,

@@ -1,0 +1,214 @@
+"""`evaluate.py ope`, `explain` and `compare` over logs that a controller wrote on the surrogate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from logged_controller import CONFIG, TYPING, Steered
+
+import evaluate
+from controller.build import build_pipeline
+from engine.profile import ProfiledCluster
+from envs.logged import logged_run, read_parts
+from envs.offline.findings import Question, find
+from envs.offline.target import load_target
+from policies.baselines import HysteresisPolicy
+
+DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo"
+TICKS = 160  # of 5 s
+SHORT = ["--effect-s", "50", "--block-s", "100", "--draws", "40", "--no-progress"]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Two logs of the same traffic: of a policy that draws evenly, and of hysteresis."""
+
+    even: Path
+    hysteresis: Path
+    profile: Path
+
+    def ask(self, policy: str) -> list[str]:
+        return ["ope", str(self.even), "--policy", policy, "--profile", str(self.profile), *SHORT]
+
+
+@pytest.fixture(scope="module")
+def logged(small_cluster: ProfiledCluster, tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    folder = tmp_path_factory.mktemp("ope")
+    found = Logged(folder / "even", folder / "hysteresis", folder / "profile.json")
+    found.profile.write_text(json.dumps(small_cluster.to_json()))
+    Steered(small_cluster, found.even, num_ticks=TICKS).run()
+    spec = build_pipeline(small_cluster, TYPING, CONFIG).observation_spec
+    rule = HysteresisPolicy(spec)
+    Steered(small_cluster, found.hysteresis, num_ticks=TICKS, policy=rule).run()
+    return found
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_what_the_log_says_of_a_rule_is_what_the_rule_then_does(logged: Logged) -> None:
+    found = find(
+        Question((logged.even,), "hysteresis", logged.profile, effect_s=50.0, block_s=100.0)
+    )
+    parts, skipped = read_parts([logged.hysteresis])
+    target = load_target("hysteresis", logged.profile, False, read_parts([logged.even])[0])
+    truth = float(logged_run(parts, skipped, target.reward).decisions.reward.mean())
+    ran = float(found.run.decisions.reward.mean())
+    main = found.main
+    assert main.value is not None
+    assert main.value_interval is not None
+    assert main.value_interval[0] <= truth <= main.value_interval[1]
+    assert abs(main.value - truth) < 0.2 * abs(truth - ran)
+    assert found.behaviour.startswith("even")
+
+
+def test_what_did_not_happen_is_told_from_what_did(logged: Logged) -> None:
+    """Weights over a window are refused with the reason; the log's own course is the log's."""
+    found = find(Question((logged.even,), "keep", logged.profile, effect_s=50.0, block_s=100.0))
+    refused = {e.estimator: e.refusal for e in found.estimates if e.is_refused}
+    assert "effective windows of the 5 needed" in refused["pdis"]
+    assert set(found.target.keys) == {"4xtp1pp1"}
+    assert found.target.switches == ()
+    assert len(set(found.logged.keys)) > 1
+    assert {s.after for s in found.logged.switches} <= set(found.logged.keys)
+    assert found.modelled.keys[: len(found.logged.keys)] != found.target.keys
+    assert found.forecast.coverage_q90 is not None
+    assert 0.7 < found.forecast.coverage_q90 <= 1.0
+
+
+def test_the_answer_is_written_whole_with_a_report(
+    logged: Logged, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, out = tmp_path / "r.html", tmp_path / "out.json"
+    given = [*logged.ask("hysteresis"), "--report", str(report), "--json", str(out)]
+    assert evaluate.main(given) == 0
+    told = last_json(capsys)
+    assert told == json.loads(out.read_text()) == json.loads((tmp_path / "r.json").read_text())
+    assert told["command"].startswith("python evaluate.py ope")
+    low, high = told["gain_j_interval"]
+    assert low < told["gain_j"] < high
+    html = report.read_text()
+    assert told["verdict"] in html
+    assert told["command"] in html
+    assert "http" not in html
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "r.html", "r.json", "r.png"]
+
+
+def test_a_gate_lets_through_or_not(
+    logged: Logged, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = tmp_path / "rule.yaml"
+    rule.write_text("margin: 0.01\nmax_switches_per_hour: 200\n")
+    assert evaluate.main([*logged.ask("hysteresis"), "--gate", str(rule)]) == 0
+    assert last_json(capsys)["gate"]["passed"]
+    rule.write_text("margin: 0.01\nmax_switches_per_hour: 1\nmin_worst_block: 0.9\n")
+    assert evaluate.main([*logged.ask("hysteresis"), "--gate", str(rule)]) == 1
+    gate = last_json(capsys)["gate"]
+    results = {r["rule"]: (r["passed"], r["text"]) for r in gate["reasons"]}
+    assert results["margin"][0]
+    assert not results["max_switches_per_hour"][0]
+    assert "not known" in results["min_worst_block"][1]  # no whole half hour
+
+
+def test_a_checkpoint_is_asked_about_what_its_own_controller_saw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from controller.build import pipeline_from_facts
+    from policies.artifact import manifest_of
+
+    pipeline = pipeline_from_facts(manifest_of(DEMO))
+    Steered(pipeline.cluster, tmp_path / "log", num_ticks=60, pipeline=pipeline).run()
+    given = ["ope", str(tmp_path / "log"), "--policy", str(DEMO), "--no-progress"]
+    assert evaluate.main([*given, "--effect-s", "5", "--block-s", "10", "--sampled"]) == 0
+    told = last_json(capsys)
+    assert told["generator_refusal"] == ""
+    assert told["overlap"]["unsupported"] == 0.0  # whoever ran drew evenly
+    assert not told["deterministic"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["{even}", "--policy", "{tmp}/none"], "is neither a rule (keep, myopic, hysteresis) nor"),
+        (["{even}", "--policy", str(DEMO)], "cannot be asked about these decisions"),
+        (["{tmp}/empty", "--policy", "keep"], "no decision with a whole interval after it"),
+        (["{tmp}/bare", "--policy", "keep"], "decisions have no probabilities"),
+        (["{tmp}/absent", "--policy", "keep"], "absent cannot be read"),
+        (["{even}", "--policy", "keep", "--estimator", "oracle"], "no estimator 'oracle'"),
+        (["{even}", "--policy", "keep", "--gate", "{tmp}/odd.yaml"], "unknown key 'j'"),
+        (["{even}", "--policy", "keep", "--gate", "{tmp}/nothing.yaml"], "asks for nothing"),
+        (["{even}", "--policy", "keep", "--json", "{tmp}/no/out"], "is no folder that can"),
+        (["{even}", "--policy", "keep", "--profile", "{tmp}/empty"], "profile"),
+        (["{even}", "--policy", "keep", "--effect-s", "900", "--block-s", "9"], "window < block"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_leaves_nothing(
+    given: list[str],
+    message: str,
+    logged: Logged,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").write_text("")
+    told = [json.loads(line) for line in logged.even.read_text().splitlines()[:30]]
+    for record in told:
+        for name in ("probabilities", "crc32", "n", "life"):
+            record.pop(name, None)
+        if record["record"] == "header":
+            record["schema"] = 1
+    (tmp_path / "bare").write_text("".join(json.dumps(record) + "\n" for record in told))
+    (tmp_path / "odd.yaml").write_text("j: 1\n")
+    (tmp_path / "nothing.yaml").write_text("level: 0.9\n")
+    before = sorted(tmp_path.iterdir())
+    filled = [g.format(even=logged.even, tmp=tmp_path) for g in given]
+    report = [] if "--json" in given else ["--report", str(tmp_path / "r.html")]
+    assert evaluate.main(["ope", *filled, *report, "--no-progress"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_logged_decision_is_explained(logged: Logged, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in logged.even.read_text().splitlines()]
+    decisions = [r for r in lines if r["record"] == "decision"]
+    number = next(i for i, d in enumerate(decisions) if d["executed_key"] != d["deployment_key"])
+    for tick in (str(number), decisions[number]["decision_id"]):
+        assert evaluate.main(["explain", str(logged.even), "--tick", tick]) == 0
+        told = last_json(capsys)
+        assert told["tick"] == number
+        assert told["executed"] == decisions[number]["executed_key"]
+        assert f"switch to {told['executed']}" in told["summary"]
+        assert "the switch was started" in told["afterwards"]
+        chosen = [c["key"] for c in told["candidates"] if c["is_executed"]]
+        assert chosen == [told["executed"]]
+        probabilities = [c["probability"] for c in told["candidates"]]
+        np.testing.assert_allclose(probabilities, decisions[number]["probabilities"][: len(probabilities)])  # fmt: skip  # noqa: E501
+    assert evaluate.main(["explain", str(logged.even), "--tick", "9999"]) == 2
+    assert "from 0 to 159" in capsys.readouterr().err
+
+
+def test_two_logs_are_set_side_by_side_and_not_judged(
+    logged: Logged, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [str(logged.even), str(logged.hysteresis)]
+    given = ["compare", *names, "--profile", str(logged.profile), "--no-progress"]
+    assert evaluate.main([*given, "--report", str(tmp_path / "r.html")]) == 0
+    told = last_json(capsys)
+    assert "not which policy is better" in told["verdict"]
+    even, rule = (told["logs"][name] for name in names)
+    assert even["arrivals_per_s"] == rule["arrivals_per_s"]  # these two had the same traffic
+    assert rule["j"] > even["j"]
+    rules = tmp_path / "rule.yaml"
+    rules.write_text("margin: 0\n")
+    assert evaluate.main([*given, "--gate", str(rules)]) == 2
+    assert evaluate.main(["compare", "keep", names[0]]) == 2
+    assert "evaluate.py ope" in capsys.readouterr().err
