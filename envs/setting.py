@@ -95,6 +95,11 @@ def build_setting(folder: Path, options: SettingOptions) -> Setting:
     policy = load_shipped(folder, pipeline.observation_spec.hash, options.member)
     workload = _workload(trained, options)
     (source,) = build_sources(workload, pipeline.cluster.spec.model.max_model_len)
+    if source.trace.duration_s <= 0:
+        raise InvalidRequestError(
+            f"trace {workload.trace} has {len(source.trace)} request and no duration; give one "
+            "with requests at different times, of as long as the windows are together."
+        )
     capacity = measure_capacity(pipeline.planner, source.trace, pipeline.typing)
     rate_per_s = workload.mean_load * capacity.rate_per_s
     windows = evaluation_windows(

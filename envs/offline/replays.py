@@ -53,6 +53,7 @@ class Job:
     def facts(self) -> dict[str, Any]:
         options = asdict(self.ground.options)
         told = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+        told["seeds"] = list(self.ground.options.seeds)  # as it is read back
         return {"checkpoint": str(self.ground.checkpoint), "policy": self.policy} | told
 
     def file(self, folder: Path) -> Path:

@@ -70,16 +70,16 @@ class Steered:
         pipeline: DecisionPipeline | None = None,
         **header: Any,
     ) -> None:
-        self.num_ticks = num_ticks
+        pipeline = pipeline or build_pipeline(profiled, TYPING, CONFIG, "ewma2")
+        self.num_ticks, self.grid_s = num_ticks, pipeline.config.grid_s
         self.trace: Trace = generate(
             WorkloadConfig(types=TYPES, mean_rate_per_s=25.0, max_tokens=250),
-            num_ticks * GRID_S,
+            num_ticks * self.grid_s,
             np.random.default_rng(0),
         )
         self.cluster = SurrogateCluster(
             profiled, dense_deployment(parse_deployment_key("4xtp1pp1"))
         )
-        pipeline = pipeline or build_pipeline(profiled, TYPING, CONFIG, "ewma2")
         self.server = PolicyServer(policy or Even(), KeepPolicy(), 10.0, deterministic=False)
         facts = {
             "decision": asdict(pipeline.config),
@@ -102,9 +102,9 @@ class Steered:
         stretch, requests = REWARD.stretch.of(REWARD, self.trace), self.trace.requests()
         ledger, rewards, cursor = RewardLedger(REWARD), [], 0
         for tick in range(self.num_ticks):
-            end_s = (tick + 1) * GRID_S
+            end_s = (tick + 1) * self.grid_s
             for index in np.flatnonzero(
-                (self.trace.arrival_s > end_s - GRID_S) & (self.trace.arrival_s <= end_s)
+                (self.trace.arrival_s > end_s - self.grid_s) & (self.trace.arrival_s <= end_s)
             ):
                 self.cluster.submit(requests[index])
                 ledger.admit(requests[index], float(stretch[index]))
@@ -117,7 +117,7 @@ class Steered:
                 (moved,) = (c.weight_bytes for c in last.candidates if c.key == last.executed_key)
             devices = len(self.cluster.snapshot().deployment.devices)
             outcomes = [e.outcome for e in batch.events if e.outcome is not None]
-            rewards.append(ledger.settle(outcomes, end_s, moved, devices * GRID_S).total)
+            rewards.append(ledger.settle(outcomes, end_s, moved, devices * self.grid_s).total)
             self.loop.tick()
         self.server.close()
         self.loop.log.close()

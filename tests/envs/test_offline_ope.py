@@ -97,7 +97,8 @@ def test_the_answer_is_written_whole_with_a_report(
     html = report.read_text()
     assert told["verdict"] in html
     assert told["command"] in html
-    assert "http" not in html
+    assert "http://" not in html
+    assert "https://" not in html
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "r.html", "r.json", "r.png"]
 
