@@ -64,7 +64,8 @@ def test_commands_exist(page: str, line: str) -> None:
     else:
         assert (ROOT / door[0]).is_file(), line
     if options := re.findall(r"(?<!\S)(--[a-z][a-z0-9-]*)", line):
-        text = help_of(*door)
+        word = re.search(rf"{re.escape(door[-1])} ([a-z]+)(?:\s|$)", line)
+        text = help_of(*door, *([word[1]] if word else []))
         assert not [o for o in options if o not in text], f"{page}: {line}"
 
 
