@@ -40,7 +40,9 @@ class EtcdLease:
                 answer: dict[str, Any] = json.loads(response.readline() or b"{}")
                 return answer
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UnavailableError(f"etcd at {self._url} does not answer: {_why(error)}.") from error
+            raise UnavailableError(
+                f"etcd at {self._url} does not answer: {_why(error)}."
+            ) from error
 
     def _get(self, key: str) -> tuple[str, int]:
         """Value and revision of the last change; 0: there is none."""

@@ -33,7 +33,8 @@ class FileLease:
                 pass
         except OSError as error:
             raise InvalidRequestError(
-                f"lease {path} cannot be written: {error.strerror}; choose another with --lease."
+                f"lease {path} cannot be written: {error.strerror}; choose another with --lease; it is "
+                "beside the log when there is one."
             ) from error
 
     @property
@@ -53,7 +54,8 @@ class FileLease:
     def _read(self) -> dict[str, Any]:
         try:
             told = json.loads(self._path.read_text())
-            return {"epoch": int(told["epoch"]), "until_s": float(told["until_s"])} | told
+            known = {"epoch": int(told["epoch"]), "until_s": float(told["until_s"])}
+            return known | {"holder": str(told.get("holder", ""))}
         except (OSError, ValueError, KeyError, TypeError):
             return {"epoch": 0, "until_s": 0.0, "holder": ""}
 
