@@ -33,8 +33,8 @@ class FileLease:
                 pass
         except OSError as error:
             raise InvalidRequestError(
-                f"lease {path} cannot be written: {error.strerror}; choose another with --lease; it is "
-                "beside the log when there is one."
+                f"lease {path} cannot be written: {error.strerror}; choose another with "
+                "--lease; without it is beside the log."
             ) from error
 
     @property
