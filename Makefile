@@ -14,7 +14,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray check bench headroom ablations results protos check-protos format model \
+.PHONY: help setup demo test test-slow test-ray check bench headroom ablations results soak protos check-protos format model \
   train-quick clean
 
 help: ## list the targets
@@ -87,6 +87,9 @@ $(MODEL_STAMP): $(STAMP)
 
 model: $(MODEL_STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and convert it for --model smollm2
 	$(BIN)/python -m engine.demo_model
+
+soak: $(STAMP) ## steer for half an hour with a fault every 20 s, ARGS="--minutes N"; see envs/soak
+	$(BIN)/python -m envs.soak $(ARGS)
 
 train-quick: $(STAMP) ## train a small policy on the surrogate, under five minutes
 	$(BIN)/python train.py --config configs/quick.yaml $(ARGS)

@@ -177,7 +177,7 @@ def read_log(path: Path) -> LogContents:
 
     Raises OSError when there is no file.
     """
-    reader = _Reader()
+    reader = LogReader()
     for file in log_files(path):
         reader.read(file)
     return LogContents(tuple(reader.records), tuple(reader.skipped))
@@ -185,7 +185,7 @@ def read_log(path: Path) -> LogContents:
 
 def read_tail(path: Path, max_bytes: int) -> tuple[dict[str, Any], ...]:
     """The last records of a log, about so many bytes of them, oldest first; none without a file."""
-    reader, left = _Reader(), max_bytes
+    reader, left = LogReader(), max_bytes
     parts: list[tuple[Path, int]] = []  # newest first: file, where to begin
     for file in reversed(log_files(path) if path.parent.is_dir() else []):
         if file.exists() and left > 0:
@@ -197,8 +197,8 @@ def read_tail(path: Path, max_bytes: int) -> tuple[dict[str, Any], ...]:
     return tuple(reader.records)
 
 
-class _Reader:
-    """Knows the life and the schema that it is in the middle of."""
+class LogReader:
+    """Takes lines in order; knows the life and the schema that it is in the middle of."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -210,12 +210,15 @@ class _Reader:
         if start:
             self._schema = SCHEMA
         for number, line in enumerate(_lines(path, start), start=1):
-            record, problem = self._record(line)
-            if record is not None:
-                problem = self._follow(record)
-                self.records.append(record)
-            if problem:
-                self.skipped.append(Skipped(path.name, number, problem))
+            self.take(path.name, number, line)
+
+    def take(self, file: str, number: int, line: bytes) -> None:
+        record, problem = self._record(line)
+        if record is not None:
+            problem = self._follow(record)
+            self.records.append(record)
+        if problem:
+            self.skipped.append(Skipped(file, number, problem))
 
     def _record(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
         """What the line says, or why it is not used."""

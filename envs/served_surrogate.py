@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from controller.service_model import kv_cost_params
 from engine.cluster import (
     ClusterSnapshot,
     ClusterSpec,
@@ -74,7 +75,8 @@ class SurrogateRuntime:
         kind = favoured if self._rng.random() < 0.85 else 1 - favoured
         prompt, output = (1 + int(self._rng.exponential(mean)) for mean in LENGTHS[kind])
         self.num_sent += 1
-        return Request(f"r{self.num_sent}", at_s, min(prompt, 1500), min(output, 400))
+        longest = self.spec.model.max_model_len // 2
+        return Request(f"r{self.num_sent}", at_s, min(prompt, longest), min(output, longest - 1))
 
     # ---------------------------------------------------------------- what the service asks
 
@@ -92,8 +94,7 @@ class SurrogateRuntime:
         """A dry run is not carried out; nothing is checked."""
 
     def plan(self, target: Sequence[ParallelConfig], kv: KvCostParams | None = None) -> SwitchPlan:
-        snapshot, link = self.snapshot(), self.spec.link_bytes_per_s
-        costs = kv or KvCostParams(link, 0.0, 0.0)
+        snapshot, costs = self.snapshot(), kv or kv_cost_params(self.profiled, target)
         return plan_switch(self.spec, snapshot.deployment, snapshot.epoch, target, costs)
 
     def apply(self, plan: SwitchPlan) -> SwitchTicket:
@@ -134,7 +135,7 @@ class ServedSurrogate:
         regime_s: float = 60.0,
     ) -> None:
         self.cluster, self.key, self.rate_per_s = cluster, key, rate_per_s
-        self._seed, self._regime_s = seed, regime_s
+        self.seed, self.regime_s = seed, regime_s
         self.port, self.num_lives = 0, 0
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
@@ -150,8 +151,8 @@ class ServedSurrogate:
         return asyncio.run_coroutine_threadsafe(work, self._events).result(CALL_TIMEOUT_S)
 
     def build_runtime(self) -> SurrogateRuntime:
-        seed = self._seed + self.num_lives
-        return SurrogateRuntime(self.cluster, self.key, self.rate_per_s, seed, self._regime_s)
+        seed = self.seed + self.num_lives
+        return SurrogateRuntime(self.cluster, self.key, self.rate_per_s, seed, self.regime_s)
 
     def start(self) -> None:
         """A new life: deployment, clock and counters start over."""

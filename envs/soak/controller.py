@@ -1,7 +1,7 @@
 """`python -m envs.soak.controller`: `python -m controller` with a short grid and a policy that
 switches often and misbehaves when a file says so. A real controller in all else.
 
-Its own options are the first three; all others are the controller's. What it keeps in memory is
+Its own options are the first four; all others are the controller's. What it keeps in memory is
 bounded more tightly than in production, so that the bounds are reached within minutes.
 """
 
@@ -61,13 +61,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m envs.soak.controller", description=__doc__)
     parser.add_argument("--grid-s", type=float, default=0.5)
     parser.add_argument("--dwell-s", type=float, default=3.0)
+    parser.add_argument("--stale-s", type=float, default=2.0)
     parser.add_argument("--faults", type=Path, required=True, help="'raise', 'hang' or nothing")
     args, others = parser.parse_known_args(argv)
     config = DecisionConfig(
         grid_s=args.grid_s,
         min_dwell_s=args.dwell_s,
         switches_per_hour=600.0,
-        stale_after_s=2.0,
+        stale_after_s=args.stale_s,
         max_candidates=8,
         min_headroom=0.2,
         min_coverage=0.2,
