@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from controller.build import load_profiled_cluster
+from controller.remote import RemoteCluster
 from engine.errors import UnavailableError
 from envs.processes import ServerProcess, start_server
 from envs.soak.checks import MAX_FD_GROWTH, MAX_RSS_GROWTH, FollowedLog, Footprint, Watch
@@ -70,18 +71,13 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.restarts_s: list[float] = []
         self._starts = 0
-        self.steering = self._controller("steering", "--mode", "active")
-        self.watching = self._controller("watching", "--mode", "advisory", "--lease", "off")
-        self.steering.wait_ready(READY, READY_S)
-        self.watching.wait_ready(READY, READY_S)
         logs = (FollowedLog(folder / f"{name}.log") for name in ("steering", "watching"))
         self.log, self.watched_log = logs
         self.remote = RemoteCluster(self.engine.target)
         self.watch = Watch(self.engine, self.log, config.dwell_s, config.stale_s, self.remote)
-        self.footprints = {
-            "watching": Footprint(self.watching.process.pid),
-            "soak": Footprint(os.getpid()),
-        }
+        self.footprints = {"soak": Footprint(os.getpid())}
+        self.steering = self._controller("steering", "--mode", "active")
+        self.watching = self._controller("watching", "--mode", "advisory", "--lease", "off")
 
     def _controller(self, name: str, *arguments: str) -> ServerProcess:
         config, self._starts = self.config, self._starts + 1
@@ -150,6 +146,9 @@ class Soak:
             time.sleep(self.config.grid_s)
 
     def run(self, say: Callable[[str], None]) -> None:
+        self.steering.wait_ready(READY, READY_S)
+        self.watching.wait_ready(READY, READY_S)
+        self.footprints["watching"] = Footprint(self.watching.process.pid)
         begun_s, every_s = time.monotonic(), self.config.every_s
         order: list[str] = []
         self.look_until(begun_s + 0.5 * every_s)
