@@ -123,6 +123,13 @@ class _NoPrompts:
         raise InvalidRequestError("a surrogate answers no prompts; it draws its own traffic.")
 
 
+def _compile(cluster: ProfiledCluster, key: str) -> None:
+    """The kernels, before anybody waits for an answer: it may take a minute, once."""
+    surrogate = SurrogateCluster(cluster, dense_deployment(parse_deployment_key(key)))
+    surrogate.submit(Request("first", 0.0, 8, 4))
+    surrogate.advance(5.0)
+
+
 class ServedSurrogate:
     """The service in a thread; `stop` it and `start` it again at the same port. Close it."""
 
@@ -137,6 +144,7 @@ class ServedSurrogate:
         self.cluster, self.key, self.rate_per_s = cluster, key, rate_per_s
         self.seed, self.regime_s = seed, regime_s
         self.port, self.num_lives = 0, 0
+        _compile(cluster, key)
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
         self._thread.start()

@@ -34,7 +34,7 @@ from envs.soak.controller import HANG, RAISE
 from envs.soak.engine import FaultyEngine
 
 PROFILE = Path(__file__).parents[2] / "configs" / "profiles" / "tiny_llama_cpu4.json"
-READY, READY_S = r"ready: grpc", 120.0
+READY, READY_S = r"ready: grpc", 600.0
 KINDS = ("blackout", "nan", "delay", "engine_restart", "exception", "time_out", "kill")
 ENGINE_TIMEOUT_S, POLICY_DEADLINE_S = 1.0, 0.3
 
