@@ -14,7 +14,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray check bench headroom ablations results soak protos check-protos format model \
+.PHONY: help setup demo test test-slow test-ray check bench headroom ablations results soak protos check-protos lint-protos format model \
   train-quick clean
 
 help: ## list the targets
@@ -75,6 +75,9 @@ check-protos: $(STAMP)
 	@for stub in build/stubs/protos/*; do cmp -s $$stub protos/$${stub##*/} || { \
 	  echo "protos/$${stub##*/} is not what its .proto generates; run 'make protos'." >&2; \
 	  exit 1; }; done
+
+lint-protos: ## lint protos/ by buf, which npx fetches; needs Node.js
+	npx --yes @bufbuild/buf@1.75.0 lint
 
 format: $(STAMP) ## format and fix what ruff can fix
 	$(BIN)/ruff format $(SOURCES)

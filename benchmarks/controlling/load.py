@@ -111,7 +111,10 @@ async def decide(
 ) -> list[float]:
     """Milliseconds of all calls of so many clients at once, without each one's first."""
     async with grpc.aio.insecure_channel(service.target) as channel:
-        every = [Client(channel, f"{clients}-{i}-{pause_s}-{with_events}", 16, key, i) for i in range(clients)]
+        every = [
+            Client(channel, f"{clients}-{i}-{pause_s}-{with_events}", 16, key, i)
+            for i in range(clients)
+        ]
         for client in every:
             await client.report()
             await client.decide(1, 0.0, with_events)

@@ -39,7 +39,9 @@ def pool(num_devices: int) -> ProfiledCluster:
 
 
 def pipeline_of(cluster: ProfiledCluster) -> DecisionPipeline:
-    return build_pipeline(cluster, default_typing(cluster.spec.model.max_model_len), DecisionConfig())
+    return build_pipeline(
+        cluster, default_typing(cluster.spec.model.max_model_len), DecisionConfig()
+    )
 
 
 @dataclass
