@@ -53,6 +53,7 @@ class DecisionConfig:
     grid_s: float = 15.0  # between decisions
     max_candidates: int = 12  # rows, keep included
     min_dwell_s: float = 60.0
+    min_observed_s: float = 0.0  # of traffic, before the first switch: unknown is not zero
     switches_per_hour: float = 30.0
     switch_burst: float = 6.0
     window_s: float = 60.0  # of the monitor's medium scale
@@ -255,11 +256,13 @@ class DecisionPipeline:
         recent = self.monitor.recent_counts(snapshot.now_s)
         mixing = self.monitor.posterior.mixing
         candidates = self.planner.propose(snapshot, forecast, self._last, lengths, recent, mixing)
+        unknown = state.observed_s < self.config.min_observed_s - 1e-9
+        waits = (*restraints.not_now, *self.scheduler.reasons(snapshot.now_s))
         now = Circumstances(
             spec=self.cluster.spec,
             snapshot=snapshot,
             is_stale=state.is_stale or lost,
-            not_now=(*restraints.not_now, *self.scheduler.reasons(snapshot.now_s)),
+            not_now=("unobserved", *waits) if unknown else waits,
             banned=restraints.banned,
             capacity=self._capacities(lengths, mixing),
             demand=forecast.q90,

@@ -35,6 +35,7 @@ class Rule:
 RULES = (
     Rule("switch_in_flight", "a switch runs; at most one does"),
     Rule("stale_metrics", "the engine's figures are old, missing or no numbers, or events lost"),
+    Rule("unobserved", "traffic has been seen for too short a time to know the load"),
     Rule("hold", "an operator holds the deployment until an hour named", memory=True),
     Rule("drift", "the engine was switched by hand; that is not fought", memory=True),
     Rule("dwell", "the last switch ended too short a time ago", undo_waives=True),

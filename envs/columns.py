@@ -6,6 +6,7 @@ episode on both paths equal. Only the surrogate can record columns.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -132,6 +133,12 @@ class ColumnLedger:
         served = self.parts(ended)[:, ended.finished].sum()
         return float(len(ended.finished) - served - WORST * (~ended.finished).sum())
 
+    def fork(self) -> ColumnLedger:
+        """A copy that knows what has been charged."""
+        copied = copy.copy(self)
+        copied._is_charged = self._is_charged.copy()
+        return copied
+
     def open_worth(self, now_s: float) -> float:
         """At most what the requests that are still open will be worth: as if all that arrived
         until `now_s` ended then, their objective missed."""
@@ -173,7 +180,7 @@ class ColumnTraffic:
         if not isinstance(pipeline.monitor, ColumnMonitor):
             pipeline.monitor = ColumnMonitor.like(pipeline.monitor)
         self._cluster, self._monitor = cluster, pipeline.monitor
-        self._ledger = ColumnLedger(reward, trace, start_s)
+        self.ledger = ColumnLedger(reward, trace, start_s)
         self._trace, self._arrival_s = trace, trace.arrival_s + start_s
         self._next = 0
         self._interval: TrafficColumns | None = None
@@ -193,7 +200,7 @@ class ColumnTraffic:
 
     def settle(self, now_s: float, switched_bytes: int, device_s: float) -> RewardTerms:
         assert self._interval is not None, "observe first"
-        return self._ledger.settle(self._interval, now_s, switched_bytes, device_s)
+        return self.ledger.settle(self._interval, now_s, switched_bytes, device_s)
 
     def interval_info(self) -> dict[str, Any]:
         assert self._interval is not None, "observe first"

@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.planner import Planner
+from engine.cluster import SwitchPlan
+from engine.errors import TidewrightError
 from envs.experiment import Experiment, build_env
 from envs.lookahead import EnvOutlook
 from envs.serving_env import ServingEnv
-from policies.base import Observation, TrafficColumns
+from policies.base import Future, Observation, TrafficColumns
 from policies.baselines import KEEP_ROW, HysteresisPolicy
 from policies.cloning import CloningConfig, Demonstrations
 from policies.mpc import MpcPolicy
@@ -50,8 +52,8 @@ def demonstrations(
 
 def _facts(experiment: Experiment, config: CloningConfig) -> dict[str, str]:
     """What decisions depend on, for the header of their file."""
-    how = {name: getattr(config, name) for name in ("expert", "num_decisions", "noise")}
-    if config.expert == "mpc":
+    how = {name: getattr(config, name) for name in ("expert", "num_decisions", "noise", "seed")}
+    if config.expert != "hysteresis":
         how["mpc"] = dataclasses.asdict(config.mpc)
     sections = {"workload", "decision", "scenario", "predictor", "slo", "env", "num_devices"}
     settings = experiment.config.model_dump(mode="json", include=sections)
@@ -63,7 +65,6 @@ def _facts(experiment: Experiment, config: CloningConfig) -> dict[str, str]:
         | {
             "observation": experiment.pipeline().observation_spec.hash,
             "profile": experiment.config.profile.name,
-            "seed": experiment.config.seed,
         }
     )
     return {name: json.dumps(value, sort_keys=True) for name, value in values.items()}
@@ -130,7 +131,7 @@ def _episode(
     experiment: Experiment, planner: Planner, config: CloningConfig, index: int
 ) -> Demonstrations:
     """The decisions of one episode at which more than one row was legal."""
-    stream = np.random.SeedSequence((experiment.config.seed, STREAM, index))
+    stream = np.random.SeedSequence((config.seed, STREAM, index))
     seed = int(stream.generate_state(1)[0])
     env, rng = build_env(experiment, planner), np.random.default_rng(stream)
     outlook = EnvOutlook(env, clairvoyant=False, seed=seed)
@@ -161,12 +162,12 @@ def _stack(seen: list[tuple[Any, ...]], env: ServingEnv) -> Demonstrations:
 
 
 def _expert(config: CloningConfig, env: ServingEnv, outlook: EnvOutlook) -> Costs:
-    """Costs of rows under the expert; a rule's own row costs nothing and all others everything."""
-    rule = HysteresisPolicy(env.pipeline.observation_spec)
+    """Costs of rows under the expert, of hysteresis without its memory."""
+    if config.expert == "hysteresis":
+        return HysteresisPolicy(env.pipeline.observation_spec).relative_costs
+    if config.expert == "rollouts":
+        return Rollouts(env, config.mpc.horizon_s).costs
     mpc = MpcPolicy(outlook, config.mpc)
-
-    def ask_rule(observation: Observation) -> NDArray[np.float64]:
-        return np.where(rule.probabilities(observation) > 0.0, 0.0, np.inf)
 
     def ask_mpc(observation: Observation) -> NDArray[np.float64]:
         if observation.mask.sum() > 1:
@@ -175,4 +176,39 @@ def _expert(config: CloningConfig, env: ServingEnv, outlook: EnvOutlook) -> Cost
                 return costs
         return np.where(np.arange(len(observation.mask)) == KEEP_ROW, 0.0, np.inf)
 
-    return ask_mpc if config.expert == "mpc" else ask_rule
+    return ask_mpc
+
+
+class Rollouts:
+    """What each row comes to on the traffic that follows, were nothing decided after it.
+
+    A cost is what the requests that are there or come within the horizon miss of a worth of 1, in
+    the mean. One course of the traffic is an unbiased sample of those that might have come: the
+    *mean* of such costs over alike decisions is what a policy can know, the cheapest row is not.
+    """
+
+    def __init__(self, env: ServingEnv, horizon_s: float) -> None:
+        self._env, self._horizon_s = env, horizon_s
+        self._outlook = EnvOutlook(env, clairvoyant=True)
+
+    def costs(self, observation: Observation) -> NDArray[np.float64]:
+        """[K]; inf where a row is illegal or cannot be reached."""
+        costs = np.full(len(observation.mask), np.inf)
+        (future,) = self._outlook.futures(self._horizon_s, 1)
+        for row in np.flatnonzero(observation.mask):
+            plan = self._outlook.plan(int(row))
+            if row == KEEP_ROW or plan is not None:
+                costs[row] = self._cost(future, plan)
+        return costs
+
+    def _cost(self, future: Future, plan: SwitchPlan | None) -> float:
+        simulator, ledger = self._outlook.simulator(), self._env.ledger.fork()
+        before = simulator.snapshot()
+        end_s = before.now_s + self._horizon_s
+        try:
+            traffic = simulator.rollout(end_s, future, plan).traffic
+        except TidewrightError:
+            return np.inf
+        present = before.num_arrived - before.num_finished - before.num_rejected
+        worth = ledger.settle(traffic, end_s).total + ledger.open_worth(end_s)
+        return 1.0 - worth * ledger.config.scale_requests / max(present + len(future.arrival_s), 1)

@@ -48,7 +48,7 @@ from envs.traffic import (
     static_keys,
 )
 from envs.vec_env import ServingVecEnv, WorkerVecEnv
-from envs.workload import Trace
+from envs.workload import Trace, WorkloadConfig, gusts
 from policies.evaluation import DecisionEnv, Evaluation
 
 
@@ -66,12 +66,15 @@ class LoadedSource:
         rng: np.random.Generator,
         scenario: ScenarioConfig | None,
     ) -> Trace:
-        """A window for training."""
-        source = self.source
-        if scenario is not None and source.generator is not None:
-            drawn = draw_workload(scenario, source.generator, rng)
-            source = dataclasses.replace(source, generator=drawn)
-        return draw_window(source, load * self.capacity.rate_per_s, duration_s, rng)
+        """A window for training; of a trace, with the levels and bursts of the scenario on top."""
+        source, rate_per_s = self.source, load * self.capacity.rate_per_s
+        if scenario is None:
+            return draw_window(source, rate_per_s, duration_s, rng)
+        drawn = draw_workload(scenario, source.generator or WorkloadConfig(), rng)
+        if source.generator is None:
+            return gusts(drawn, draw_window(source, rate_per_s, duration_s, rng), rng)
+        source = dataclasses.replace(source, generator=drawn)
+        return draw_window(source, rate_per_s, duration_s, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,10 @@ class Experiment:
         return tuple(
             window
             for loaded in sources
+            for load in section.loads or (workload.mean_load,)
             for window in evaluation_windows(
                 loaded.source,
-                workload.mean_load * loaded.capacity.rate_per_s,
+                load * loaded.capacity.rate_per_s,
                 number,
                 section.window_s,
                 [seed],

@@ -94,7 +94,10 @@ class EvaluationSection(_Section):
     days: tuple[int, int] | None = Field(
         default=None, description="of the traces; null: the days of training"
     )
-    num_windows: int = Field(default=3, ge=1, description="of each trace")
+    loads: tuple[float, ...] = Field(
+        default=(), description="mean of the windows together; empty: the middle of workload.load"
+    )
+    num_windows: int = Field(default=3, ge=1, description="of each trace and load")
     window_s: float = Field(default=1800.0, gt=0, description="seconds of a window")
     seed: int = Field(default=1_000_003, ge=0)
     eval_freq: int = Field(
@@ -116,7 +119,8 @@ class ExperimentConfig(_Section):
     workload: WorkloadSection = Field(default_factory=WorkloadSection)
     decision: DecisionConfig = DecisionConfig()
     scenario: ScenarioConfig | None = Field(
-        default=None, description="ranges drawn per episode; its traffic is for the generator only"
+        default=None,
+        description="ranges drawn per episode; of its traffic, traces take levels and bursts alone",
     )
     hide: tuple[Hidden, ...] = Field(
         default=(), description="from the policy, for ablations: see envs/ablated.py"

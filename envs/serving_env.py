@@ -28,7 +28,7 @@ from engine.errors import (
     StaleEpochError,
     SwitchInProgressError,
 )
-from envs.columns import ColumnTraffic
+from envs.columns import ColumnLedger, ColumnTraffic
 from envs.render import Frame, draw, show_text
 from envs.reward import RewardConfig, RewardTerms
 from envs.scenarios import DeviceFailure, Disturbances, FailureDrivable
@@ -152,6 +152,12 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             "at_s": snapshot.now_s,
         }
         return self.prepared.observation.flat(), reward, False, self.is_over, info
+
+    @property
+    def ledger(self) -> ColumnLedger:
+        """Of the requests so far; of an environment in columns."""
+        assert isinstance(self._feed, ColumnTraffic), "an environment in columns"
+        return self._feed.ledger
 
     @property
     def is_over(self) -> bool:

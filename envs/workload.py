@@ -124,6 +124,20 @@ class Trace:
         drawn_s = starts_s[window] + rng.random(len(window)) * (stops_s - starts_s)[window]
         return drawn.astype(np.int64), drawn_s
 
+    def repeat(self, factors: Floats, rng: np.random.Generator, within_s: float) -> Trace:
+        """Each request `factors` [N] times in the mean, rounded by chance: not at all, or once as
+        it is and again up to `within_s` later."""
+        times = np.floor(factors + rng.random(len(self))).astype(np.int64)
+        chosen = np.repeat(np.arange(len(self)), times)
+        arrival_s = self.arrival_s[chosen]
+        again = np.diff(chosen, prepend=-1) == 0
+        arrival_s[again] += rng.uniform(0.0, within_s, int(again.sum()))
+        arrival_s = np.minimum(arrival_s, self.duration_s)
+        order = np.argsort(arrival_s, kind="stable")
+        chosen = chosen[order]
+        prompt, output = self.prompt_tokens[chosen], self.output_tokens[chosen]
+        return Trace(arrival_s[order], prompt, output, self.duration_s)
+
     def requests(self, prefix: str = "r") -> list[Request]:
         """The requests, with ids `prefix`0, `prefix`1, ..."""
         rows = zip(
@@ -234,6 +248,20 @@ def _senders(config: WorkloadConfig, time_s: Floats, rng: np.random.Generator) -
             senders[(time_s >= start_s) & (time_s < stop_s), silent] = 0.0
             start_s = stop_s + rng.exponential(config.blackout_gap_s)
     return senders
+
+
+def gusts(config: WorkloadConfig, trace: Trace, rng: np.random.Generator) -> Trace:
+    """The trace with the levels and bursts of `config` on top of its own; its mix and lengths
+    stay as they are."""
+    if not len(trace):
+        return trace
+    time_s = np.arange(0.0, max(trace.duration_s, RATE_STEP_S), RATE_STEP_S)
+    starts = _spans(float(time_s[-1]) + RATE_STEP_S, config.regime_s, rng)
+    level = np.exp(config.level_sigma * rng.standard_normal(len(starts)))
+    regime = np.searchsorted(starts, time_s, side="right") - 1
+    factor = level[regime] * _burst_factor(config, time_s, rng)
+    step = np.minimum((trace.arrival_s / RATE_STEP_S).astype(np.int64), len(factor) - 1)
+    return trace.repeat(factor[step], rng, RATE_STEP_S)
 
 
 def generate(config: WorkloadConfig, duration_s: float, rng: np.random.Generator) -> Trace:

@@ -191,6 +191,14 @@ class HysteresisPolicy:
         advantage_s[KEEP_ROW] = 0.0
         return np.where(observation.mask[: len(rows)], advantage_s, -np.inf)
 
+    def relative_costs(self, observation: Observation) -> NDArray[np.float64]:
+        """[K] what each legal row costs over the horizon as a share of what keep does, whatever
+        was seen before; inf elsewhere."""
+        costs = np.full(len(observation.mask), np.inf)
+        advantage_s = self._advantage_s(observation)
+        costs[: len(advantage_s)] = 1.0 - advantage_s / self._config.horizon_s
+        return costs
+
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         row = int(np.argmax(self._advantage_s(observation)))
         if row == KEEP_ROW:

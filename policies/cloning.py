@@ -26,24 +26,39 @@ from policies.networks import Network, build_network
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoConfig, PpoPolicy
 
+MAX_GRAD_NORM = 1.0  # gradients are scaled down to this norm
+
 
 @dataclass(frozen=True, slots=True)
 class CloningConfig:
     """Imitation before reinforcement. With num_decisions 0 there is none."""
 
-    expert: Literal["mpc", "hysteresis"] = "hysteresis"  # mpc: some 10 ms a decision, and better
+    expert: Literal["mpc", "hysteresis", "rollouts"] = "hysteresis"  # rollouts: what each row came
+    # to on the traffic that followed, in utility; learn its costs, never its choice, which knows
+    # what nobody could
+    learn: Literal["choice", "costs"] = "choice"  # costs: what is least in the mean of alike states
     num_decisions: int = 0  # of the expert, with more than one legal row
     epochs: int = 20  # passes over them
     batch_size: int = 256
     learning_rate: float = 1e-3  # of Adam
-    temperature: float = 0.01  # of targets, in shares of keep's cost; 0: the expert's row alone
+    temperature: float = 0.01  # of targets, in units of cost; 0: the expert's row alone
     noise: float = 0.1  # share of decisions that are executed at random: states off its path
     held_out: float = 0.2  # share of decisions, the last ones, that is not learned from
+    seed: int = 0  # of the decisions, which runs that differ in their own seed may share
     num_processes: int = 1  # that collect; the decisions are the same
     file: str = ""  # of decisions: read where it exists, else written; empty: in the run's folder
     mpc: MpcConfig = field(default_factory=MpcConfig)  # its `decisions` has no meaning here
 
     def __post_init__(self) -> None:
+        if self.learn == "choice" and self.expert == "rollouts":
+            raise InvalidRequestError(
+                "cloning.expert 'rollouts' knows the traffic to come, and who copies its choices "
+                "learns what cannot be seen; set cloning.learn to 'costs'."
+            )
+        if self.learn == "costs" and self.temperature <= 0:
+            raise InvalidRequestError(
+                f"cloning.learn 'costs' needs a temperature above 0, got {self.temperature}."
+            )
         shares = (self.noise, self.held_out)
         if self.num_decisions < 0 or self.epochs < 1 or not all(0.0 <= s < 1.0 for s in shares):
             raise InvalidRequestError(
@@ -77,6 +92,12 @@ class Demonstrations:
         weights = np.exp((least - self.costs) / temperature)
         share: Floats = weights / weights.sum(axis=1, keepdims=True)
         return share
+
+    @property
+    def extra(self) -> Floats:
+        """[N, K] what each row costs more than keep; 0 where that is not known."""
+        found: Floats = np.where(np.isfinite(self.costs), self.costs - self.costs[:, :1], 0.0)
+        return found
 
     def part(self, which: slice) -> Demonstrations:
         return Demonstrations(self.flat[which], self.mask[which], self.costs[which])
@@ -157,17 +178,29 @@ def _fit(
     config: CloningConfig,
     seed: int,
 ) -> None:
-    """Cross-entropy to the targets, by Adam with a rate that falls linearly to zero."""
+    """By Adam with a rate that falls linearly to zero.
+
+    To copy choices: cross-entropy. To learn costs c: the cost expected under the policy less
+    temperature times its entropy, whose least is at softmax(-E[c] / temperature). It is linear in
+    c, so that what is noise in a cost averages out; and unlike squared errors, which those of a
+    few overloaded decisions rule, it counts a decision by what the choice is worth.
+    """
     flat = torch.from_numpy(normalizer.normalise(known.flat))
-    mask, target = torch.from_numpy(known.mask), torch.from_numpy(known.targets(config.temperature))
+    by_costs = config.learn == "costs"
+    legal = torch.from_numpy(np.isfinite(known.costs) if by_costs else known.mask)
+    wanted = torch.from_numpy(known.extra if by_costs else known.targets(config.temperature))
     adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     batches = list(_batches(len(known), config, torch.Generator().manual_seed(seed)))
     falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, len(batches))
     for batch in batches:
-        log_p = masked_log_softmax(network.forward_actor(flat[batch]), mask[batch])
-        loss = -(target[batch] * log_p).sum(dim=1).mean()
+        log_p = masked_log_softmax(network.forward_actor(flat[batch]), legal[batch])
+        if by_costs:
+            each = log_p.exp() * (wanted[batch] / config.temperature + log_p)
+        else:
+            each = -wanted[batch] * log_p
         adam.zero_grad()
-        loss.backward()
+        each.sum(dim=1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
         adam.step()
         falling.step()
 

@@ -35,6 +35,7 @@ class PpoConfig:
     skip_forced: bool = True  # states with one legal row stay out of the actor's loss
     group_size: int = 1  # environments in a row that meet the same traffic; the mean advantage of
     # the others is subtracted from each one's: a baseline for what no policy decides; 1: none
+    scale_groups: bool = False  # divide the advantages of each group by their own spread
     kl_prior_coef: float = (
         0.0  # weight of KL(policy || prior), the policy that training starts from
     )

@@ -30,6 +30,7 @@ from policies.mpc import MpcPolicy
 
 SLOW_GRID_S = 60.0  # between decisions of rules that plan each minute, and of those that stay
 ARTIFACTS = Path(__file__).parents[2] / "policies" / "artifacts"
+MIN_OBSERVED_S = 60.0  # of traffic, before the first switch of any rule
 MANY_ROWS = 24  # candidates of rules that count replicas
 
 
@@ -66,7 +67,8 @@ class ColdReload(DecisionPipeline):
 def _build(
     world: World, kind: type[DecisionPipeline] = DecisionPipeline, **settings: Any
 ) -> DecisionPipeline:
-    built = build_pipeline(world.cluster, world.typing, DecisionConfig(**settings), PREDICTOR)
+    config = DecisionConfig(min_observed_s=MIN_OBSERVED_S, **settings)
+    built = build_pipeline(world.cluster, world.typing, config, PREDICTOR)
     if kind is DecisionPipeline:
         return built
     return kind(world.cluster, world.typing, built.config, built.predictor)

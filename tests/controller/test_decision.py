@@ -200,3 +200,18 @@ def test_dead_replicas_get_no_traffic(build_pipeline: BuildPipeline) -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match="grid_s"):
         DecisionConfig(grid_s=0.0)
+
+
+def test_no_switch_before_traffic_was_seen_for_long_enough(
+    synthetic_cluster: ProfiledCluster, four_types: WorkloadTyping
+) -> None:
+    """Silent at and after the limit, counted from the reset; every switch is vetoed before."""
+    config = DecisionConfig(min_observed_s=30.0)
+    first = [ParallelConfig(1, 1)] * 4
+    pipeline = DecisionPipeline(synthetic_cluster, four_types, config, EwmaPredictor(4), first)
+    pipeline.reset(100.0)
+    pipeline.observe(_arrivals(100.0, 40.0, 2.0, seed=0))
+    for at_s, is_vetoed in ((100.0, True), (115.0, True), (130.0, False), (145.0, False)):
+        reasons = pipeline.prepare(_snapshot(at_s)).mask_reasons[1:]
+        assert all((reason == "unobserved") == is_vetoed for reason in reasons), at_s
+        assert reasons

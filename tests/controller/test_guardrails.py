@@ -213,7 +213,7 @@ def test_the_first_rule_in_the_table_is_the_reason(synthetic_cluster: ProfiledCl
         synthetic_cluster.spec,
         replace(SNAPSHOT, switch=FLYING),
         is_stale=True,
-        not_now=("hold", "drift", "dwell", "switch_budget"),
+        not_now=("unobserved", "hold", "drift", "dwell", "switch_budget"),
         banned={wrong.key: "undone"},
         capacity=capacity,
         demand=(1.0,),

@@ -33,7 +33,7 @@ def test_every_limit_of_a_mask_is_a_decision_setting_with_that_default() -> None
     for names, values in rows:
         numbers = [float(v) for v in values.split(",")]
         found |= dict(zip(re.findall(r"`(\w+)`", names), numbers, strict=True))
-    assert len(found) == 9
+    assert len(found) == 10
     assert found == {name: default[name] for name in found}
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from engine.errors import InvalidRequestError
 from envs.build import DEFAULT_PROFILE
-from envs.demonstrations import collect, demonstrations
-from envs.experiment import Experiment, build_experiment
+from envs.demonstrations import Rollouts, collect, demonstrations
+from envs.experiment import Experiment, build_env, build_experiment
 from envs.experiment_config import read_config
 from policies.cloning import CloningConfig, Demonstrations
 from policies.mpc import MpcConfig
@@ -45,12 +45,38 @@ def test_mpc_s_costs_are_kept_where_there_is_a_choice(experiment: Experiment) ->
     assert same(found, collect(experiment, MPC))
 
 
-def test_a_rule_has_a_row_and_no_costs(experiment: Experiment) -> None:
+def test_a_rule_s_costs_are_those_it_estimates(experiment: Experiment) -> None:
     found = collect(experiment, CloningConfig(num_decisions=30, noise=0.3))
-    assert ((found.costs == 0.0).sum(axis=1) == 1).all()
-    assert np.isinf(found.costs).sum() == found.costs.size - 30
-    assert found.mask[np.arange(30), found.rows].all()
+    np.testing.assert_array_equal(np.isfinite(found.costs), found.mask)
+    assert (found.costs[:, 0] == 1.0).all()  # keep's own
     assert len(np.unique(found.flat[:, 0])) > 1
+
+
+ROLLOUTS = CloningConfig("rollouts", "costs", 12, noise=0.5, mpc=MpcConfig(60.0))
+
+
+def test_rollouts_cost_what_requests_come_to(experiment: Experiment) -> None:
+    found = collect(experiment, ROLLOUTS)
+    known = found.costs[np.isfinite(found.costs)]
+    assert ((known >= 0.0) & (known <= 2.0)).all()  # from all at a worth of 1 to all at -1
+    assert np.isinf(found.costs[~found.mask]).all()
+    assert np.isfinite(found.costs[found.mask]).mean() > 0.9
+    assert same(found, collect(experiment, ROLLOUTS))
+
+
+def test_what_is_kept_costs_what_the_episode_then_does(experiment: Experiment) -> None:
+    """An episode of as many seconds as the rollout looks ahead, kept: the same requests, the same
+    worth."""
+    env = build_env(experiment)
+    env.reset(seed=3)
+    assert env.prepared is not None
+    cost = Rollouts(env, horizon_s=env.trace.duration_s).costs(env.prepared.observation)[0]
+    worth = 0.0
+    while not env.is_over:
+        worth += env.step(0)[1]
+    worth += env.ledger.open_worth(env.end_s)
+    config = env.ledger.config
+    assert cost == pytest.approx(1.0 - worth * config.scale_requests / len(env.trace), abs=1e-9)
 
 
 @pytest.mark.slow

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from engine.cluster import Request
 from engine.errors import InvalidRequestError
 from envs.traces import load_trace, read_trace
-from envs.workload import RequestType, Trace, WorkloadConfig, fit_lengths, generate, statistics
+from envs.workload import (
+    RequestType,
+    Trace,
+    WorkloadConfig,
+    fit_lengths,
+    generate,
+    gusts,
+    statistics,
+)
 
 NORMALISED = "timestamp_s,input_tokens,output_tokens\n0.000,4808,10\n0.052,3180,8\n7.500,1,1\n"
 AZURE = (
@@ -308,6 +316,37 @@ def test_thinned_poisson_is_poisson() -> None:
     thin = Trace(arrival_s, ones, ones, 7200.0).resample(8.0, rng)
     per_s = np.bincount(thin.arrival_s.astype(int), minlength=7200)
     assert abs(per_s.var() / per_s.mean() - 1.0) < 5 * np.sqrt(2 / 7200)
+
+
+def test_requests_come_as_often_as_asked_and_a_little_later() -> None:
+    trace = Trace(np.arange(4000.0), np.arange(4000), np.arange(4000) + 1, 4000.0)
+    factors = np.repeat([0.0, 0.5, 1.0, 2.5], 1000)
+    found = trace.repeat(factors, np.random.default_rng(0), within_s=0.5)
+    times = np.bincount(found.prompt_tokens, minlength=4000)
+    assert (times[:1000] == 0).all()
+    assert (times[2000:3000] == 1).all()
+    assert set(times[1000:2000]) == {0, 1}
+    assert set(times[3000:]) == {2, 3}
+    assert times[1000:2000].mean() == pytest.approx(0.5, abs=0.05)
+    assert times[3000:].mean() == pytest.approx(2.5, abs=0.05)
+    assert (np.diff(found.arrival_s) >= 0).all()
+    late_s = found.arrival_s - found.prompt_tokens
+    assert ((late_s >= 0) & (late_s <= 0.5)).all()
+    assert found.output_tokens[-1] == 4000
+
+
+def test_gusts_move_the_rate_and_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    trace = generate(
+        WorkloadConfig(cycle_amplitude=0.0, level_sigma=0.0, burst_factor=1.0), 3600, rng
+    )
+    still = gusts(WorkloadConfig(level_sigma=0.0, burst_factor=1.0), trace, rng)
+    np.testing.assert_array_equal(still.arrival_s, trace.arrival_s)
+    moved = gusts(WorkloadConfig(level_sigma=0.5, regime_s=300.0, burst_factor=1.0), trace, rng)
+    ratio = statistics(moved).idc_60s / statistics(trace).idc_60s
+    assert ratio > 3
+    assert set(moved.prompt_tokens) <= set(trace.prompt_tokens)
+    assert len(gusts(WorkloadConfig(), trace.window(0.0, 0.0), rng)) == 0
 
 
 def test_resample_of_nothing() -> None:

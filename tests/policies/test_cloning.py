@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,38 @@ def test_a_clone_does_what_its_expert_does_on_states_it_has_not_seen() -> None:
     exam.reset()
     exam.step_async(np.array([int(policy.probabilities(o).argmax()) for o in exam.now]))
     assert exam.step_wait()[1].mean() > 0.85
+
+
+def test_learning_costs_finds_what_is_best_in_the_mean() -> None:
+    """One row gains 1 most of the time and loses 5 now and then: the cheapest is mostly that row,
+    the cheapest in the mean is keep."""
+    env = PickTheBest(1000, seed=0)
+    env.reset()
+    flat, rng = np.stack([o.flat() for o in env.now]), np.random.default_rng(0)
+    mask = np.tile(np.array([True, True, False, False]), (1000, 1))
+    costs = np.full(mask.shape, np.inf, np.float32)
+    costs[:, 0], costs[:, 1] = 0.0, np.where(rng.random(1000) < 0.3, 5.0, -1.0)
+    given = Demonstrations(flat, mask, costs)
+    assert (given.rows == 1).mean() > 0.6
+    settings = replace(CONFIG, learn="costs", temperature=1.0)
+    policy, _ = clone(SPEC, settings, PPO, given, seed=0)
+    with torch.no_grad():
+        logits = policy.network.forward_actor(torch.from_numpy(policy.normalizer.normalise(flat)))
+    gains = (logits[:, 1] - logits[:, 0]).numpy()
+    assert gains.mean() == pytest.approx(-0.8, abs=0.3)  # 0.7 * 1 - 0.3 * 5, at temperature 1
+    assert (gains < 0).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"expert": "rollouts"}, "set cloning.learn to 'costs'"),
+        ({"learn": "costs", "temperature": 0.0}, "needs a temperature above 0"),
+    ],
+)
+def test_settings_that_would_teach_the_wrong_thing(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        CloningConfig(**wrong)
 
 
 def test_the_critic_and_the_seed_s_start_are_left_alone() -> None:

@@ -195,5 +195,11 @@ def test_advantages_of_the_others_by_hand() -> None:
     four = filled(GroupedRolloutBuffer, group_size=4)
     others = [(last.sum() - own) / 3 for own in last]
     np.testing.assert_allclose(four.advantages[1], last - others, rtol=1e-6)
-    for buffer in (plain, pairs, four):
+    scaled = filled(GroupedRolloutBuffer, group_size=2, scale_groups=True)
+    for group in (slice(0, 2), slice(2, 4)):
+        spread = pairs.advantages[:, group].std()
+        np.testing.assert_allclose(
+            scaled.advantages[:, group], pairs.advantages[:, group] / spread, rtol=1e-5
+        )
+    for buffer in (plain, pairs, four, scaled):
         np.testing.assert_array_equal(buffer.returns, filled(MaskableRolloutBuffer).returns)
