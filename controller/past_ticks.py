@@ -10,8 +10,13 @@ from controller.records import CandidateView, Mode, TickRecord, TickStatus, Type
 from engine.cluster import SwitchMode, SwitchPhase, SwitchTicket
 
 
-def past_ticks(records: Sequence[Mapping[str, Any]], types: Sequence[str]) -> Iterator[TickRecord]:
-    """Oldest first; `types` are the names of the workload types."""
+def past_ticks(records: Sequence[Mapping[str, Any]], types: Sequence[str]) -> list[TickRecord]:
+    """Oldest first; `types` are the names of the workload types. A tick that decided and then
+    lost the engine has two records, of which the second tells what it came to."""
+    return list({tick.seq: tick for tick in _ticks(records, types)}.values())
+
+
+def _ticks(records: Sequence[Mapping[str, Any]], types: Sequence[str]) -> Iterator[TickRecord]:
     tickets = {
         r["decision_id"]: _ticket(r["ticket"])
         for r in records

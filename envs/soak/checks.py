@@ -47,6 +47,7 @@ class FollowedLog:
         self.masked: Counter[str] = Counter()  # reasons, by decisions
         self.failures = 0
         self.next_seq, self.problems = 1, list[str]()
+        self._decided_seq = 0  # of the tick before, which may have lost the engine since
         self.num_torn, self.modes, self.lives = 0, Counter[str](), set[str]()
 
     def follow(self) -> None:
@@ -81,9 +82,11 @@ class FollowedLog:
         kind = record["record"]
         self.kinds[kind] += 1
         if kind in ("decision", "tick"):
-            if record["seq"] != self.next_seq:
+            lost_engine = kind == "tick" and record["seq"] == self._decided_seq
+            if record["seq"] != self.next_seq and not lost_engine:
                 self.problems.append(f"tick {record['seq']} follows {self.next_seq - 1}")
             self.next_seq = record["seq"] + 1
+            self._decided_seq = record["seq"] if kind == "decision" else 0
         if kind == "header":
             self.lives.add(record["life"])
         if kind == "decision":

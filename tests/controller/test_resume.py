@@ -400,3 +400,18 @@ def test_the_tail_is_read_across_files_from_a_whole_line_on(world: World) -> Non
         assert size < 10**4 or tail
     assert read_tail(world.log, 10**7) == whole
     assert read_tail(world.log.with_name("none"), 100) == ()
+
+
+def test_a_tick_that_lost_the_engine_after_its_decision_is_one_tick(world: World) -> None:
+    first = world.begin()
+    first.tick(2)
+    told = {"seq": 2, "at_s": 10.0, "status": "unavailable", "mode": "active", "reason": "gone"}
+    first.loop.log.append("tick", told | {"deployment_key": "", "tick_s": 0.1})
+    first.kill()
+    second = world.begin()
+    second.tick()
+    assert [(t.seq, str(t.status)) for t in second.loop.records] == [
+        (1, "decided"),
+        (2, "unavailable"),
+        (3, "decided"),
+    ]
