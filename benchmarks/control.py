@@ -1,8 +1,8 @@
 """What the control service costs: decisions asked for, ticks, watchers, a restart.
 
 The pool is 16 H100s that serve Llama-2-70B. Service and clients are processes of their own, and
-talk over gRPC on loopback; engines only tell of themselves. The policy is a trained one of
-`policies/artifacts/h100-16`, in torch, unless said otherwise.
+talk over gRPC on loopback; engines only tell of themselves. The policy is the shipped one of
+`policies/artifacts/h100-16`, which decides by hysteresis; `learned`: its first member, in torch.
 
 - decide_ms_p50: one client asks one decision after the other, each for a grid interval later,
   events reported before; `_events`: with the 300 events of the interval in the request.
@@ -33,7 +33,8 @@ from benchmarks.controlling import restart, ticks
 from benchmarks.controlling.load import decide, fan_out, served
 
 ROOT = Path(__file__).parents[1]
-POLICY = ROOT / "policies" / "artifacts" / "h100-16" / "seed0"
+SHIPPED = ROOT / "policies" / "artifacts" / "h100-16"
+LEARNED = SHIPPED / "seed0"
 KEY_16, KEY_1024 = "2xtp8pp1", "128xtp8pp1"
 CLIENTS, WATCHERS, PAUSE_S = 64, 200, 0.5
 GOALS = {
@@ -47,7 +48,10 @@ GOALS = {
 
 def measure_service(figures: dict[str, float], quick: bool) -> None:
     single, paced, closed, num_ticks = (200, 6, 4, 5) if quick else (1000, 20, 20, 30)
-    with served(16, KEY_16, POLICY) as service:
+    with served(16, KEY_16, LEARNED) as service:
+        one = asyncio.run(decide(service, 1, single, 0.0, False, KEY_16))
+        figures["decide_ms_p50_learned"] = float(np.median(one))
+    with served(16, KEY_16, SHIPPED) as service:
         one = asyncio.run(decide(service, 1, single, 0.0, False, KEY_16))
         figures["decide_ms_p50"], figures["decide_ms_p99"] = np.percentile(one, [50, 99])
         told = asyncio.run(decide(service, 1, single // 10, 0.0, True, KEY_16))
@@ -76,7 +80,7 @@ def main() -> None:
         figures[f"tick_{devices}_switches"] = switches
     measure_service(figures, quick)
     past = 60 if quick else restart.PAST_TICKS
-    for name, seconds in restart.measure(KEY_16, POLICY, 1 if quick else 5, past).items():
+    for name, seconds in restart.measure(KEY_16, LEARNED, 1 if quick else 5, past).items():
         figures[name], figures[f"{name}_max"] = float(np.median(seconds)), max(seconds)
     figures["load_average"] = os.getloadavg()[0]
     table = Table("figure", "value", "goal")

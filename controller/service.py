@@ -293,7 +293,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             raise InvalidRequestError("snapshot is missing; it must be given.", "snapshot")
         snapshot = from_proto(ClusterSnapshot, request.snapshot)
         events = tuple(from_proto(ClusterEvent, e) for e in request.events)
-        found, routing = await asyncio.to_thread(
+        found, routing = await asyncio.get_running_loop().run_in_executor(
+            self._sessions.worker,
             self._sessions.decide,
             request.session,
             self._loop.policy_server.policy,

@@ -77,6 +77,7 @@ class Client:
     def __init__(self, channel: Any, name: str, num_devices: int, key: str, seed: int) -> None:
         self._stub = control_pb2_grpc.ControlServiceStub(channel)
         self._name, self._engine = name, ToldEngine(pool(num_devices), key, seed)
+        self._seed, self._requests = seed, list[Any]()
 
     def _request(self, with_events: bool) -> Any:
         events = self._engine.events(GRID_S)
@@ -93,11 +94,14 @@ class Client:
             to_proto(event, request.events.add())
         await self._stub.ReportMetrics(request, timeout=TIMEOUT_S)
 
-    async def decide(self, num: int, pause_s: float, with_events: bool) -> list[float]:
+    def prepare(self, num: int, with_events: bool) -> None:
+        """The requests to come, so that making them takes no time between calls."""
+        self._requests = [self._request(with_events) for _ in range(num)]
+
+    async def decide(self, pause_s: float) -> list[float]:
         """Milliseconds of each call; `pause_s` is the mean of a pause before it, 0: none."""
-        rng, took = np.random.default_rng(hash(self._name) % 2**32), []
-        for _ in range(num):
-            request = self._request(with_events)
+        rng, took = np.random.default_rng(self._seed), []
+        for request in self._requests:
             if pause_s:
                 await asyncio.sleep(float(rng.exponential(pause_s)))
             begun_s = time.perf_counter()
@@ -117,8 +121,10 @@ async def decide(
         ]
         for client in every:
             await client.report()
-            await client.decide(1, 0.0, with_events)
-        took = await asyncio.gather(*(c.decide(num, pause_s, with_events) for c in every))
+            client.prepare(1, with_events)
+            await client.decide(0.0)
+            client.prepare(num, with_events)
+        took = await asyncio.gather(*(client.decide(pause_s) for client in every))
         return [ms for calls in took for ms in calls]
 
 
