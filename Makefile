@@ -14,7 +14,8 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ray check bench headroom ablations results soak protos check-protos lint-protos format model \
+.PHONY: help setup demo test test-slow fuzz test-ray check bench headroom ablations results soak protos \
+  check-protos lint-protos format model \
   train-quick clean
 
 help: ## list the targets
@@ -41,6 +42,9 @@ test: $(STAMP) ## the whole default test suite
 
 test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: $(STAMP) ## draw many messages and bytes at the control service; some minutes
+	$(BIN)/python -m pytest tests/controller/test_fuzz_control.py -m slow $(ARGS)
 
 test-ray: $(STAMP) ## workers as Ray actors on a local cluster of two nodes; about a minute
 	$(BIN)/python -m pytest tests/engine/test_ray_executor.py -m '' $(ARGS)

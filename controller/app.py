@@ -15,6 +15,7 @@ from controller.build import build_pipeline, load_profiled_cluster, pipeline_fro
 from controller.config import ControllerConfig
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog, read_tail
+from controller.http_front import RunningFront, start_http
 from controller.leadership import build_lease, lead
 from controller.lease import Lease
 from controller.log_records import header_record
@@ -26,10 +27,12 @@ from controller.remote import RemoteCluster
 from controller.resume import TAIL_BYTES, Keeper, resume
 from controller.retraining import RetrainingTrigger, expected_from
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
+from controller.security import Security, build_security
 from controller.service import start_grpc
 from controller.sessions import Sessions
 from controller.slo import find_slo
 from controller.trials import Trials
+from controller.watching import Watching
 from controller.workload import default_typing
 from engine.cluster import NO_SLO, SloSpec, parse_deployment_key
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
@@ -167,7 +170,10 @@ async def serve(config: ControllerConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     lease = build_lease(config)
-    with RemoteCluster(config.engine, config.engine_timeout_s, leader=lease) as remote:
+    with (
+        contextlib.closing(build_security(config)) as security,
+        RemoteCluster(config.engine, config.engine_timeout_s, leader=lease) as remote,
+    ):
         await _warm(config, remote)
         while not stop.is_set() and await lead(lease, remote, stop):
             try:
@@ -175,7 +181,7 @@ async def serve(config: ControllerConfig) -> None:
                 if lease is not None:
                     steering.loop.may_act = steering.loop.log.may_write = lambda: lease.is_held
                 try:
-                    await _serve(config, steering, lease, stop)
+                    await _serve(config, steering, security, lease, stop)
                 finally:
                     steering.close()
             finally:
@@ -199,21 +205,48 @@ async def _warm(config: ControllerConfig, remote: RemoteCluster) -> None:
         ) from error
 
 
+async def _dashboard(
+    config: ControllerConfig, steering: Steering, security: Security
+) -> RunningFront | None:
+    """None when its port cannot be had: an engine is steered without being watched, too."""
+    names = tuple(name.strip() for name in config.http_names.split(","))
+    loop, operations, sessions = steering.loop, steering.operations, steering.sessions
+    try:
+        return await start_http(
+            *(loop, operations, sessions, config.host, config.http_port, names),
+            *(security.gate, security.tls),
+        )
+    except UnavailableError as error:
+        logger.warning("there is no dashboard: %s", error)
+        return None
+
+
 async def _serve(
-    config: ControllerConfig, steering: Steering, lease: Lease | None, stop: asyncio.Event
+    config: ControllerConfig,
+    steering: Steering,
+    security: Security,
+    lease: Lease | None,
+    stop: asyncio.Event,
 ) -> None:
     """Until `stop`, or until the lease is lost."""
     loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
     server, port = await start_grpc(
-        loop, steering.operations, steering.sessions, config.host, config.grpc_port
+        *(loop, steering.operations, steering.sessions),
+        *(config.host, config.grpc_port, security),
     )
+    watching = Watching(config, loop, security)
+    front = await _dashboard(config, steering, security)
+    scheme = "https" if security.tls is not None else "http"
+    shown = f"{scheme}://{config.host}:{front.port}" if front is not None else "none"
     try:
+        watching.start()
         thread.start()
         print(
-            f"tidewright controller ready: grpc {config.host}:{port} engine {config.engine} "
+            f"tidewright controller ready: grpc {config.host}:{port} dashboard {shown} "
+            f"engine {config.engine} "
             f"policy {loop.policy_server.policy.name} mode {loop.mode} "
-            f"grid {loop.pipeline.config.grid_s:g} s",
+            f"grid {loop.pipeline.config.grid_s:g} s{watching.told}",
             flush=True,
         )
         while not stop.is_set() and not (lease is not None and lease.lost.is_set()):
@@ -221,8 +254,11 @@ async def _serve(
                 await asyncio.wait_for(stop.wait(), LOOK_S)
     finally:
         halt.set()
+        if front is not None:
+            await front.close()
         await server.stop(grace=0.5)
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+        await asyncio.to_thread(watching.close)
     counters = loop.counters
     print(
         f"controller stopped: {counters.num_ticks} ticks, {counters.num_decisions} decisions, "

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from controller.records import Mode
@@ -17,10 +18,17 @@ from engine.errors import InvalidRequestError
 if TYPE_CHECKING:  # gRPC reads its settings when it is imported; `__main__` makes them first
     from rich.console import Console
 
-    from controller.remote_control import RemoteControl, Told
+    from controller.json_messages import Told
+    from controller.remote_control import RemoteControl
 
 DEFAULT_TARGET = "127.0.0.1:50052"
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+ACCESS = {
+    "--tls-ca": "the authority of the controller's certificate: speak TLS",
+    "--tls-cert": "a client certificate, where the controller asks for one",
+    "--tls-key": "its key",
+    "--token-file": "a bearer token, where the controller has an access file",
+}
 COMMANDS = {
     "state": "what the controller does and why, what is deployed, what is expected to arrive",
     "watch": "every decision as it is made; --states: every change of the state",
@@ -48,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--json", action="store_true", help="JSON instead of tables")
     shared.add_argument("--timeout-s", type=float, default=10.0, help="seconds to wait for it")
+    for flag, text in ACCESS.items():
+        shared.add_argument(flag, type=Path, metavar="FILE", help=text)
     made = {
         name: commands.add_parser(name, help=text, description=text, parents=[shared])
         for name, text in COMMANDS.items()
@@ -152,13 +162,15 @@ def main(argv: list[str], out: Console | None = None) -> int:
     from rich.console import Console
 
     from controller.cli_tables import RENDER, render_change
+    from controller.control_channel import ClientAccess
     from controller.remote_control import RemoteControl
 
     given = build_parser().parse_args(argv)
     console, render = out or Console(), RENDER[given.command]
     if given.command == "watch" and given.states:
         render = render_change
-    with RemoteControl(given.control, given.timeout_s) as control:
+    access = ClientAccess(given.tls_ca, given.tls_cert, given.tls_key, given.token_file)
+    with RemoteControl(given.control, given.timeout_s, access=access) as control:
         try:
             for told in ask(control, given):
                 if given.json:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from controller.remote_control import Told
+from controller.json_messages import Told
 
 
 def table(*columns: str, rows: Iterable[Sequence[object]], title: str = "") -> Table:

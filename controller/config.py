@@ -59,4 +59,31 @@ class ControllerConfig(BaseModel):
     log_files: int = Field(16, ge=1, description="files that are kept of it")
     host: str = Field("127.0.0.1", description="address of the control service")
     grpc_port: int = Field(50052, ge=0, le=65535, description="its port; 0: any free one")
+    tls_cert: Path | None = Field(None, description="PEM certificate of the control service")
+    tls_key: Path | None = Field(
+        None, description="its private key; both are read when they change"
+    )
+    tls_client_ca: Path | None = Field(
+        None, description="PEM authority of which clients must have a certificate"
+    )
+    access: Path | None = Field(
+        None, description="file of names, roles and hashes of tokens; none: whoever calls may"
+    )
+    insecure: bool = Field(
+        False, description="serve beyond this machine without TLS or without an access file"
+    )
+    rate_per_s: float = Field(500.0, ge=0, description="calls per second of one caller; 0: any")
+    rate_burst: int = Field(1000, ge=1, description="calls that it may make at once")
+    max_message_mb: int = Field(64, ge=1, le=1024, description="megabytes (1e6) of one request")
+    audit: Path | None = Field(None, description="audit log to append to (JSON lines)")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port of Prometheus metrics on loopback; 0: any free one"
+    )
+    otlp_traces_endpoint: str = Field(
+        "", description="OTLP gRPC endpoint for a trace per decision, e.g. http://localhost:4317"
+    )
+    http_port: int = Field(50053, ge=0, le=65535, description="of the dashboard; 0: any free one")
+    http_names: str = Field(
+        "", description="host names that it answers to beside addresses and --host, with commas"
+    )
     seed: int = Field(0, ge=0, description="of the draws when not deterministic")

@@ -24,5 +24,6 @@ def decide(
     """`ask` gives a distribution over the rows and the row taken; what becomes of it is reviewed
     and planned."""
     act = ask(prepared)
+    pipeline.mark("act")
     decision = pipeline.resolve(prepared, act.action, act.probabilities, act.policy)
     return Decided(prepared, act, decision)

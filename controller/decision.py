@@ -143,6 +143,10 @@ def plan_to(
     )
 
 
+def _unmarked(step: str) -> None:
+    """Nobody measures how long the steps take."""
+
+
 class DecisionPipeline:
     """Owns monitor, predictor, planner and deployment scheduler of one controlled cluster.
 
@@ -181,6 +185,7 @@ class DecisionPipeline:
         self.guards = config.guardrails
         self._last_good = LastGood()
         self._room = TransitionRoom(cluster.spec, self.planner.configs)
+        self.mark: Callable[[str], None] = _unmarked  # called as each step ends
         self._capacity: tuple[object, dict[ParallelConfig, list[float]]] = (None, {})
         self.observation_spec: ObservationSpec = observation_spec(
             len(typing.types), config.max_candidates, config.grid_s
@@ -227,6 +232,7 @@ class DecisionPipeline:
         twin.predictor = copy.deepcopy(self.predictor)
         twin.scheduler = DeploymentScheduler(self.scheduler.config)
         twin._last_good = LastGood()
+        twin.mark = _unmarked
         twin._room = TransitionRoom(self.cluster.spec, self.planner.configs)
         twin.reset(0.0)
         return twin
@@ -251,11 +257,15 @@ class DecisionPipeline:
         self._follow(snapshot)
         lost = self._lost_events
         self.take_interval(snapshot.now_s)
-        state, forecast = self.monitor.state(snapshot), self.predictor.forecast()
+        state = self.monitor.state(snapshot)
+        self.mark("monitor")
+        forecast = self.predictor.forecast()
+        self.mark("forecast")
         lengths = np.array([state.prompt_tokens, state.output_tokens]).T
         recent = self.monitor.recent_counts(snapshot.now_s)
         mixing = self.monitor.posterior.mixing
         candidates = self.planner.propose(snapshot, forecast, self._last, lengths, recent, mixing)
+        self.mark("propose")
         unknown = state.observed_s < self.config.min_observed_s - 1e-9
         waits = (*restraints.not_now, *self.scheduler.reasons(snapshot.now_s))
         now = Circumstances(
@@ -270,10 +280,12 @@ class DecisionPipeline:
             is_in_place=self._in_place(snapshot),
         )
         reasons = mask_reasons(now, candidates, self.guards, restraints.waived)
+        self.mark("admit")
         since_s = self.scheduler.since_switch_s(snapshot.now_s)
         situation = Situation(self.cluster.spec, snapshot, state, forecast, since_s)
         observation = build_observation(self.observation_spec, situation, candidates, reasons)
         posterior = self.monitor.posterior
+        self.mark("prepare")
         return PreparedDecision(
             snapshot.now_s,
             snapshot,
@@ -330,6 +342,7 @@ class DecisionPipeline:
         name = decision_id or self._decision_id(prepared)
         reasons = prepared.mask_reasons
         found = review(reasons, action, probabilities)
+        self.mark("review")
         plan: SwitchPlan | None = None
         if found.executed != KEEP:
             try:
@@ -340,7 +353,10 @@ class DecisionPipeline:
                     for row, reason in enumerate(reasons)
                 )
                 found = review(blocked, action, probabilities)
-        return self._decision(prepared, action, found, plan, policy_name, name)
+            self.mark("plan")
+        decision = self._decision(prepared, action, found, plan, policy_name, name)
+        self.mark("resolve")
+        return decision
 
     def _decision_id(self, prepared: PreparedDecision) -> str:
         text = f"{prepared.at_s!r}|{prepared.snapshot.epoch}|{self._num_decisions}"

@@ -7,6 +7,7 @@ controller's own clock. What is done by hand is in `controller.operations`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -52,6 +53,7 @@ from engine.errors import (
 from policies.baselines import KeepPolicy
 
 logger = logging.getLogger(__name__)
+Step = tuple[str, float, float]  # name, start and end on time.perf_counter
 NUM_RECORDS_KEPT = 10_000
 NUM_SWITCHES_KEPT = 100
 NUM_EXPLAINED_KEPT = 500
@@ -106,6 +108,9 @@ class ControlLoop:
         self.snapshot: ClusterSnapshot | None = None
         self.prepared: PreparedDecision | None = None
         self.available = False
+        self.steps: tuple[Step, ...] = ()  # of the last tick, in order
+        self._marks: list[tuple[str, float]] = []
+        pipeline.mark = self._mark
         self._notes: list[str] = []
         self.lineage = log.life  # of this life and those that it goes on from
         self.may_act: Callable[[], bool] = lambda: True  # False: another controller may, by now
@@ -132,6 +137,7 @@ class ControlLoop:
             if not self.may_act():
                 return self._blank(TickStatus.UNAVAILABLE, "another controller may act by now")
             self.counters.num_ticks += 1
+            self._marks = [("", started_s)]
             explained: Explained | None = None
             try:
                 explained = self._decide(started_s)
@@ -175,10 +181,13 @@ class ControlLoop:
             "arm": arm,
         }
         self.log.append("decision", told)
+        self._mark("log")
         ticket = self._apply(prepared, decision, at_s) if self.mode is Mode.ACTIVE else None
         self.counters.num_decisions += 1
         self.counters.num_vetoed += bool(decision.vetoes)
+        self._mark("apply")
         self._ask_shadows(prepared, decision)
+        self._mark("shadows")
         record = observed_record(seq, self.mode, prepared, types, act)
         record = decided_record(record, act, decision, ticket, arm)
         return Explained(record, prepared.observation)
@@ -222,6 +231,7 @@ class ControlLoop:
         somebody else. With `turn` held."""
         snapshot, last = self.cluster.snapshot(), self.seen
         batch = self.cluster.events(self.cursor)
+        self._mark("snapshot")
         if last is not None and (last.is_after(snapshot) or batch.next_cursor < self.cursor):
             logger.warning("the engine was restarted: its clock or its counters went back")
             self.counters.num_restarts += 1
@@ -245,6 +255,7 @@ class ControlLoop:
             self.log.append("drift", asdict(drift))
         self._end_canary(self.trials.observe(snapshot.now_s, batch.events))
         self._cancel_overdue(snapshot)
+        self._mark("observe")
         return snapshot
 
     def _end_canary(self, why: str) -> None:
@@ -322,9 +333,15 @@ class ControlLoop:
         at_s = self.snapshot.now_s if self.snapshot is not None else 0.0
         return TickRecord(self.next_seq, at_s, status, self.mode, reason=reason)
 
+    def _mark(self, step: str) -> None:
+        """That step of the tick has ended; what follows is the next one's."""
+        self._marks.append((step, time.perf_counter()))
+
     def _publish(self, record: TickRecord, explained: Explained | None) -> None:
+        pairs = itertools.pairwise(self._marks)
         with self.lock:
             self.next_seq = record.seq + 1
+            self.steps = tuple((name, from_s, to_s) for (_, from_s), (name, to_s) in pairs)
             self.records.append(record)
             if explained is not None:
                 self.explained.append(replace(explained, record=record))

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
-from google.protobuf.json_format import MessageToDict
 
+from controller.control_channel import ClientAccess, open_channel
+from controller.json_messages import Told
+from controller.json_messages import told as _told
 from controller.records import Mode, TickRecord
 from engine.errors import UnavailableError
 from engine.grpc_server import MAX_MESSAGE_BYTES
@@ -20,15 +22,22 @@ from protos import control_pb2_grpc
 
 KEPT_TICKS = 1000
 STREAM_S = 600.0  # deadline of a stream; it goes on with its resume token
-Told = dict[str, Any]  # a message as plain data, with the field names of control.proto
 
 
 class RemoteControl:
     """Owns one channel to a controller and the thread that follows its decisions; close it."""
 
-    def __init__(self, target: str, timeout_s: float = 5.0, stream_s: float = STREAM_S) -> None:
+    def __init__(
+        self,
+        target: str,
+        timeout_s: float = 5.0,
+        stream_s: float = STREAM_S,
+        access: ClientAccess | None = None,
+    ) -> None:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        self._channel = grpc.insecure_channel(target, options)
+        access = access or ClientAccess()
+        self._metadata = access.metadata(target)
+        self._channel = open_channel(target, access, options)
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
         self._timeout_s, self._stream_s = timeout_s, stream_s
         self._ticks: deque[TickRecord] = deque(maxlen=KEPT_TICKS)
@@ -56,7 +65,7 @@ class RemoteControl:
     def _follow(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
         """A stream that outlives its deadline. Raises grpc.RpcError for any other end."""
         while not self._is_closed:
-            self._stream = method(request, timeout=self._stream_s)
+            self._stream = method(request, timeout=self._stream_s, metadata=self._metadata)
             try:
                 for response in self._stream:
                     yield response
@@ -83,7 +92,7 @@ class RemoteControl:
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
         except ValueError as error:  # what grpc says of a channel that was closed
@@ -176,23 +185,3 @@ class RemoteControl:
 
 def _new_key() -> str:
     return uuid.uuid4().hex
-
-
-def _told(message: Any) -> Told:
-    """Every field, also those at their default; 64-bit integers as numbers."""
-    told: Told = MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return _with_integers(told, message.DESCRIPTOR)
-
-
-def _with_integers(told: Told, descriptor: Any) -> Told:
-    """protobuf's JSON has 64-bit integers as strings."""
-    for name, value in told.items():
-        field = descriptor.fields_by_name[name]
-        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            for item in value if isinstance(value, list) else [value]:
-                _with_integers(item, field.message_type)
-        elif field.cpp_type in (field.CPPTYPE_INT64, field.CPPTYPE_UINT64):
-            told[name] = [int(v) for v in value] if isinstance(value, list) else int(value)
-    return told

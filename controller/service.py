@@ -17,10 +17,12 @@ import grpc
 from controller import replies
 from controller.deadlines import DeadlineInterceptor
 from controller.explanations import explain
+from controller.gate_interceptor import GateInterceptor
 from controller.loop import ControlLoop
 from controller.operations import Operations, Proposal
 from controller.records import TickRecord
 from controller.replies import MODES, NUMBERS
+from controller.security import Security
 from controller.sessions import Sessions
 from controller.tick_records import Explained
 from engine.cluster import ClusterEvent, ClusterSnapshot
@@ -324,13 +326,20 @@ def _require_key(request: Any) -> None:
 
 
 async def start_grpc(
-    loop: ControlLoop, operations: Operations, sessions: Sessions, host: str, port: int
+    loop: ControlLoop,
+    operations: Operations,
+    sessions: Sessions,
+    host: str,
+    port: int,
+    security: Security | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """Start the service; returns the server and its port. Raises UnavailableError: port in use."""
+    security = security or Security()
     servicer = ControlService(loop, operations, sessions)
 
     def add(server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
 
-    interceptors = [DeadlineInterceptor(SERVICE_NAME)]
-    return await start_server(add, SERVICE_NAME, host, port, interceptors)
+    interceptors = [GateInterceptor(security.gate), DeadlineInterceptor(SERVICE_NAME)]
+    limit, credentials = security.max_message_bytes, security.credentials
+    return await start_server(add, SERVICE_NAME, host, port, interceptors, credentials, limit)

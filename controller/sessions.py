@@ -15,13 +15,14 @@ import numpy as np
 from controller.deciding import Decided, decide
 from controller.decision import DecisionPipeline
 from controller.policy_server import PolicyServer
-from engine.cluster import ClusterEvent, ClusterSnapshot, Routing
+from engine.cluster import ClusterEvent, ClusterSnapshot, RequestOutcome, Routing
 from engine.errors import InvalidRequestError
 from policies.base import Policy
 from policies.baselines import HysteresisPolicy
 
 MAX_SESSIONS = 64
 MAX_NAME = 200  # characters
+MAX_TIME_S, MAX_TOKENS = 1e12, 1e9  # of an event; more would drown all others
 
 
 @dataclass(slots=True)
@@ -74,7 +75,9 @@ class Sessions:
     def report(
         self, name: str, policy: Policy, events: Sequence[ClusterEvent], num_lost: int
     ) -> int:
-        """Take in events; returns how many the session has."""
+        """Take in events; returns how many the session has. Raises InvalidRequestError for one
+        that cannot have happened."""
+        _check_events(events)
         session = self._session(name, policy)
         with session.lock:
             session.pipeline.observe(events, num_lost)
@@ -90,7 +93,11 @@ class Sessions:
         num_lost: int,
         seed: int | None,
     ) -> tuple[Decided, Routing]:
-        """A decision, and the best routing for what is deployed. With a seed it is drawn."""
+        """A decision, and the best routing for what is deployed. With a seed it is drawn. Raises
+        InvalidRequestError for what cannot be."""
+        if seed is not None and seed < 0:
+            raise InvalidRequestError(f"the seed is {seed}; expected 0 or more.", "seed")
+        _check_events(events)
         session = self._session(name, policy)
         with session.lock:
             if session.source is not policy:
@@ -119,3 +126,25 @@ class Sessions:
             for session in self._sessions.values():
                 session.server.close()
             self._sessions.clear()
+
+
+def _check_events(events: Sequence[ClusterEvent]) -> None:
+    """One that is no number would be in every rate of the session from then on."""
+    for event in events:
+        for told in (event.arrival, event.outcome):
+            if told is None:
+                continue
+            times = [event.at_s, told.arrival_s]
+            counts = [told.prompt_tokens]
+            if isinstance(told, RequestOutcome):
+                times += [told.finish_s, told.longest_gap_s, told.first_token_s or 0.0]
+                counts.append(told.output_tokens)
+            if not (
+                all(abs(t) <= MAX_TIME_S for t in times)
+                and 0 <= min(counts) <= max(counts) <= MAX_TOKENS
+            ):
+                raise InvalidRequestError(
+                    f"event {event.seq} has times {times} and token counts {counts}; expected "
+                    f"seconds up to {MAX_TIME_S:g}, and counts of 0 to {MAX_TOKENS:g}.",
+                    "events",
+                )

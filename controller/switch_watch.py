@@ -110,7 +110,20 @@ class SwitchWatch:
     @property
     def targets(self) -> SloSpec:
         """Those given, else from how requests were served lately."""
-        return self._slo if self._slo != NO_SLO or not self._ended else own_targets(self._ended)
+        if self.has_targets or not self._ended:
+            return self._slo
+        return own_targets(tuple(self._ended))
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether targets were given."""
+        return self._slo != NO_SLO
+
+    def attainment(self, since_s: float) -> tuple[int, int]:
+        """Of the requests that ended after then: how many were served within the targets, and how
+        many there are. May be asked from any thread."""
+        slo, ended = self.targets, [o for o in tuple(self._ended) if o.finish_s > since_s]
+        return sum(is_good(slo, o) for o in ended), len(ended)
 
     def observe(
         self, now_s: float, events: Iterable[ClusterEvent], ticket: SwitchTicket | None

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from engine.api.server import OpenAIServer
 from engine.build import build_runtime, resolve_model
 from engine.cluster import RequestStatus
 from engine.config import EngineConfig
-from engine.errors import UnavailableError
+from engine.http_server import HttpServer, bind_http
 from engine.logs import RequestLog
 from engine.metrics import EngineMetrics
 from engine.runtime import EngineRuntime
@@ -27,29 +27,6 @@ from engine.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
 HTTP_GRACE_S = 2
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: the process decides when to stop."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def bind_http(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UnavailableError when the port cannot be had."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise UnavailableError(
-            f"HTTP port {port} on {host} cannot be bound ({error.strerror}); choose another with "
-            "--port, or 0 for any."
-        ) from error
-    return sock
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +104,7 @@ async def http_server(
 ) -> AsyncIterator[None]:
     """The HTTP server answers from the first moment on; /ready tells what for."""
     api = OpenAIServer(runtime, tokenizer, EngineMetrics(runtime, name), name)
-    server = _Server(
+    server = HttpServer(
         uvicorn.Config(
             api.app,
             log_config=None,

@@ -1,7 +1,8 @@
 """Errors as google.rpc.Status, which clients of any language can take apart.
 
-The detail is an ErrorInfo with the class name as its reason, and a BadRequest where a field is at
-fault. It travels in the trailing metadata key that gRPC keeps for it.
+The detail is an ErrorInfo with the class name as its reason, a BadRequest where a field is at
+fault, and a RetryInfo where it is known when to try again. It travels in the trailing metadata key
+that gRPC keeps for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from engine.errors import InvalidRequestError, TidewrightError
+from engine.errors import InvalidRequestError, OverloadedError, TidewrightError
 from engine.wire import name_of, status_of
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -27,4 +28,8 @@ def details_of(error: TidewrightError) -> bytes:
         bad = error_details_pb2.BadRequest()
         bad.field_violations.add(field=error.param, description=str(error))
         status.details.add().Pack(bad)
+    if isinstance(error, OverloadedError) and error.retry_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMicroseconds(round(error.retry_s * 1e6))
+        status.details.add().Pack(retry)
     return bytes(status.SerializeToString())

@@ -33,7 +33,22 @@ class SwitchInProgressError(TidewrightError):
 
 
 class OverloadedError(TidewrightError):
-    """The bounded request queue is full; retry later."""
+    """The bounded request queue is full, or a caller's rate is spent; retry later.
+
+    `retry_s` says after how many seconds, where that is known.
+    """
+
+    def __init__(self, message: str, retry_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
+class UnauthenticatedError(TidewrightError):
+    """The caller gave no token, or one that nobody has."""
+
+
+class PermissionDeniedError(TidewrightError):
+    """The caller is known and may not do that: its role is too low."""
 
 
 class UnavailableError(TidewrightError):

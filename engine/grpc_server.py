@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -31,8 +32,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        if handler.unary_unary is None:  # reflection's stream-stream
-            return handler
+        if handler.unary_unary is None:  # reflection's
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_stream(handler.stream_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
         return grpc.unary_unary_rpc_method_handler(
             _guard_unary(handler.unary_unary),
             handler.request_deserializer,
@@ -55,10 +60,22 @@ def _guard_unary(method: Any) -> Any:
     return guarded
 
 
+async def responses_of(method: Any, request: Any, context: Any) -> AsyncGenerator[Any]:
+    """Of a stream's handler; one that writes them to the context itself, as health's does, yields
+    none here."""
+    answer = method(request, context)
+    if inspect.isawaitable(answer):
+        await answer
+        return
+    async with aclosing(answer) as responses:
+        async for response in responses:
+            yield response
+
+
 def _guard_stream(method: Any) -> Any:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async with aclosing(method(request, context)) as responses:
+            async with aclosing(responses_of(method, request, context)) as responses:
                 async for response in responses:
                     yield response
         except TidewrightError as error:
@@ -73,12 +90,15 @@ async def start_server(
     host: str,
     port: int,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    credentials: grpc.ServerCredentials | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> tuple[grpc.aio.Server, int]:
-    """Start one service with health and reflection; returns the server and its port.
+    """Start one service with health and reflection; returns the server and its port. With
+    credentials it speaks TLS only.
 
     Raises UnavailableError when the port cannot be bound.
     """
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)]
     server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=options)
     add_servicer(server)
     healthy = health.aio.HealthServicer()
@@ -87,7 +107,10 @@ async def start_server(
     names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if credentials is None:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        else:
+            bound = server.add_secure_port(f"{host}:{port}", credentials)
     except RuntimeError as error:
         raise UnavailableError(
             f"gRPC port {port} on {host} cannot be bound; it is in use or not allowed. Choose "

@@ -31,6 +31,8 @@ STATUS_OF: dict[type[TidewrightError], grpc.StatusCode] = {
     errors.StaleEpochError: grpc.StatusCode.ABORTED,
     errors.SwitchInProgressError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
 }

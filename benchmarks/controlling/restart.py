@@ -57,7 +57,18 @@ def controller(engine: str, log: Path, arguments: tuple[str, ...]) -> Iterator[f
     killed without warning."""
     size = log.stat().st_size
     begun_s = time.monotonic()
-    command = ["-m", "controller", "--engine", engine, "--log", str(log), "--grpc-port", "0"]
+    command = [
+        "-m",
+        "controller",
+        "--engine",
+        engine,
+        "--log",
+        str(log),
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+    ]
     process = subprocess.Popen(
         [sys.executable, *command, *arguments],
         stdout=subprocess.DEVNULL,

@@ -85,7 +85,7 @@ class Soak:
         given = ("--faults", self._policy_fault, "--engine", self.engine.target, "--rule", "keep")
         limits = ("--engine-timeout-s", ENGINE_TIMEOUT_S, "--policy-deadline-s", POLICY_DEADLINE_S)
         log = ("--log", self._folder / f"{name}.log", "--log-mb", 8, "--log-files", 3)
-        rest = ("--grpc-port", 0, "--no-deterministic", "--seed", config.seed)
+        rest = ("--grpc-port", 0, "--http-port", 0, "--no-deterministic", "--seed", config.seed)
         every = map(str, (*own, *given, *limits, *log, *rest, *arguments))
         stderr = self._folder / f"{name}-{self._starts}.txt"
         return start_server("controller", ["envs.soak.controller", *every], stderr)

@@ -17,6 +17,7 @@ from controller.operations import Operations
 from controller.policy_server import PolicyServer
 from controller.records import Mode
 from controller.roster import PolicyRoster
+from controller.security import Security
 from controller.service import start_grpc
 from controller.sessions import Sessions
 from engine.cluster import (
@@ -43,8 +44,8 @@ class Gated(SurrogateCluster):
 
     is_gone = False
 
-    def __init__(self, cluster: ProfiledCluster) -> None:
-        super().__init__(cluster, dense_deployment(parse_deployment_key("4xtp1pp1")))
+    def __init__(self, cluster: ProfiledCluster, key: str = "4xtp1pp1") -> None:
+        super().__init__(cluster, dense_deployment(parse_deployment_key(key)))
         self.asked, self.gate = threading.Event(), threading.Event()
         self.gate.set()
 
@@ -59,7 +60,12 @@ class Gated(SurrogateCluster):
 class Served:
     """A control service in a thread; the test steps the engine and the loop."""
 
-    def __init__(self, cluster: ProfiledCluster, policies: Path | None = None) -> None:
+    def __init__(
+        self,
+        cluster: ProfiledCluster,
+        policies: Path | None = None,
+        security: Security | None = None,
+    ) -> None:
         self.cluster = Gated(cluster)
         pipeline = build_pipeline(cluster, TYPING, DecisionConfig(grid_s=GRID_S, min_dwell_s=5.0))
         server = PolicyServer(KeepPolicy(), KeepPolicy(), 10.0, deterministic=True)
@@ -70,7 +76,10 @@ class Served:
         self._thread.start()
         self.operations = Operations(self.loop, PolicyRoster(pipeline, policies or Path("none")))
         self.sessions = Sessions(pipeline, 10.0)
-        served = start_grpc(self.loop, self.operations, self.sessions, "127.0.0.1", 0)
+        self.security = security or Security()
+        served = start_grpc(
+            self.loop, self.operations, self.sessions, "127.0.0.1", 0, self.security
+        )
         self._server, self.port = self._run(served)
         self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         self.stub = control_pb2_grpc.ControlServiceStub(self._channel)

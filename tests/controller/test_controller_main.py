@@ -12,15 +12,23 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 import torch
+import trustme
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from controller.__main__ import main
+from controller.access import issue_token
 from controller.build import build_pipeline, pipeline_facts
+from controller.control_channel import ClientAccess
 from controller.decision import DecisionConfig
 from controller.decision_log import read_log
 from controller.remote_control import RemoteControl
@@ -47,6 +55,7 @@ ROOT = Path(__file__).parents[2]
 TYPING = WorkloadTyping((WorkloadType("short", 64, 32), WorkloadType("long", 700, 200)), (0.7, 0.3))
 CONFIG = DecisionConfig(grid_s=0.25, min_dwell_s=1.0, max_candidates=6)
 WAIT_S = 40.0
+FRONT = ("--http-port", "0")
 
 
 class SurrogateService(engine_pb2_grpc.EngineServiceServicer):
@@ -154,12 +163,37 @@ def checkpoint(
     )
 
 
+class Collector:
+    """What an OpenTelemetry collector does: takes spans over gRPC."""
+
+    def __init__(self) -> None:
+        self._spans: list[str] = []
+        self._server = grpc.server(ThreadPoolExecutor(1))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def Export(self, request: Any, context: Any) -> Any:
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self._spans += [span.name for span in scope.spans]
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def names(self) -> set[str]:
+        return set(self._spans)
+
+    def close(self) -> None:
+        self._server.stop(0).wait(10)
+
+
 class Controller:
     """The process, its ready line, and a client."""
 
-    def __init__(self, *arguments: str, cwd: Path = ROOT) -> None:
+    def __init__(
+        self, *arguments: str, cwd: Path = ROOT, access: ClientAccess | None = None
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "controller", *arguments, "--grpc-port", "0"],
+            [sys.executable, "-m", "controller", *arguments, "--grpc-port", "0", *FRONT],
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -172,8 +206,9 @@ class Controller:
         if found is None:
             self.process.kill()
             raise AssertionError(self.process.communicate()[1])
+        self.page = re.search(r"dashboard (http://\S+)", self.ready)
         self.target = f"127.0.0.1:{found[1]}"
-        self.control = RemoteControl(self.target, timeout_s=10.0)
+        self.control = RemoteControl(self.target, timeout_s=10.0, access=access)
 
     def wait_for(self, condition: Callable[[list[Any]], bool]) -> list[Any]:
         deadline_s = time.monotonic() + WAIT_S
@@ -241,10 +276,14 @@ def test_interrupted_in_advisory_mode_it_has_applied_nothing(
         ticks = controller.wait_for(lambda ticks: len(ticks) >= 4)
         assert {t.deployment_key for t in ticks} == {"4xtp1pp1"}
         assert not [t for t in ticks if t.ticket]
-        code, out, _ = controller.end(signal.SIGINT)
+        assert controller.page is not None
+        with urlopen(f"{controller.page[1]}/api/events", timeout=20) as events:
+            assert events.readline().startswith(b"retry")  # a page that watches keeps nobody up
+            code, out, err = controller.end(signal.SIGINT)
     finally:
         controller.close()
     assert (code, "0 switches done, 0 failed" in out) == (0, True)
+    assert "Traceback" not in err
 
 
 def test_a_rule_needs_no_checkpoint_and_the_commands_reach_it(
@@ -338,3 +377,57 @@ def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path) -> None:
     config = tmp_path / "controller.yaml"
     config.write_text("polcy: x\n")
     assert "unknown key 'polcy'" in refused("--config", str(config))
+
+
+def test_guarded_and_watched_it_is_reached_with_a_certificate_and_a_token(
+    engine: ServedEngine, checkpoint: Path, tmp_path: Path
+) -> None:
+    """TLS, an access file, the audit log, metrics and traces, all of one process."""
+    authority = trustme.CA()
+    server = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    (tmp_path / "server.pem").chmod(0o600)
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(issue_token(tmp_path / "access", "alice", "operate"))
+    access = ClientAccess(tls_ca=tmp_path / "ca.pem", token_file=token)
+    collector = Collector()
+    controller = Controller(
+        *("--engine", f"127.0.0.1:{engine.port}", "--policy", str(checkpoint)),
+        *("--tls-cert", str(tmp_path / "server.pem"), "--tls-key", str(tmp_path / "server.pem")),
+        *("--access", str(tmp_path / "access"), "--audit", str(tmp_path / "audit.jsonl")),
+        *("--metrics-port", "0", "--otlp-traces-endpoint", collector.endpoint),
+        access=access,
+    )
+    try:
+        controller.wait_for(lambda ticks: len(ticks) >= 3)
+        controller.control.hold(60.0, "night")
+        found = re.search(r"metrics (127\.0\.0\.1:\d+)", controller.ready)
+        assert found is not None
+        with urllib.request.urlopen(f"http://{found[1]}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        assert re.search(r'tidewright_ticks_total{status="decided"} [3-9]', text)
+        assert 'tidewright_control_calls_total{code="OK",method="Hold"} 1.0' in text
+        code, _, err = controller.end(signal.SIGTERM)
+        names = collector.names()
+    finally:
+        controller.close()
+        collector.close()
+    assert code == 0, err
+    assert names >= {"decision", "snapshot", "forecast", "propose", "act", "review", "apply"}
+    (call,) = [r for r in read_log(tmp_path / "audit.jsonl").records if r["record"] == "call"]
+    assert (call["caller"], call["method"].rpartition("/")[2], call["status"]) == (
+        *("alice", "Hold"),
+        "OK",
+    )
+    assert token.read_text() not in (tmp_path / "audit.jsonl").read_text() + err
+
+
+def test_it_does_not_start_where_others_could_steer_it(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--host", "0.0.0.0", "--grpc-port", "0", "--policy", str(checkpoint)])
+    assert error.value.code == 2
+    assert "--insecure" in capsys.readouterr().err

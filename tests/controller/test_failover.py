@@ -44,7 +44,18 @@ class Process:
 
     def __init__(self, engine: str, log: Path, *arguments: str) -> None:
         own = ("--faults", str(log.with_name("no faults")), "--dwell-s", "0.5", "--grid-s", "0.2")
-        given = ("--engine", engine, "--rule", "keep", "--grpc-port", "0", "--log", str(log))
+        given = (
+            "--engine",
+            engine,
+            "--rule",
+            "keep",
+            "--grpc-port",
+            "0",
+            "--http-port",
+            "0",
+            "--log",
+            str(log),
+        )
         drawn = ("--no-deterministic", "--lease-s", str(LEASE_S), *arguments)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "envs.soak.controller", *own, *given, *drawn],

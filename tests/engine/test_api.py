@@ -17,11 +17,12 @@ import httpx
 import pytest
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
-from engine.app import bind_http, http_server
+from engine.app import http_server
 from engine.build import build_runtime
 from engine.cluster import RequestOutcome, RequestStatus, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.config import EngineConfig
 from engine.facade import EngineCluster
+from engine.http_server import bind_http
 from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc

@@ -1,0 +1,35 @@
+"""What every HTTP server here shares: a listening socket, and uvicorn without signal handling."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from engine.errors import UnavailableError
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handling: the process decides when to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind_http(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A listening socket. Raises UnavailableError when the port cannot be had; `option` is what
+    chooses another."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise UnavailableError(
+            f"HTTP port {port} on {host} cannot be bound ({error.strerror}); choose another with "
+            f"{option}, or 0 for any."
+        ) from error
+    return sock
