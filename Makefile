@@ -14,7 +14,8 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow fuzz test-ray check bench headroom ablations results protos check-protos format model \
+.PHONY: help setup demo test test-slow fuzz test-ray check bench headroom ablations results soak protos \
+  check-protos lint-protos format model \
   train-quick clean
 
 help: ## list the targets
@@ -36,8 +37,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),model) ## the main job, live; TRACE=FILE for your own trace, MODEL=smollm2 for words
 	$(BIN)/python demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
-test: $(STAMP) ## the whole default test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the whole default test suite, a file at a time on each of two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -79,6 +80,9 @@ check-protos: $(STAMP)
 	  echo "protos/$${stub##*/} is not what its .proto generates; run 'make protos'." >&2; \
 	  exit 1; }; done
 
+lint-protos: ## lint protos/ by buf, which npx fetches; needs Node.js
+	npx --yes @bufbuild/buf@1.75.0 lint
+
 format: $(STAMP) ## format and fix what ruff can fix
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -90,6 +94,9 @@ $(MODEL_STAMP): $(STAMP)
 
 model: $(MODEL_STAMP) ## fetch SmolLM2-135M-Instruct (93 MB) and convert it for --model smollm2
 	$(BIN)/python -m engine.demo_model
+
+soak: $(STAMP) ## steer for half an hour with a fault every 20 s, ARGS="--minutes N"; see envs/soak
+	$(BIN)/python -m envs.soak $(ARGS)
 
 train-quick: $(STAMP) ## train a small policy on the surrogate, under five minutes
 	$(BIN)/python train.py --config configs/quick.yaml $(ARGS)

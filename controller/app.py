@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import threading
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from typing import Any
 from controller.build import build_pipeline, load_profiled_cluster, pipeline_from_facts
 from controller.config import ControllerConfig
 from controller.decision import DecisionConfig, DecisionPipeline
-from controller.decision_log import DecisionLog
+from controller.decision_log import DecisionLog, read_tail
 from controller.http_front import RunningFront, start_http
+from controller.leadership import build_lease, lead
+from controller.lease import Lease
 from controller.log_records import header_record
 from controller.loop import ControlLoop
 from controller.operations import Operations
 from controller.oversight import Oversight, OversightConfig
 from controller.policy_server import PolicyServer
 from controller.remote import RemoteCluster
+from controller.resume import TAIL_BYTES, Keeper, resume
 from controller.retraining import RetrainingTrigger, expected_from
 from controller.roster import LoadedPolicy, PolicyInfo, PolicyRoster, build_rule, manifest_info
 from controller.security import Security, build_security
@@ -39,6 +42,7 @@ from policies.baselines import HysteresisPolicy, StaticPolicy
 
 logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
+LOOK_S = 0.2  # at whether the lease is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
         "deterministic": config.deterministic,
         "seed": config.seed,
     }
+    past = read_tail(config.log, TAIL_BYTES) if config.log and config.resume else ()
     header = header_record(pipeline, facts)
     log = DecisionLog(config.log, header, config.log_mb * 10**6, config.log_files)
     seeds = (config.seed, int(log.life, 16))  # no two lives draw alike
@@ -146,7 +151,17 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
     loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight, trials=trials)
     loop.active, loop.retraining = active.info, RetrainingTrigger(active.expected)
     sessions = Sessions(pipeline, config.policy_deadline_s)
-    return Steering(loop, Operations(loop, roster), sessions)
+    operations = Operations(loop, roster)
+    keeper = Keeper(loop, operations, _arguments(config))
+    if resume(keeper, past):
+        logger.info("goes on from tick %d of %s", loop.next_seq - 1, config.log)
+    loop.keep, operations.idempotency.on_answer = keeper.keep, keeper.answer
+    return Steering(loop, operations, sessions)
+
+
+def _arguments(config: ControllerConfig) -> dict[str, str]:
+    """Those that operators may say otherwise of, which holds until the arguments are others."""
+    return {"mode": config.mode, "policy": config.rule or str(config.policy.resolve())}
 
 
 async def serve(config: ControllerConfig) -> None:
@@ -154,21 +169,40 @@ async def serve(config: ControllerConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    lease = build_lease(config)
     with (
-        closing(build_security(config)) as security,
-        RemoteCluster(config.engine, config.engine_timeout_s) as remote,
+        contextlib.closing(build_security(config)) as security,
+        RemoteCluster(config.engine, config.engine_timeout_s, leader=lease) as remote,
     ):
-        try:
-            steering = await asyncio.to_thread(build_steering, config, remote)
-        except UnavailableError as error:
-            raise UnavailableError(
-                f"no engine answers at {config.engine}: {error} Start one with "
-                "`python -m engine`, or name it with --engine."
-            ) from error
-        try:
-            await _serve(config, steering, security, stop)
-        finally:
-            steering.close()
+        await _warm(config, remote)
+        while not stop.is_set() and await lead(lease, remote, stop):
+            try:
+                steering = await asyncio.to_thread(build_steering, config, remote)
+                if lease is not None:
+                    steering.loop.may_act = steering.loop.log.may_write = lambda: lease.is_held
+                try:
+                    await _serve(config, steering, security, lease, stop)
+                finally:
+                    steering.close()
+            finally:
+                if lease is not None:
+                    await asyncio.to_thread(lease.release)
+
+
+async def _warm(config: ControllerConfig, remote: RemoteCluster) -> None:
+    """Everything that takes time, once, so that who stands by takes over at once. Raises."""
+
+    def warm() -> None:
+        manifest = _facts(config)
+        _policy(config, manifest, _pipeline(manifest, _cluster(remote, config.profile, manifest)))
+
+    try:
+        await asyncio.to_thread(warm)
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"no engine answers at {config.engine}: {error} Start one with "
+            "`python -m engine`, or name it with --engine."
+        ) from error
 
 
 async def _dashboard(
@@ -188,8 +222,13 @@ async def _dashboard(
 
 
 async def _serve(
-    config: ControllerConfig, steering: Steering, security: Security, stop: asyncio.Event
+    config: ControllerConfig,
+    steering: Steering,
+    security: Security,
+    lease: Lease | None,
+    stop: asyncio.Event,
 ) -> None:
+    """Until `stop`, or until the lease is lost."""
     loop, halt = steering.loop, threading.Event()
     thread = threading.Thread(target=loop.run, args=(halt,), name="control-loop", daemon=True)
     server, port = await start_grpc(
@@ -210,7 +249,9 @@ async def _serve(
             f"grid {loop.pipeline.config.grid_s:g} s{watching.told}",
             flush=True,
         )
-        await stop.wait()
+        while not stop.is_set() and not (lease is not None and lease.lost.is_set()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), LOOK_S)
     finally:
         halt.set()
         if front is not None:

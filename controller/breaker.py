@@ -8,8 +8,10 @@ for twice as long.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from engine.errors import InvalidRequestError
 
@@ -95,6 +97,26 @@ class CircuitBreaker:
     def close(self) -> None:
         """Trust the policy again: it was exchanged, or an operator says so."""
         self._open(0.0, 0, "", self.config.cool_down_s)
+
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes; times as they are."""
+        return {
+            "level": self._level,
+            "on_trial": self._on_trial,
+            "trials": self._trials,
+            "failures": list(self._failures),
+            "opened_s": self._opened_s,
+            "cool_down_s": self._cool_down_s,
+            "reason": self.reason,
+        }
+
+    def restore(self, saved: Mapping[str, Any], shift_s: float) -> None:
+        """As it was; `shift_s` is added to times."""
+        self._level, self._on_trial = int(saved["level"]), bool(saved["on_trial"])
+        self._trials, self.reason = int(saved["trials"]), str(saved["reason"])
+        self._opened_s = saved["opened_s"] + shift_s
+        self._cool_down_s = float(saved["cool_down_s"])
+        self._failures = deque((at_s + shift_s, str(what)) for at_s, what in saved["failures"])
 
     def _open(self, now_s: float, level: int, reason: str, cool_down_s: float) -> None:
         self._level, self._on_trial, self.reason = level, False, reason

@@ -16,8 +16,9 @@ inequality it exceeds 1 / alpha with a probability of at most alpha, at whatever
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -115,6 +116,38 @@ class Canary:
     def restarted(self, now_s: float) -> None:
         """The engine was: the block at hand is not counted."""
         self._begin(now_s)
+
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes, the generator's state included; times are the cluster's."""
+        return {
+            "name": self.name,
+            "config": asdict(self.config),
+            "slo": asdict(self._slo),
+            "blocks": [asdict(b) for b in self.blocks],
+            "bets": asdict(self._bets),
+            "num_failures": self._num_failures,
+            "arm": self.arm,
+            "counts_from_s": self._counts_from_s,
+            "ends_s": self._ends_s,
+            "num_good": self._num_good,
+            "num": self._num,
+            "rng": self._rng.bit_generator.state,
+        }
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> Canary:
+        rng = np.random.default_rng()
+        rng.bit_generator.state = saved["rng"]
+        found = cls(
+            saved["name"], CanaryConfig(**saved["config"]), SloSpec(**saved["slo"]), 0.0, rng
+        )
+        found.blocks = [Block(**b) for b in saved["blocks"]]
+        found._bets, found._num_failures = Bets(**saved["bets"]), saved["num_failures"]
+        found.arm, found._ends_s = saved["arm"], saved["ends_s"]
+        found._counts_from_s = saved["counts_from_s"]
+        found._num_good, found._num = saved["num_good"], saved["num"]
+        rng.bit_generator.state = saved["rng"]
+        return found
 
     def _begin(self, now_s: float) -> None:
         config = self.config

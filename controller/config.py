@@ -44,6 +44,17 @@ class ControllerConfig(BaseModel):
     )
     engine_timeout_s: float = Field(5.0, gt=0, description="deadline in seconds of engine calls")
     log: Path | None = Field(None, description="decision log to append to (JSON lines)")
+    resume: bool = Field(
+        True, description="go on from the log's last state: mode, holds, budgets, forecasts"
+    )
+    lease: str = Field(
+        "",
+        description="of several controllers the holder of this file acts, or of this etcd key "
+        "(http://HOST:2379/KEY); default: beside the log, else a file per engine; off: no lease",
+    )
+    lease_s: float = Field(
+        10.0, ge=1, description="seconds after which a holder that hangs is succeeded"
+    )
     log_mb: int = Field(64, ge=1, description="megabytes at which the log is put aside as .1")
     log_files: int = Field(16, ge=1, description="files that are kept of it")
     host: str = Field("127.0.0.1", description="address of the control service")

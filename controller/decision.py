@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +35,7 @@ from engine.cluster import (
     SwitchPlan,
     WorkloadTyping,
     deployment_key,
+    parse_deployment_key,
 )
 from engine.errors import InfeasibleError, InvalidRequestError
 from engine.migration.plan import plan_switch
@@ -201,6 +203,28 @@ class DecisionPipeline:
         self._last: tuple[ParallelConfig, ...] | None = None
         self._num_decisions = 0
 
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes; traffic is not in it, but can be observed again."""
+        configs = (self._present, self._last)
+        keys = ["" if c is None else deployment_key(c) for c in configs]
+        return {"scheduler": self.scheduler.saved(), "present": keys[0], "last": keys[1]}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.scheduler.restore(saved["scheduler"])
+        self._present, self._last = (
+            parse_deployment_key(saved[name]) if saved[name] else None
+            for name in ("present", "last")
+        )
+
+    def take_interval(self, to_s: float) -> None:
+        """Ends an interval whose events were observed: the predictor learns its rates, unless
+        some of them were lost."""
+        lost, self._lost_events = self._lost_events, False
+        if self.monitor.interval_s(to_s) >= 0.5 * self.config.grid_s:
+            rates = self.monitor.take_interval(to_s)
+            if not lost:
+                self.predictor.observe(rates)
+
     def sibling(self) -> DecisionPipeline:
         """One for another cluster like this: the planner is shared, the history its own."""
         twin = copy.copy(self)
@@ -231,11 +255,8 @@ class DecisionPipeline:
         snapshot = self._last_good.fill(snapshot)
         self.scheduler.observe(snapshot.switch)
         self._follow(snapshot)
-        lost, self._lost_events = self._lost_events, False
-        if self.monitor.interval_s(snapshot.now_s) >= 0.5 * self.config.grid_s:
-            rates = self.monitor.take_interval(snapshot.now_s)
-            if not lost:
-                self.predictor.observe(rates)
+        lost = self._lost_events
+        self.take_interval(snapshot.now_s)
         state = self.monitor.state(snapshot)
         self.mark("monitor")
         forecast = self.predictor.forecast()

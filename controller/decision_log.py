@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,6 +60,7 @@ class DecisionLog:
         self._file: BinaryIO | None = None
         self._next, self._part = 0, 0
         self.num_lost = 0
+        self.may_write: Callable[[], bool] = lambda: True  # False: the log may be another's by now
         if path is not None:
             try:
                 self._open(path)
@@ -76,7 +77,7 @@ class DecisionLog:
 
     def append(self, kind: str, record: Mapping[str, Any]) -> None:
         """Raises ValueError for what is no JSON, such as NaN; nothing for a full disk."""
-        if self._path is None:
+        if self._path is None or not self.may_write():
             return
         line = encode(kind, self._next, record)
         try:
@@ -176,28 +177,48 @@ def read_log(path: Path) -> LogContents:
 
     Raises OSError when there is no file.
     """
-    reader = _Reader()
+    reader = LogReader()
     for file in log_files(path):
         reader.read(file)
     return LogContents(tuple(reader.records), tuple(reader.skipped))
 
 
-class _Reader:
-    """Knows the life and the schema that it is in the middle of."""
+def read_tail(path: Path, max_bytes: int) -> tuple[dict[str, Any], ...]:
+    """The last records of a log, about so many bytes of them, oldest first; none without a file."""
+    reader, left = LogReader(), max_bytes
+    parts: list[tuple[Path, int]] = []  # newest first: file, where to begin
+    for file in reversed(log_files(path) if path.parent.is_dir() else []):
+        if file.exists() and left > 0:
+            size = file.stat().st_size
+            parts.append((file, max(0, size - left)))
+            left -= size
+    for file, start in reversed(parts):
+        reader.read(file, start)
+    return tuple(reader.records)
+
+
+class LogReader:
+    """Takes lines in order; knows the life and the schema that it is in the middle of."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.skipped: list[Skipped] = []
         self._schema, self._life, self._due = READABLE[0], "", 0
 
-    def read(self, path: Path) -> None:
-        for number, line in enumerate(_lines(path), start=1):
-            record, problem = self._record(line)
-            if record is not None:
-                problem = self._follow(record)
-                self.records.append(record)
-            if problem:
-                self.skipped.append(Skipped(path.name, number, problem))
+    def read(self, path: Path, start: int = 0) -> None:
+        """From the first line that begins after so many bytes."""
+        if start:
+            self._schema = SCHEMA
+        for number, line in enumerate(_lines(path, start), start=1):
+            self.take(path.name, number, line)
+
+    def take(self, file: str, number: int, line: bytes) -> None:
+        record, problem = self._record(line)
+        if record is not None:
+            problem = self._follow(record)
+            self.records.append(record)
+        if problem:
+            self.skipped.append(Skipped(file, number, problem))
 
     def _record(self, line: bytes) -> tuple[dict[str, Any] | None, str]:
         """What the line says, or why it is not used."""
@@ -230,6 +251,9 @@ class _Reader:
         return f"records missing before this one: {missing}" if missing > 0 else ""
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path, start: int) -> Iterator[bytes]:
     with path.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()
         yield from file

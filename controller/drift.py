@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from engine.cluster import ClusterSnapshot, SwitchPhase
 
 MAX_KEPT = 1000  # decision ids
+MAX_SAVED = 20  # of them, the latest
 COMMITTED = (SwitchPhase.COMMIT, SwitchPhase.RELEASE, SwitchPhase.DONE)
 
 
@@ -41,6 +45,14 @@ class DriftWatch:
         self._ours[decision_id] = None
         if len(self._ours) > MAX_KEPT:
             del self._ours[next(iter(self._ours))]
+
+    def saved(self) -> dict[str, Any]:
+        latest = list(islice(reversed(self._ours), MAX_SAVED))[::-1]
+        return {"epoch": self._epoch, "key": self._key, "seen": self._seen, "ours": latest}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self._epoch, self._key = int(saved["epoch"]), str(saved["key"])
+        self._seen, self._ours = str(saved["seen"]), dict.fromkeys(map(str, saved["ours"]))
 
     def observe(self, snapshot: ClusterSnapshot) -> DriftEvent | None:
         """The first snapshot is taken as it is."""

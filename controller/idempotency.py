@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
 
 from engine.errors import InvalidRequestError
 
-T = TypeVar("T")
 MAX_KEYS = 1000
 MAX_LENGTH = 200  # characters of a key
 
 
 class Idempotency:
-    """Remembers the answers to the latest keys. What failed may be tried again with its key."""
+    """Remembers the answers to the latest keys. What failed may be tried again with its key.
+
+    `on_answer(key, digest of what was asked, answer)` is told of each, so that it can be
+    `recall`ed by the next life of the controller.
+    """
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
-        self._answers: OrderedDict[str, tuple[bytes, object]] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._max_keys = max_keys
         self._lock = threading.Lock()
+        self.on_answer: Callable[[str, str, bytes], None] = lambda key, asked, answer: None
 
-    def once(self, key: str, asked: bytes, run: Callable[[], T]) -> T:
+    def recall(self, key: str, asked: str, answer: bytes) -> None:
+        self._answers[key] = (asked, answer)
+        if len(self._answers) > self._max_keys:
+            self._answers.popitem(last=False)
+
+    def once(self, key: str, asked: bytes, run: Callable[[], bytes]) -> bytes:
         """`run`'s answer, or that of the first call with this key; without a key always `run`'s.
 
         A second call waits for the first. Raises InvalidRequestError when the key was used for
@@ -36,15 +45,16 @@ class Idempotency:
                 "such as a UUID.",
                 "idempotency_key",
             )
+        digest = hashlib.sha256(asked).hexdigest()
         with self._lock:
             if key not in self._answers:
-                self._answers[key] = (asked, run())
-                if len(self._answers) > self._max_keys:
-                    self._answers.popitem(last=False)
+                answer = run()
+                self.recall(key, digest, answer)
+                self.on_answer(key, digest, answer)
             before, answer = self._answers[key]
-        if before != asked:
+        if before != digest:
             raise InvalidRequestError(
                 f"idempotency key {key!r} was used for another request; take a new one.",
                 "idempotency_key",
             )
-        return answer  # type: ignore[return-value]
+        return answer

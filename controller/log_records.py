@@ -4,12 +4,13 @@ A life starts with a `header`; then, per tick, an `interval` (every arrival and 
 since the tick before) and a `decision`, or a `tick` where nothing was decided and why. Beside them:
 `switch` (a switch was started, refused by the engine, not answered, or timed out), `outcome` (a
 switch ended, rolled back or not), `proposal` (a switch asked for by hand), `operation` (holds,
-modes, policies) and `drift`.
+modes, policies) and `drift`. `state` and `answer` are what the next life goes on from: see
+`controller.resume`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +19,7 @@ from controller.decision import DecisionPipeline, PreparedDecision
 from controller.guardrails import guard_map
 from controller.policy_server import ActResult
 from controller.records import Mode, TickRecord
-from engine.cluster import ClusterEvent, Decision, SwitchPlan, SwitchTicket
+from engine.cluster import ClusterSnapshot, Decision, EventBatch, SwitchPlan, SwitchTicket
 
 REQUEST_FIELDS = (
     "request_id",
@@ -128,17 +129,18 @@ def outcome_record(ticket: SwitchTicket) -> dict[str, Any]:
     return {"ticket": asdict(ticket), "duration_s": ticket.duration_s}
 
 
-def interval_record(
-    from_s: float, to_s: float, events: Iterable[ClusterEvent], num_lost: int
-) -> dict[str, Any]:
+def interval_record(from_s: float, snapshot: ClusterSnapshot, batch: EventBatch) -> dict[str, Any]:
     """Arrivals as [arrival_s, prompt_tokens, class], ended requests as REQUEST_FIELDS."""
-    events = tuple(events)
+    events = batch.events
     arrivals = [e.arrival for e in events if e.arrival is not None]
     ended = [e.outcome for e in events if e.outcome is not None]
     return {
         "from_s": from_s,
-        "to_s": to_s,
-        "num_events_lost": num_lost,
+        "to_s": snapshot.now_s,
+        "epoch": snapshot.epoch,
+        "num_arrived": snapshot.num_arrived,
+        "next_cursor": batch.next_cursor,
+        "num_events_lost": batch.num_lost,
         "arrivals": [[a.arrival_s, a.prompt_tokens, a.request_class] for a in arrivals],
         "requests": [[getattr(o, name) for name in REQUEST_FIELDS] for o in ended],
     }

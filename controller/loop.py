@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,21 @@ NUM_SWITCHES_KEPT = 100
 NUM_EXPLAINED_KEPT = 500
 
 
+class Seen(NamedTuple):
+    """Of a snapshot, what only a restart of the engine turns back."""
+
+    now_s: float
+    epoch: int
+    num_arrived: int
+
+    def is_after(self, snapshot: ClusterSnapshot) -> bool:
+        return (
+            snapshot.now_s < self.now_s
+            or snapshot.epoch < self.epoch
+            or snapshot.num_arrived < self.num_arrived
+        )
+
+
 class ControlLoop:
     """One loop per cluster. Ticks and operations take turns (`turn`, held while the engine is
     asked); readers need only `lock`, which is held for instants."""
@@ -96,7 +112,11 @@ class ControlLoop:
         self._marks: list[tuple[str, float]] = []
         pipeline.mark = self._mark
         self._notes: list[str] = []
-        self._cursor, self._next_seq = 0, 1
+        self.lineage = log.life  # of this life and those that it goes on from
+        self.may_act: Callable[[], bool] = lambda: True  # False: another controller may, by now
+        self.keep: Callable[[], None] = lambda: None  # what the next life goes on from, in the log
+        self.seen: Seen | None = None
+        self.cursor, self.next_seq = 0, 1
 
     # ---------------------------------------------------------------- the loop
 
@@ -114,6 +134,8 @@ class ControlLoop:
         """One decision. Whatever goes wrong ends up in the record."""
         started_s = time.perf_counter()
         with self.turn:
+            if not self.may_act():
+                return self._blank(TickStatus.UNAVAILABLE, "another controller may act by now")
             self.counters.num_ticks += 1
             self._marks = [("", started_s)]
             explained: Explained | None = None
@@ -126,7 +148,7 @@ class ControlLoop:
                 self.counters.num_unavailable += 1
                 record = self._blank(TickStatus.UNAVAILABLE, str(error))
             except Exception as error:
-                logger.exception("tick %d failed", self._next_seq)
+                logger.exception("tick %d failed", self.next_seq)
                 self.counters.num_failed += 1
                 record = self._blank(TickStatus.FAILED, f"{type(error).__name__}: {error}")
             tick_s = time.perf_counter() - started_s
@@ -134,6 +156,7 @@ class ControlLoop:
             if record.status is not TickStatus.DECIDED:
                 self.log.append("tick", tick_record(record))
             self._notes = []
+            self.keep()
             self._publish(record, explained)
         return record
 
@@ -143,7 +166,7 @@ class ControlLoop:
         prepared = self.pipeline.prepare(snapshot, self.oversight.restraints(at_s))
         self.prepared = prepared
         self.retraining.observe(figures_of(prepared))
-        types, seq = self.pipeline.typing.types, self._next_seq
+        types, seq = self.pipeline.typing.types, self.next_seq
         if self.mode is Mode.OFF:
             record = observed_record(seq, self.mode, prepared, types)
             return Explained(record, prepared.observation)
@@ -178,7 +201,7 @@ class ControlLoop:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Of the generator that the tick at hand draws with."""
-        return (*self._seeds, self._next_seq)
+        return (*self._seeds, self.next_seq)
 
     def _act(self, prepared: PreparedDecision, at_s: float) -> ActResult:
         """An undo that is due, else whoever the circuit breaker lets decide."""
@@ -206,10 +229,10 @@ class ControlLoop:
     def observe(self, at_s: float) -> ClusterSnapshot:
         """New events and a snapshot; notices an engine that was started again, or switched by
         somebody else. With `turn` held."""
-        snapshot, last = self.cluster.snapshot(), self.snapshot
-        batch = self.cluster.events(self._cursor)
+        snapshot, last = self.cluster.snapshot(), self.seen
+        batch = self.cluster.events(self.cursor)
         self._mark("snapshot")
-        if last is not None and (_is_older(snapshot, last) or batch.next_cursor < self._cursor):
+        if last is not None and (last.is_after(snapshot) or batch.next_cursor < self.cursor):
             logger.warning("the engine was restarted: its clock or its counters went back")
             self.counters.num_restarts += 1
             self.pipeline.reset(0.0)
@@ -217,12 +240,11 @@ class ControlLoop:
             self.trials.restarted(snapshot.now_s)
             batch, last = self.cluster.events(0), None
         from_s = last.now_s if last is not None else 0.0
-        self._cursor, self.snapshot = batch.next_cursor, snapshot
+        self.cursor, self.snapshot = batch.next_cursor, snapshot
+        self.seen = Seen(snapshot.now_s, snapshot.epoch, snapshot.num_arrived)
         self.counters.num_events_lost += batch.num_lost
         self.pipeline.observe(batch.events, batch.num_lost)
-        self.log.append(
-            "interval", interval_record(from_s, snapshot.now_s, batch.events, batch.num_lost)
-        )
+        self.log.append("interval", interval_record(from_s, snapshot, batch))
         for event in batch.events:
             if event.ticket is not None and event.ticket.phase.is_terminal:
                 self._end_switch(event.ticket, at_s)
@@ -309,16 +331,16 @@ class ControlLoop:
 
     def _blank(self, status: TickStatus, reason: str) -> TickRecord:
         at_s = self.snapshot.now_s if self.snapshot is not None else 0.0
-        return TickRecord(self._next_seq, at_s, status, self.mode, reason=reason)
+        return TickRecord(self.next_seq, at_s, status, self.mode, reason=reason)
 
     def _mark(self, step: str) -> None:
         """That step of the tick has ended; what follows is the next one's."""
         self._marks.append((step, time.perf_counter()))
 
     def _publish(self, record: TickRecord, explained: Explained | None) -> None:
-        self._next_seq += 1
         pairs = itertools.pairwise(self._marks)
         with self.lock:
+            self.next_seq = record.seq + 1
             self.steps = tuple((name, from_s, to_s) for (_, from_s), (name, to_s) in pairs)
             self.records.append(record)
             if explained is not None:
@@ -331,12 +353,3 @@ class ControlLoop:
             self.revision += 1
         for listener in self.listeners:
             listener()
-
-
-def _is_older(snapshot: ClusterSnapshot, last: ClusterSnapshot) -> bool:
-    """Whether clock or counters went back: what only a restart does."""
-    return (
-        snapshot.now_s < last.now_s
-        or snapshot.epoch < last.epoch
-        or snapshot.num_arrived < last.num_arrived
-    )

@@ -144,6 +144,7 @@ class Monitor:
 
     def take_interval(self, now_s: float) -> Floats:
         """[J] mean arrival rates since the last call (or reset), in requests per second."""
+        self._decay_to(now_s)
         elapsed_s = max(now_s - self._interval_start_s, 1e-9)
         rates = self._interval / elapsed_s
         quarter = int(now_s // QUARTER_S)

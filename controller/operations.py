@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from controller.canary import CanaryConfig
+from controller.idempotency import Idempotency
 from controller.log_records import proposal_record
 from controller.loop import ControlLoop
 from controller.oversight import Hold
@@ -44,7 +45,8 @@ class Operations:
 
     def __init__(self, loop: ControlLoop, roster: PolicyRoster | None = None) -> None:
         self._loop, self._roster = loop, roster
-        self._before: list[LoadedPolicy] = []  # policies, the latest last
+        self.before: list[LoadedPolicy] = []  # policies, the latest last
+        self.idempotency = Idempotency()
 
     # ---------------------------------------------------------------- switches
 
@@ -74,6 +76,7 @@ class Operations:
             if not vetoes and not dry_run and decision.plan:
                 loop.oversight.watch.leave_out(decision.decision_id)
                 ticket = loop.start(decision.plan, prepared.at_s)
+                loop.keep()
             return Proposal(decision, vetoes, ticket)
 
     def cancel(self, ticket_id: str) -> SwitchTicket:
@@ -138,7 +141,7 @@ class Operations:
             previous = LoadedPolicy(
                 loop.active, loop.policy_server.policy, loop.retraining.expected
             )
-            self._before = [*self._before, previous][-MAX_KEPT:]
+            self.before = [*self.before, previous][-MAX_KEPT:]
             self._take("load_policy", loaded)
         loop.tell()
         return loaded.info, previous.info
@@ -150,11 +153,11 @@ class Operations:
         """
         loop = self._loop
         with loop.turn:
-            if not self._before:
+            if not self.before:
                 raise NotFoundError(
                     f"no policy was loaded since the start; {loop.active.name} is the first."
                 )
-            left, loaded = loop.active, self._before.pop()
+            left, loaded = loop.active, self.before.pop()
             self._take("rollback", loaded)
         loop.tell()
         return loaded.info, left
@@ -178,12 +181,17 @@ class Operations:
 
     def _take(self, operation: str, loaded: LoadedPolicy) -> None:
         """A new policy starts with the trust that the one before may have lost."""
+        left = self._loop.active
+        self.decide_by(loaded)
+        self._loop.oversight.breaker.close()
+        self._log(operation, policy=loaded.info.name, digest=loaded.info.digest, left=left.name)
+
+    def decide_by(self, loaded: LoadedPolicy) -> None:
+        """From the next tick on; with the loop's turn held."""
         loop = self._loop
-        left, loop.active = loop.active, loaded.info
+        loop.active = loaded.info
         loop.retraining = RetrainingTrigger(loaded.expected)
         loop.policy_server.policy = loaded.policy
-        loop.oversight.breaker.close()
-        self._log(operation, policy=loaded.info.name, digest=loaded.info.digest, left=left.name)
 
     # ---------------------------------------------------------------- what if
 
@@ -217,8 +225,10 @@ class Operations:
             return pipeline.planner.propose(prepared.snapshot, forecast, None, lengths, (), mixing)
 
     def _log(self, name: str, **arguments: object) -> None:
+        """What was done, and what the next life is to know of it."""
         now_s = self._loop.snapshot.now_s if self._loop.snapshot is not None else 0.0
         self._loop.log.append("operation", {"name": name, "at_s": now_s} | arguments)
+        self._loop.keep()
 
 
 def demanded_rates(demand: Mapping[str, float], types: list[str]) -> tuple[float, ...]:

@@ -6,8 +6,9 @@ cool-downs run on; the cluster's `now_s` comes with its snapshots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from controller.breaker import Actor, BreakerConfig, CircuitBreaker
 from controller.decision import Restraints
@@ -18,6 +19,7 @@ from engine.cluster import NO_SLO, ClusterEvent, ClusterSnapshot, SloSpec, Switc
 from engine.errors import InvalidRequestError
 
 MAX_HOLD_S = 7 * 86400.0
+MAX_SAVED = 20  # tickets that were cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Oversight:
         self.drift = DriftWatch()
         self._holds: dict[str, Hold] = {}  # by rule
         self._banned: dict[str, float] = {}  # deployment key -> until
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, None] = {}
         self.undo: Undo | None = None  # not yet carried out
         self._undo_until_s = 0.0
 
@@ -60,6 +62,31 @@ class Oversight:
         self.watch.reset()
         self.drift.reset()
         self.undo = None
+
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes; times of the controller's clock as they are."""
+        return {
+            "breaker": self.breaker.saved(),
+            "watch": self.watch.saved(),
+            "drift": self.drift.saved(),
+            "holds": [asdict(h) for h in self._holds.values()],
+            "banned": self._banned,
+            "cancelled": list(self._cancelled)[-MAX_SAVED:],
+            "undo": None if self.undo is None else asdict(self.undo),
+            "undo_until_s": self._undo_until_s,
+        }
+
+    def restore(self, saved: Mapping[str, Any], shift_s: float) -> None:
+        """As it was; `shift_s` leads from the controller's clock then to that of now."""
+        self.breaker.restore(saved["breaker"], shift_s)
+        self.watch.restore(saved["watch"])
+        self.drift.restore(saved["drift"])
+        holds = (Hold(**told) for told in saved["holds"])
+        self._holds = {h.rule: replace(h, until_s=h.until_s + shift_s) for h in holds}
+        self._banned = {key: until_s + shift_s for key, until_s in saved["banned"].items()}
+        self._cancelled = dict.fromkeys(saved["cancelled"])
+        self.undo = None if saved["undo"] is None else Undo(**saved["undo"])
+        self._undo_until_s = saved["undo_until_s"] + shift_s
 
     # ---------------------------------------------------------------- what is known
 
@@ -102,7 +129,7 @@ class Oversight:
         limit_s = self.config.switch_timeout_s + 5.0 * ticket.predicted_s
         if snapshot.now_s - ticket.started_s <= limit_s:
             return None
-        self._cancelled.add(ticket.ticket_id)
+        self._cancelled[ticket.ticket_id] = None
         return ticket
 
     # ---------------------------------------------------------------- what follows

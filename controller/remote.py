@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -18,18 +18,34 @@ from engine.cluster import (
 )
 from engine.errors import UnavailableError
 from engine.grpc_server import MAX_MESSAGE_BYTES
+from engine.terms import TERM_KEY
 from engine.wire import error_of, from_proto, to_proto
 from protos import engine_pb2, engine_pb2_grpc
 
 
+class Leader(Protocol):
+    """What a lease says of the one who holds it; see `controller.lease`."""
+
+    @property
+    def term(self) -> int:
+        """0: none, as without a lease."""
+        ...
+
+    def check(self) -> None:
+        """Raises StaleEpochError when another may have taken over."""
+        ...
+
+
 class RemoteCluster:
-    """Owns one channel to an engine; close it."""
+    """Owns one channel to an engine; close it. With a `leader` every call bears its term, and none
+    that changes something is made once its lease is over."""
 
     def __init__(
         self,
         target: str,
         timeout_s: float = 5.0,
         credentials: grpc.ChannelCredentials | None = None,
+        leader: Leader | None = None,
     ) -> None:
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -42,16 +58,29 @@ class RemoteCluster:
             else grpc.secure_channel(target, credentials, options)
         )
         self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
-        self._timeout_s = timeout_s
+        self._timeout_s, self.leader = timeout_s, leader
         self._description: Any = None
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        term = self.leader.term if self.leader is not None else 0
+        metadata = ((TERM_KEY, str(term)),) if term else None
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
         except ValueError as error:  # what grpc says of a channel that was closed
             raise UnavailableError("this RemoteCluster is closed; open another one.") from error
+
+    def _act(self, method: Callable[..., Any], request: Any) -> Any:
+        if self.leader is not None:
+            self.leader.check()
+        return self._call(method, request)
+
+    def highest_term(self) -> int:
+        """Of the controllers that this engine has heard of."""
+        method, request = self._stub.Describe.with_call, engine_pb2.DescribeRequest()
+        _, call = self._call(method, request)
+        return int(dict(call.trailing_metadata() or ()).get(TERM_KEY, 0))
 
     def _describe(self) -> Any:
         if self._description is None:
@@ -84,7 +113,7 @@ class RemoteCluster:
         """Start the switch and return its first state; it goes on without this call."""
         request = engine_pb2.ApplySwitchRequest()
         to_proto(plan, request.plan)
-        states = self._call(self._stub.ApplySwitch, request)
+        states = self._act(self._stub.ApplySwitch, request)
         try:
             return from_proto(SwitchTicket, next(states).ticket)
         except grpc.RpcError as error:
@@ -98,12 +127,12 @@ class RemoteCluster:
 
     def cancel(self, ticket_id: str) -> SwitchTicket:
         request = engine_pb2.CancelSwitchRequest(ticket_id=ticket_id)
-        return from_proto(SwitchTicket, self._call(self._stub.CancelSwitch, request).ticket)
+        return from_proto(SwitchTicket, self._act(self._stub.CancelSwitch, request).ticket)
 
     def set_routing(self, routing: Routing) -> None:
         request = engine_pb2.SetRoutingRequest()
         to_proto(routing, request.routing)
-        self._call(self._stub.SetRouting, request)
+        self._act(self._stub.SetRouting, request)
 
     def events(self, cursor: int) -> EventBatch:
         request = engine_pb2.ListEventsRequest(cursor=cursor)

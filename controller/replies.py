@@ -38,7 +38,7 @@ def state(loop: ControlLoop, uptime_s: float) -> Any:
         uptime_s=uptime_s,
         grid_s=loop.pipeline.config.grid_s,
         engine_available=loop.available,
-        next_seq=loop.records[-1].seq + 1 if loop.records else 1,
+        next_seq=loop.next_seq,
         actor=oversight.breaker.actor,
         breaker=oversight.breaker.state,
         breaker_reason=oversight.breaker.reason,

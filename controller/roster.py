@@ -13,7 +13,7 @@ from engine.errors import CheckpointError, InvalidRequestError, NotFoundError
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.base import Policy
 from policies.baselines import HysteresisPolicy, KeepPolicy, MyopicPolicy
-from policies.checkpoint import WEIGHTS
+from policies.manifest import WEIGHTS
 
 RULES = ("keep", "myopic", "hysteresis")
 

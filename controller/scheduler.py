@@ -7,7 +7,9 @@ tickets, so that it counts the same whoever started them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from engine.cluster import Decision, SwitchTicket
 
@@ -33,6 +35,25 @@ class DeploymentScheduler:
         self._tokens, self._refilled_s = self.config.burst, now_s
         self._last_end_s, self._reset_s = -math.inf, now_s
         self._in_flight, self._seen_id, self._unmatched = False, "", 0
+
+    def saved(self) -> dict[str, Any]:
+        """What `restore` takes, on the cluster's clock."""
+        return {
+            "tokens": self._tokens,
+            "refilled_s": self._refilled_s,
+            "last_end_s": None if math.isinf(self._last_end_s) else self._last_end_s,
+            "reset_s": self._reset_s,
+            "seen_id": self._seen_id,
+            "unmatched": self._unmatched,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """As it was; switches since are counted from the cluster's tickets."""
+        ended_s = saved["last_end_s"]
+        self._last_end_s = -math.inf if ended_s is None else float(ended_s)
+        self._tokens, self._refilled_s = float(saved["tokens"]), float(saved["refilled_s"])
+        self._reset_s, self._seen_id = float(saved["reset_s"]), str(saved["seen_id"])
+        self._unmatched = int(saved["unmatched"])
 
     def _refill(self, now_s: float) -> None:
         elapsed_s = max(now_s - self._refilled_s, 0.0)

@@ -18,7 +18,6 @@ from controller import replies
 from controller.deadlines import DeadlineInterceptor
 from controller.explanations import explain
 from controller.gate_interceptor import GateInterceptor
-from controller.idempotency import Idempotency
 from controller.loop import ControlLoop
 from controller.operations import Operations, Proposal
 from controller.records import TickRecord
@@ -33,7 +32,7 @@ from engine.wire import from_proto, to_proto
 from protos import control_pb2, control_pb2_grpc
 
 SERVICE_NAME = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 
 
 class Bell:
@@ -56,15 +55,19 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     def __init__(self, loop: ControlLoop, operations: Operations, sessions: Sessions) -> None:
         self._loop, self._operations, self._sessions = loop, operations, sessions
-        self._started_s, self._idempotency = time.monotonic(), Idempotency()
-        self._bell = Bell()
+        self._started_s, self._bell = time.monotonic(), Bell()
         loop.listeners.append(self._bell.ring)
 
-    async def _once(self, method: str, request: Any, run: Callable[[], T]) -> T:
-        """`run` off the event loop, once per idempotency key."""
+    async def _once(self, kind: type[T], request: Any, run: Callable[[], T]) -> T:
+        """The answer that `run` makes off the event loop, once per idempotency key."""
+        method = request.DESCRIPTOR.name.removesuffix("Request")
         asked = method.encode() + request.SerializeToString(deterministic=True)
-        key = request.idempotency_key
-        return await asyncio.to_thread(self._idempotency.once, key, asked, run)
+        once = self._operations.idempotency.once
+        answer = await asyncio.to_thread(
+            once, request.idempotency_key, asked, lambda: run().SerializeToString()
+        )
+        found: T = kind.FromString(answer)
+        return found
 
     # ---------------------------------------------------------------- watching
 
@@ -88,24 +91,24 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             await rung.wait()
 
     def _token(self, number: int) -> str:
-        return f"{self._loop.log.life}:{number}"
+        return f"{self._loop.lineage}:{number}"
 
     def _resumed(self, token: str) -> int | None:
-        """The number in a token of this life; None without one."""
+        """The number in a token of this life, or of one that it goes on from; None without one."""
         if not token:
             return None
-        life, _, number = token.rpartition(":")
-        if life != self._loop.log.life or not number.isdecimal():
+        lineage, _, number = token.rpartition(":")
+        if lineage != self._loop.lineage or not number.isdecimal():
             raise InvalidRequestError(
-                f"resume token {token!r} is not of this run of the controller, which was started "
-                "again since; watch without a token.",
+                f"resume token {token!r} is not of this controller, or it was started anew since; "
+                "watch without a token.",
                 "resume_token",
             )
         return int(number)
 
     async def WatchDecisions(self, request: Any, context: Any) -> AsyncIterator[Any]:
         with self._loop.lock:
-            last = self._loop.records[-1].seq if self._loop.records else 0
+            last = self._loop.next_seq - 1
         resumed = self._resumed(request.resume_token)
         wanted = request.from_seq or last + 1 if resumed is None else resumed + 1
         if not 0 < wanted <= last + 1:
@@ -161,10 +164,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     # ---------------------------------------------------------------- switches
 
     async def ProposeSwitch(self, request: Any, context: Any) -> Any:
-        found = await self._once(
-            "propose", request, lambda: self._propose(request.target_key, request.dry_run, None)
-        )
-        return replies.proposal(found)
+        def run() -> Any:
+            return replies.proposal(self._propose(request.target_key, request.dry_run, None))
+
+        return await self._once(control_pb2.ProposeSwitchResponse, request, run)
 
     def _propose(self, target_key: str, dry_run: bool, epoch: int | None) -> Proposal:
         if not target_key:
@@ -181,46 +184,58 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 "switch is from the deployment you saw.",
                 "expected_epoch",
             )
-        key, epoch = request.target_key, request.expected_epoch
-        found = await self._once("apply", request, lambda: self._propose(key, False, epoch))
-        response = control_pb2.ApplySwitchResponse(
-            applied=found.ticket is not None,
-            vetoes=found.vetoes,
-            target_key=found.decision.chosen_key,
-            decision_id=found.decision.decision_id,
-        )
-        if found.ticket is not None:
-            to_proto(found.ticket, response.ticket)
-        return response
+
+        def run() -> Any:
+            found = self._propose(request.target_key, False, request.expected_epoch)
+            response = control_pb2.ApplySwitchResponse(
+                applied=found.ticket is not None,
+                vetoes=found.vetoes,
+                target_key=found.decision.chosen_key,
+                decision_id=found.decision.decision_id,
+            )
+            if found.ticket is not None:
+                to_proto(found.ticket, response.ticket)
+            return response
+
+        return await self._once(control_pb2.ApplySwitchResponse, request, run)
 
     async def CancelSwitch(self, request: Any, context: Any) -> Any:
         _require_key(request)
-        cancel = self._operations.cancel
-        ticket = await self._once("cancel", request, lambda: cancel(request.ticket_id))
-        response = control_pb2.CancelSwitchResponse()
-        to_proto(ticket, response.ticket)
-        return response
+
+        def run() -> Any:
+            response = control_pb2.CancelSwitchResponse()
+            to_proto(self._operations.cancel(request.ticket_id), response.ticket)
+            return response
+
+        return await self._once(control_pb2.CancelSwitchResponse, request, run)
 
     # ---------------------------------------------------------------- what the loop may do
 
     async def Hold(self, request: Any, context: Any) -> Any:
-        hold = self._operations.hold
-        held = await self._once("hold", request, lambda: hold(request.duration_s, request.reason))
-        return control_pb2.HoldResponse(hold=replies.hold(held, self._loop.clock()))
+        def run() -> Any:
+            held = self._operations.hold(request.duration_s, request.reason)
+            return control_pb2.HoldResponse(hold=replies.hold(held, self._loop.clock()))
+
+        return await self._once(control_pb2.HoldResponse, request, run)
 
     async def Resume(self, request: Any, context: Any) -> Any:
-        ended = await self._once("resume", request, self._operations.resume)
-        at_s = self._loop.clock()
-        return control_pb2.ResumeResponse(ended=[replies.hold(h, at_s) for h in ended])
+        def run() -> Any:
+            ended, at_s = self._operations.resume(), self._loop.clock()
+            return control_pb2.ResumeResponse(ended=[replies.hold(h, at_s) for h in ended])
+
+        return await self._once(control_pb2.ResumeResponse, request, run)
 
     async def SetMode(self, request: Any, context: Any) -> Any:
         if request.mode not in MODES:
             raise InvalidRequestError(
                 f"mode is {request.mode}; expected MODE_ACTIVE, MODE_ADVISORY or MODE_OFF.", "mode"
             )
-        set_mode, mode = self._operations.set_mode, MODES[request.mode]
-        previous = await self._once("mode", request, lambda: set_mode(mode))
-        return control_pb2.SetModeResponse(mode=request.mode, previous=NUMBERS[previous])
+
+        def run() -> Any:
+            previous = self._operations.set_mode(MODES[request.mode])
+            return control_pb2.SetModeResponse(mode=request.mode, previous=NUMBERS[previous])
+
+        return await self._once(control_pb2.SetModeResponse, request, run)
 
     # ---------------------------------------------------------------- what if
 
@@ -251,22 +266,27 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return replies.policy(info, self._loop.active)
 
     async def LoadPolicy(self, request: Any, context: Any) -> Any:
-        load, name = self._operations.load_policy, request.name
-        now, before = await self._once("load", request, lambda: load(name))
-        return control_pb2.LoadPolicyResponse(
-            policy=self._policy(now), previous=self._policy(before)
-        )
+        def run() -> Any:
+            now, before = map(self._policy, self._operations.load_policy(request.name))
+            return control_pb2.LoadPolicyResponse(policy=now, previous=before)
+
+        return await self._once(control_pb2.LoadPolicyResponse, request, run)
 
     async def Rollback(self, request: Any, context: Any) -> Any:
-        now, before = await self._once("rollback", request, self._operations.rollback)
-        return control_pb2.RollbackResponse(policy=self._policy(now), previous=self._policy(before))
+        def run() -> Any:
+            now, before = map(self._policy, self._operations.rollback())
+            return control_pb2.RollbackResponse(policy=now, previous=before)
+
+        return await self._once(control_pb2.RollbackResponse, request, run)
 
     async def SetCanary(self, request: Any, context: Any) -> Any:
-        set_canary, name = self._operations.set_canary, request.name
-        await self._once("canary", request, lambda: set_canary(name, request.fraction))
-        found = self._loop.trials.canary
-        canary = None if found is None else replies.canary(found)
-        return control_pb2.SetCanaryResponse(canary=canary)
+        def run() -> Any:
+            self._operations.set_canary(request.name, request.fraction)
+            found = self._loop.trials.canary
+            canary = None if found is None else replies.canary(found)
+            return control_pb2.SetCanaryResponse(canary=canary)
+
+        return await self._once(control_pb2.SetCanaryResponse, request, run)
 
     # ---------------------------------------------------------------- other engines
 
@@ -275,7 +295,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             raise InvalidRequestError("snapshot is missing; it must be given.", "snapshot")
         snapshot = from_proto(ClusterSnapshot, request.snapshot)
         events = tuple(from_proto(ClusterEvent, e) for e in request.events)
-        found, routing = await asyncio.to_thread(
+        found, routing = await asyncio.get_running_loop().run_in_executor(
+            self._sessions.worker,
             self._sessions.decide,
             request.session,
             self._loop.policy_server.policy,

@@ -7,6 +7,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,8 @@ class Sessions:
         self._pipeline, self._deadline_s, self._max = pipeline, deadline_s, max_sessions
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._lock = threading.Lock()
+        # one thread: decisions are all processor time, and more of them would only take turns
+        self.worker = ThreadPoolExecutor(1, "decide")
 
     def _session(self, name: str, policy: Policy) -> _Session:
         if not 0 < len(name) <= MAX_NAME:
@@ -118,6 +121,7 @@ class Sessions:
             return decided, pipeline.routing_for(prepared)
 
     def close(self) -> None:
+        self.worker.shutdown(cancel_futures=True)
         with self._lock:
             for session in self._sessions.values():
                 session.server.close()

@@ -9,8 +9,9 @@ be to blame.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from engine.cluster import (
     RequestOutcome,
     RequestStatus,
     SloSpec,
+    SwitchMode,
     SwitchPhase,
     SwitchTicket,
 )
@@ -84,6 +86,22 @@ class SwitchWatch:
         self._watched: _Watched | None = None
         self._seen = ""
         self._not_watched: set[str] = set()
+
+    def saved(self) -> dict[str, Any]:
+        """Without the requests before, which `recall` takes."""
+        watched = self._watched
+        told = None if watched is None else asdict(replace(watched, ticket=_slim(watched.ticket)))
+        return {"seen": self._seen, "left_out": sorted(self._not_watched), "watched": told}
+
+    def recall(self, outcomes: Iterable[RequestOutcome], arrivals: Iterable[float]) -> None:
+        """Requests that ended, and times of arrivals, before anything is observed."""
+        self._ended.extend(outcomes)
+        self._arrivals.extend(arrivals)
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self._seen, self._not_watched = str(saved["seen"]), set(saved["left_out"])
+        found = saved["watched"]
+        self._watched = None if found is None else _restored(found)
 
     def leave_out(self, decision_id: str) -> None:
         """That decision's switch is not watched: it is an undo, or somebody wants it so."""
@@ -181,6 +199,24 @@ class SwitchWatch:
             return None
         ticket, self._watched = watched.ticket, None
         return Undo(ticket.ticket_id, ticket.from_key, ticket.to_key, watched.before, after)
+
+
+def _slim(ticket: SwitchTicket) -> SwitchTicket:
+    """Without what grows with the number of requests."""
+    return replace(ticket, phase_s=(), bindings=())
+
+
+def _restored(told: Mapping[str, Any]) -> _Watched:
+    """What `asdict` made plain."""
+    ticket, ended = dict(told["ticket"]), [dict(o) for o in told["ended"]]
+    ticket |= {"phase": SwitchPhase(ticket["phase"]), "mode": SwitchMode(ticket["mode"])}
+    ticket |= {"phase_s": (), "bindings": ()}
+    values: dict[str, Any] = {
+        "ticket": SwitchTicket(**ticket),
+        "slo": SloSpec(**told["slo"]),
+        "ended": [RequestOutcome(**o | {"status": RequestStatus(o["status"])}) for o in ended],
+    }
+    return _Watched(**dict(told) | values)
 
 
 def is_good(slo: SloSpec, outcome: RequestOutcome) -> bool:

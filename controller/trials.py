@@ -3,7 +3,7 @@ canary. Each has a policy server of its own, so that one that hangs delays nobod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,10 @@ class Trials:
         if self._canary_server is not None:
             self._canary_server.close()
         self.canary, self._canary_server = None, None
+
+    def restore_canary(self, loaded: LoadedPolicy, saved: Mapping[str, Any]) -> None:
+        """As `Canary.saved` told, in the middle of its block."""
+        self.canary, self._canary_server = Canary.restore(saved), self._server(loaded)
 
     @property
     def arm(self) -> str:

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.cluster import KMeans
 
 from engine.cluster import WorkloadType, WorkloadTyping
 from engine.errors import InvalidRequestError
@@ -44,6 +43,8 @@ def fit_typing(
             f"typing into k={k} types needs at least that many distinct (prompt, output) lengths, "
             f"got {distinct}; give more requests or choose a smaller k."
         )
+    from sklearn.cluster import KMeans  # takes longer to import than a controller may take to start
+
     fitted = KMeans(n_clusters=k, n_init=4, random_state=seed).fit(points)
     centres = np.exp(fitted.cluster_centers_)
     order = np.lexsort((centres[:, 1], centres[:, 0]))

@@ -15,6 +15,7 @@ from engine.errors import InvalidRequestError
 from engine.grpc_server import start_server
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runtime import EngineRuntime
+from engine.terms import TermInterceptor, Terms
 from engine.text_choice import TextChoice, TextChunk, TextOptions, text_chunks
 from engine.tokenizer import Tokenizer
 from engine.wire import from_proto, to_proto
@@ -172,4 +173,5 @@ async def start_grpc(
     def add(server: grpc.aio.Server) -> None:
         engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server)
 
-    return await start_server(add, SERVICE_NAME, host, port)
+    terms = TermInterceptor(Terms(), SERVICE_NAME)
+    return await start_server(add, SERVICE_NAME, host, port, [terms])

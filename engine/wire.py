@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import grpc
@@ -66,22 +67,29 @@ def error_of(call_error: grpc.RpcError) -> TidewrightError:
 
 # -------------------------------------------------------------------------------- out
 
+_PLAIN = frozenset((int, float, str, bool))
+_NAMES: dict[type, tuple[str, ...]] = {}  # of a dataclass's fields
+_NUMBERS: dict[tuple[type, str], int] = {}  # of enum members in the protocol
+
 
 def to_proto(value: Any, message: Message) -> Any:
     """Fill `message` from a dataclass with the same field names; returns the message."""
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if item is None:
-            continue
-        _set(message, field.name, item)
+    kind = type(value)
+    names = _NAMES.get(kind)
+    if names is None:
+        names = _NAMES[kind] = tuple(field.name for field in dataclasses.fields(value))
+    for name in names:
+        item = getattr(value, name)
+        if type(item) in _PLAIN:
+            setattr(message, name, item)
+        elif item is not None:
+            _set(message, name, item)
     return message
 
 
 def _set(message: Message, name: str, item: Any) -> None:
     if isinstance(item, StrEnum):
-        prefix = _enum_prefix(type(item))
-        enum: Any = message.DESCRIPTOR.fields_by_name[name].enum_type
-        setattr(message, name, enum.values_by_name[prefix + item.name].number)
+        setattr(message, name, _number(message, name, item))
     elif dataclasses.is_dataclass(item):
         target = getattr(message, name)
         target.SetInParent()
@@ -92,8 +100,19 @@ def _set(message: Message, name: str, item: Any) -> None:
         setattr(message, name, item)
 
 
+def _number(message: Message, name: str, item: StrEnum) -> int:
+    member = (type(item), item.name)
+    if member not in _NUMBERS:
+        enum: Any = message.DESCRIPTOR.fields_by_name[name].enum_type
+        _NUMBERS[member] = enum.values_by_name[_enum_prefix(type(item)) + item.name].number
+    return _NUMBERS[member]
+
+
 def _extend(repeated: Any, items: Any) -> None:
     for item in items:
+        if type(item) in _PLAIN:
+            repeated.extend(items)  # all are alike
+            return
         if dataclasses.is_dataclass(item):
             to_proto(item, repeated.add())
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
@@ -112,6 +131,9 @@ def _enum_prefix(kind: type[StrEnum]) -> str:
 
 # -------------------------------------------------------------------------------- in
 
+Reader = Callable[[Any], Any]  # a message -> the value of one field
+_READERS: dict[Any, tuple[tuple[str, Reader], ...]] = {}  # by dataclass
+
 
 def from_proto(kind: type[T], message: Any) -> T:
     """A dataclass of type `kind` from a message with the same field names.
@@ -119,56 +141,77 @@ def from_proto(kind: type[T], message: Any) -> T:
     Raises InvalidRequestError when a message field is missing, an enum is unspecified, or the
     dataclass itself refuses the values.
     """
-    values = {}
-    for name, hint in _hints(kind).items():
-        values[name] = _read(message, name, hint, f"{kind.__name__}.{name}")
+    readers = _READERS.get(kind)
+    if readers is None:
+        hints = get_type_hints(kind)
+        readers = _READERS[kind] = tuple(
+            (name, _reader(name, hint, f"{kind.__name__}.{name}")) for name, hint in hints.items()
+        )
+    values = {name: read(message) for name, read in readers}
     try:
         return kind(**values)
     except (TidewrightError, ValueError) as error:
         raise InvalidRequestError(f"{kind.__name__}: {error}") from error
 
 
-_HINTS: dict[Any, dict[str, Any]] = {}  # by dataclass
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    if kind not in _HINTS:
-        _HINTS[kind] = get_type_hints(kind)
-    return _HINTS[kind]
-
-
-def _read(message: Any, name: str, hint: Any, where: str) -> Any:
+def _reader(name: str, hint: Any, where: str) -> Reader:
+    """How a field with that type is read; found once per dataclass."""
     if get_origin(hint) in (Union, types.UnionType):
-        if not message.HasField(name):
-            return None
-        hint = next(a for a in get_args(hint) if a is not type(None))
+        inner = _reader(name, next(a for a in get_args(hint) if a is not type(None)), where)
+        return lambda message: inner(message) if message.HasField(name) else None
     if get_origin(hint) in (tuple, Sequence):
-        return tuple(_item(item, get_args(hint)[0], where) for item in getattr(message, name))
+        return _items_reader(name, get_args(hint)[0])
     if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return _enum(hint, message, name, where)
+        return _enum_reader(hint, name, where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not message.HasField(name):
-            raise InvalidRequestError(f"{where} is missing; it must be given.")
-        return from_proto(hint, getattr(message, name))
-    return hint(getattr(message, name))
+        return _message_reader(hint, name, where)
+    get = attrgetter(name)
+    return lambda message: hint(get(message))
 
 
-def _item(item: Any, hint: Any, where: str) -> Any:
+def _items_reader(name: str, hint: Any) -> Reader:
+    get, is_message = attrgetter(name), dataclasses.is_dataclass(hint)
+
+    def read(message: Any) -> tuple[Any, ...]:
+        items = get(message)
+        if is_message:
+            return tuple([from_proto(hint, item) for item in items])
+        if get_origin(hint) is tuple:
+            return tuple(map(_item, items))
+        return tuple(items)
+
+    return read
+
+
+def _item(item: Any) -> Any:
     if isinstance(item, pb.PhaseDuration):
         return (item.phase, item.duration_s)
-    if isinstance(item, pb.MatrixRow):
-        return tuple(item.values)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_proto(hint, item)
-    return item
+    return tuple(item.values) if isinstance(item, pb.MatrixRow) else item
 
 
-def _enum(kind: type[StrEnum], message: Any, name: str, where: str) -> StrEnum:
-    number = getattr(message, name)
-    value = message.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number.get(number)
-    label = "" if value is None else value.name.removeprefix(_enum_prefix(kind))
-    if label not in kind.__members__:
-        raise InvalidRequestError(
-            f"{where} is {number}; expected one of {', '.join(kind.__members__)}."
-        )
-    return kind[label]
+def _message_reader(kind: Any, name: str, where: str) -> Reader:
+    def read(message: Any) -> Any:
+        if not message.HasField(name):
+            raise InvalidRequestError(f"{where} is missing; it must be given.")
+        return from_proto(kind, getattr(message, name))
+
+    return read
+
+
+def _enum_reader(kind: type[StrEnum], name: str, where: str) -> Reader:
+    prefix, known = _enum_prefix(kind), dict[int, StrEnum]()
+
+    def read(message: Any) -> StrEnum:
+        number = getattr(message, name)
+        if number not in known:
+            by_number = message.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number
+            value = by_number.get(number)
+            label = "" if value is None else value.name.removeprefix(prefix)
+            if label not in kind.__members__:
+                raise InvalidRequestError(
+                    f"{where} is {number}; expected one of {', '.join(kind.__members__)}."
+                )
+            known[number] = kind[label]
+        return known[number]
+
+    return read

@@ -23,8 +23,9 @@ from envs.experiment_config import read_config
 from envs.pool import run_in_processes
 from envs.study.report import fill_page, table
 from envs.training import BEST, RunOptions, run_training, scorer
-from policies.checkpoint import load_manifest, load_policy
+from policies.checkpoint import load_policy
 from policies.curves import plot_curves
+from policies.manifest import load_manifest
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, PAGE = ROOT / "configs", ROOT / "docs" / "ablations.md"

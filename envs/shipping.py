@@ -13,8 +13,8 @@ from envs.study.report import run_of, table
 from envs.study.verdict import gains, interval, main_cells, seeds_of
 from policies.artifact import GUARDED, HYSTERESIS, Artifact, read_artifact, write_artifact
 from policies.baselines import HysteresisConfig
-from policies.checkpoint import MANIFEST, WEIGHTS, load_manifest
 from policies.curves import plot_curves
+from policies.manifest import MANIFEST, WEIGHTS, load_manifest
 
 Result = Mapping[str, Any]
 CARD, CURVES = "README.md", "learning_curve.png"

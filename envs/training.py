@@ -36,15 +36,10 @@ from envs.serving_env import ServingEnv
 from envs.vec_env import ServingVecEnv
 from envs.workload import Trace
 from policies.base import ObservationSpec, Policy
-from policies.checkpoint import (
-    add_facts,
-    load_manifest,
-    load_optimizer,
-    load_policy,
-    save_checkpoint,
-)
+from policies.checkpoint import add_facts, load_optimizer, load_policy, save_checkpoint
 from policies.cloning import clone
 from policies.curves import plot_curves
+from policies.manifest import load_manifest
 from policies.ppo import PpoPolicy
 from policies.training import LearningState, TrainingResult, Watch, state_from_json, train
 

@@ -15,8 +15,8 @@ from typing import Any
 from engine.errors import CheckpointError, InvalidRequestError
 from policies.base import Policy
 from policies.baselines import HysteresisConfig, HysteresisPolicy
-from policies.checkpoint import MANIFEST, load_manifest, load_policy, spec_from_json
 from policies.guarded import GuardedConfig, GuardedPolicy
+from policies.manifest import MANIFEST, check_hash, load_manifest, spec_from_json
 
 FILE, SCHEMA = "artifact.json", 1
 GUARDED, HYSTERESIS = "guarded", "hysteresis"
@@ -90,21 +90,33 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def load_shipped(folder: Path, expected_spec_hash: str | None = None, name: str = "") -> Policy:
     """The policy of a checkpoint, or of an artifact the one that `name` says (GUARDED, HYSTERESIS
-    or a member), its default unless given. Raises CheckpointError."""
+    or a member), its default unless given. torch is imported where weights are needed.
+
+    Raises CheckpointError.
+    """
     if not is_artifact(folder):
         if name:
             raise CheckpointError(
                 f"{folder} is a single checkpoint ({MANIFEST}), it has no {name!r}; leave it out."
             )
-        return load_policy(folder, expected_spec_hash)
+        return _learned(folder, expected_spec_hash)
     artifact = read_artifact(folder)
     chosen = name or artifact.default
     if chosen in artifact.members:
-        return load_policy(folder / chosen, expected_spec_hash)
+        return _learned(folder / chosen, expected_spec_hash)
     if chosen not in (GUARDED, HYSTERESIS):
         known = ", ".join(names_of(folder))
         raise CheckpointError(f"artifact {folder} has no policy {chosen!r}; it has {known}.")
-    members = [load_policy(folder / m, expected_spec_hash) for m in artifact.members]
     spec = spec_from_json(load_manifest(folder / artifact.members[0])["observation"])
     rule = HysteresisPolicy(spec, artifact.hysteresis)
-    return rule if chosen == HYSTERESIS else GuardedPolicy(members, rule, artifact.guarded)
+    if chosen == HYSTERESIS:
+        check_hash(folder, spec.hash, expected_spec_hash or spec.hash, "this controller")
+        return rule
+    members = [_learned(folder / m, expected_spec_hash) for m in artifact.members]
+    return GuardedPolicy(members, rule, artifact.guarded)
+
+
+def _learned(folder: Path, expected_spec_hash: str | None) -> Policy:
+    from policies.checkpoint import load_policy
+
+    return load_policy(folder, expected_spec_hash)

@@ -25,15 +25,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from policies.base import ObservationSpec
+from policies.manifest import (
+    MANIFEST,
+    OPTIMIZER,
+    SCHEMA,
+    WEIGHTS,
+    check_hash,
+    load_manifest,
+    spec_from_json,
+)
 from policies.networks import NetworkConfig, build_network
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
 
-SCHEMA = 1
-MANIFEST, WEIGHTS, OPTIMIZER = "manifest.json", "policy.safetensors", "optimizer.safetensors"
 _LIBRARIES = ("torch", "numpy", "stable-baselines3", "sb3-contrib")
-_REQUIRED = ("observation", "spec_hash", "network", "normalizer", "files")
 
 
 def save_checkpoint(
@@ -110,32 +115,6 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked for schema and completeness. Raises CheckpointError."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"no policy checkpoint at {folder}: {MANIFEST} is missing; give the folder that "
-            "train.py wrote."
-        )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}); train or copy it again."
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise CheckpointError(
-            f"{path} has schema {found!r}, this version reads schema {SCHEMA}; "
-            "train the policy again."
-        )
-    missing = [key for key in _REQUIRED if key not in manifest]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; train or copy it again.")
-    return manifest
-
-
 def _load_tensors(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     path = Path(folder) / name
     if not path.is_file():
@@ -152,11 +131,6 @@ def _load_tensors(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[
     return tensors
 
 
-def spec_from_json(data: Mapping[str, Any]) -> ObservationSpec:
-    names = {key: tuple(data[key]) for key in ("state_features", "candidate_features")}
-    return ObservationSpec(**(dict(data) | names))
-
-
 def load_policy(folder: Path, expected_spec_hash: str | None = None) -> PpoPolicy:
     """The policy of a checkpoint. Sets torch to one thread: its forward pass takes microseconds.
 
@@ -171,9 +145,9 @@ def load_policy(folder: Path, expected_spec_hash: str | None = None) -> PpoPolic
         normalizer = ObservationNormalizer.from_json(manifest["normalizer"], spec)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the manifest of {folder} is malformed: {error}.") from error
-    _check_hash(folder, spec.hash, manifest["spec_hash"], "its own manifest")
+    check_hash(folder, spec.hash, manifest["spec_hash"], "its own manifest")
     if expected_spec_hash is not None:
-        _check_hash(folder, spec.hash, expected_spec_hash, "this controller")
+        check_hash(folder, spec.hash, expected_spec_hash, "this controller")
     network = build_network(spec, config)
     try:
         network.load_state_dict(_load_tensors(folder, manifest, WEIGHTS))
@@ -182,14 +156,6 @@ def load_policy(folder: Path, expected_spec_hash: str | None = None) -> PpoPolic
             f"{WEIGHTS} of {folder} does not fit its manifest: {error}"
         ) from error
     return PpoPolicy(spec, network, config, normalizer, str(manifest.get("name", "ppo")))
-
-
-def _check_hash(folder: Path, found: str, expected: str, whose: str) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"checkpoint {folder} was trained on observation {found}, {whose} has {expected}; "
-            "use a policy trained with the same features and grid, or train again."
-        )
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from policies.baselines import (
     ScalingPolicy,
     WorkFunctionPolicy,
 )
-from policies.checkpoint import MANIFEST, load_manifest, load_policy
+from policies.checkpoint import load_policy
 from policies.guarded import GuardedPolicy
+from policies.manifest import MANIFEST, load_manifest
 from policies.mpc import MpcPolicy
 
 SLOW_GRID_S = 60.0  # between decisions of rules that plan each minute, and of those that stay

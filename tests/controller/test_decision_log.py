@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from controller.decision_log import DecisionLog, encode, log_files, read_log
 from controller.log_records import interval_record
-from engine.cluster import Arrival, ClusterEvent, EventKind, RequestOutcome, RequestStatus
+from engine.cluster import (
+    Arrival,
+    ClusterEvent,
+    ClusterSnapshot,
+    EventBatch,
+    EventKind,
+    RequestOutcome,
+    RequestStatus,
+    Routing,
+    dense_deployment,
+    parse_deployment_key,
+)
 from engine.errors import InvalidRequestError
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +113,10 @@ def test_an_interval_lists_every_arrival_and_every_end() -> None:
         ClusterEvent(1, 4.0, EventKind.ENDED, outcome=outcome),
         ClusterEvent(2, 4.5, EventKind.DEVICE_LOST, device=3),
     )
-    record = interval_record(0.0, 5.0, events, 7)
+    replicas = dense_deployment(parse_deployment_key("1xtp1pp1"))
+    snapshot = ClusterSnapshot(5.0, 3, replicas, Routing((0,)), (), None, num_arrived=9)
+    record = interval_record(0.0, snapshot, EventBatch(events, 11, 7))
+    assert (record["epoch"], record["num_arrived"], record["next_cursor"]) == (3, 9, 11)
     assert record["arrivals"] == [[1.0, 10, "chat"]]
     assert record["requests"] == [["a", RequestStatus.FINISHED, 1.0, 1.5, 4.0, 10, 6, 2]]
     assert (record["from_s"], record["to_s"], record["num_events_lost"]) == (0.0, 5.0, 7)
