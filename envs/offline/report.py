@@ -40,8 +40,8 @@ pre { background: #f4f6f8; padding: .6rem; white-space: pre-wrap; overflow-wrap:
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } h2 { break-after: avoid; }
   figure, tr, .verdict { break-inside: avoid; }
-  thead { display: table-header-group; } td, th { overflow-wrap: anywhere; }
-  td.n { white-space: normal; } }
+  thead { display: table-header-group; } td { overflow-wrap: anywhere; }
+  td.n, th { overflow-wrap: normal; } td:first-child { min-width: 8em; } }
 """
 
 

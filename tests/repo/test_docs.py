@@ -84,7 +84,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_structure_page_has_one_line_per_module() -> None:
     text = (ROOT / "docs" / "structure.md").read_text()
-    assert len(text.splitlines()) <= 320
+    assert len(text.splitlines()) <= 340
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
