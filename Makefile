@@ -37,8 +37,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),model) ## the main job, live; TRACE=FILE for your own trace, MODEL=smollm2 for words
 	$(BIN)/python demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
-test: $(STAMP) ## the whole default test suite, a file at a time on each of two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+PROCESSES = tests/engine tests/contract# whose tests start ranks on every core: one at a time
+
+test: $(STAMP) ## the whole default test suite, on two cores where tests need but one; ARGS: just these
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PROCESSES:%=--ignore=%)
+	$(BIN)/python -m pytest $(PROCESSES)
+endif
 
 test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before
 	$(BIN)/python -m pytest -m slow $(ARGS)
