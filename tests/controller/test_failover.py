@@ -204,8 +204,10 @@ def test_one_that_was_stopped_and_goes_on_later_stands_by(
         first_life = read_log(log).records[0]["life"]
         first.process.send_signal(signal.SIGCONT)
         late = stack.enter_context(RemoteControl(first.target, timeout_s=5.0))
+        now = engine.snapshot()
+        other = "4xtp1pp1" if now.deployment.key == "2xtp2pp1" else "2xtp2pp1"
         with pytest.raises(TidewrightError):  # refused, or already gone
-            late.apply("2xtp2pp1", engine.snapshot().epoch)
+            late.apply(other, now.epoch)
         first.until_waiting()
         epoch = engine.snapshot().epoch
         until(lambda: engine.snapshot().epoch > epoch, "the second does not switch")
