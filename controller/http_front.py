@@ -14,7 +14,6 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -59,7 +58,6 @@ KINDS = {
 }
 MAX_BODY_BYTES = 64 << 10
 CALL_S = 20.0  # for what may wait for a tick
-GRACE_S = 2
 SWITCHES_TOLD = 20
 
 READS = {  # path -> method of ControlService; its fields are the query's
@@ -320,17 +318,7 @@ async def start_http(
     sock = bind_http(host, port, "--http-port")
     service, guard = ControlService(loop, operations, sessions), Guard((host, *names))
     front = HttpFront(loop, service, history or History(loop), guard, gate or Gate())
-    server = HttpServer(
-        uvicorn.Config(
-            front.app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=GRACE_S,
-            **_tls_options(tls),
-        )
-    )
+    server = HttpServer(front.app, **_tls_options(tls))
     return RunningFront(front, server, sock)
 
 

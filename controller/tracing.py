@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from controller.records import TickRecord, TickStatus
 from engine.cluster import SwitchPhase, SwitchTicket
-from engine.errors import InvalidRequestError
+from engine.otlp import open_exporter
 
 if TYPE_CHECKING:
     from controller.loop import ControlLoop, Step
@@ -144,18 +144,4 @@ def start_tracing(loop: ControlLoop, endpoint: str) -> DecisionTracing:
 
     Raises InvalidRequestError when the packages are missing.
     """
-    try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise InvalidRequestError(
-            f"--otlp-traces-endpoint needs {error.name or 'opentelemetry'}, which is not "
-            "installed; install the extra: pip install 'tidewright[otel]'."
-        ) from error
-    resource = Resource.create({"service.name": "tidewright-controller"})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
-    provider.add_span_processor(BatchSpanProcessor(exporter))
-    return DecisionTracing(loop, provider)
+    return DecisionTracing(loop, open_exporter(endpoint, "tidewright-controller"))

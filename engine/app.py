@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from engine.api.server import OpenAIServer
 from engine.build import build_runtime, resolve_model
 from engine.cluster import RequestStatus
@@ -26,7 +24,6 @@ from engine.tokenizer import Tokenizer
 from engine.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
-HTTP_GRACE_S = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +101,7 @@ async def http_server(
 ) -> AsyncIterator[None]:
     """The HTTP server answers from the first moment on; /ready tells what for."""
     api = OpenAIServer(runtime, tokenizer, EngineMetrics(runtime, name), name)
-    server = HttpServer(
-        uvicorn.Config(
-            api.app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=HTTP_GRACE_S,
-        )
-    )
+    server = HttpServer(api.app)
     task = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     try:
         yield

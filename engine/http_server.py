@@ -5,14 +5,31 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
 from engine.errors import UnavailableError
 
+GRACE_S = 2  # that open answers have when it stops
+
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handling: the process decides when to stop."""
+    """uvicorn without its own signal handling, logs and life cycle: the process decides when to
+    stop. `options` are uvicorn's, such as those of TLS."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=GRACE_S,
+                **options,
+            )
+        )
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 from engine.cluster import RequestStatus
-from engine.errors import InvalidRequestError
 from engine.live_request import EndedRequest
+from engine.otlp import open_exporter
 from engine.runtime import EngineRuntime
 
 FLUSH_TIMEOUT_MS = 2000
@@ -86,18 +86,4 @@ def start_tracing(runtime: EngineRuntime, endpoint: str, model_name: str) -> Tra
 
     Raises InvalidRequestError when the packages are missing.
     """
-    try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise InvalidRequestError(
-            f"--otlp-traces-endpoint needs {error.name or 'opentelemetry'}, which is not "
-            "installed; install the extra: pip install 'tidewright[otel]'."
-        ) from error
-    resource = Resource.create({"service.name": "tidewright"})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
-    provider.add_span_processor(BatchSpanProcessor(exporter))
-    return Tracing(runtime, provider, model_name)
+    return Tracing(runtime, open_exporter(endpoint, "tidewright"), model_name)

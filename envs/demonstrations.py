@@ -141,10 +141,11 @@ def _episode(
     while not env.is_over:
         assert env.prepared is not None
         observation = env.prepared.observation
-        costs = expert(observation)
+        row = KEEP_ROW
         if observation.mask.sum() > 1:
+            costs = expert(observation)
             seen.append((observation.flat(), observation.mask, costs.astype(np.float32)))
-        row = int(costs.argmin())
+            row = int(costs.argmin())
         if rng.random() < config.noise:
             row = int(rng.choice(np.flatnonzero(observation.mask)))
         *_, info = env.step(row)
@@ -170,10 +171,9 @@ def _expert(config: CloningConfig, env: ServingEnv, outlook: EnvOutlook) -> Cost
     mpc = MpcPolicy(outlook, config.mpc)
 
     def ask_mpc(observation: Observation) -> NDArray[np.float64]:
-        if observation.mask.sum() > 1:
-            costs = mpc.relative_costs(observation)
-            if np.isfinite(costs).any():
-                return costs
+        costs = mpc.relative_costs(observation)
+        if np.isfinite(costs).any():
+            return costs
         return np.where(np.arange(len(observation.mask)) == KEEP_ROW, 0.0, np.inf)
 
     return ask_mpc

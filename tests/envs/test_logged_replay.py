@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from logged_controller import TYPES, TYPING, Even
 
 from controller.build import build_pipeline
 from controller.decision import DecisionConfig
 from engine.cluster import (
-    WorkloadType,
-    WorkloadTyping,
     dense_deployment,
     parse_deployment_key,
 )
@@ -21,25 +19,10 @@ from envs.build import default_reward
 from envs.logged_replay import replay_logged, replay_policy
 from envs.serving_env import EnvParts, ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
-from envs.workload import RequestType, WorkloadConfig, generate
-from policies.base import Observation
+from envs.workload import WorkloadConfig, generate
 from policies.baselines import KeepPolicy
 
-TYPING = WorkloadTyping((WorkloadType("short", 12, 20), WorkloadType("long", 120, 40)), (0.6, 0.4))
-TYPES = (RequestType("short", 12, 20), RequestType("long", 120, 40))
 STEPS, GRID_S = 40, 5.0
-
-
-class Even:
-    """Every legal candidate alike."""
-
-    name = "even"
-
-    def reset(self) -> None:
-        return
-
-    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        return np.asarray(observation.mask / observation.mask.sum(), np.float64)
 
 
 def make_env(cluster: ProfiledCluster) -> ServingEnv:
