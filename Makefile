@@ -37,14 +37,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),model) ## the main job, live; TRACE=FILE for your own trace, MODEL=smollm2 for words
 	$(BIN)/python demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TRACE),--trace $(TRACE)) $(ARGS)
 
-PROCESSES = tests/engine tests/contract# whose tests start ranks on every core: one at a time
+DEFAULT_TESTS = not slow and not gpu
 
-test: $(STAMP) ## the whole default test suite, on two cores where tests need but one; ARGS: just these
+test: $(STAMP) ## the whole default test suite, tests that start ranks one at a time; ARGS: just these
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PROCESSES:%=--ignore=%)
-	$(BIN)/python -m pytest $(PROCESSES)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m '$(DEFAULT_TESTS) and not ranks'
+	$(BIN)/python -m pytest -m '$(DEFAULT_TESTS) and ranks'
 endif
 
 test-slow: $(STAMP) ## the tests marked slow; those of the demo model need 'make model' before

@@ -26,6 +26,15 @@ from engine.profile import ProfiledCluster, ServingProfile, StepTimeModel
 
 MAX_MODEL_LEN = 256
 LAYERS, HIDDEN, VOCAB = 4, 128, 256
+ROOMS_OF_RANKS = ("engine", "contract")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `ranks` what starts an engine; a test that does it another way marks itself."""
+    for item in items:
+        uses_model = "tiny_model_dir" in getattr(item, "fixturenames", ())
+        if uses_model or item.path.parent.name in ROOMS_OF_RANKS:
+            item.add_marker(pytest.mark.ranks)
 
 
 @pytest.fixture(scope="session")

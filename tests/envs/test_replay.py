@@ -15,6 +15,8 @@ from envs.replay import ReplayRecord, build_replay, random_prompts, summarise
 from envs.showcase import ENGINE_READY
 from envs.workload import Trace
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
