@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from envs.study.verdict import gains, interval, main_cells, seeds_of
 from policies.artifact import GUARDED, HYSTERESIS, Artifact, read_artifact, write_artifact
 from policies.baselines import HysteresisConfig
 from policies.curves import plot_curves
+from policies.guarded import GuardedConfig
 from policies.manifest import MANIFEST, WEIGHTS, load_manifest
 
 Result = Mapping[str, Any]
@@ -47,18 +48,22 @@ def cells_of(results: Sequence[Result], name: str) -> list[Result]:
 
 def decide_default(results: Sequence[Result], folder: Path) -> Artifact:
     """The stop rule: the trained policies decide only where the lower end of the interval of their
-    gain over hysteresis is above zero. Hysteresis is set as it was tuned most often."""
+    gain over hysteresis is above zero. Both are set as they were tuned most often."""
     before = read_artifact(folder)
     cells = main_cells(cells_of(results, folder.name))
-    default, rule = HYSTERESIS, before.hysteresis
+    default, rule, guard = HYSTERESIS, before.hysteresis, before.guarded
     if cells:
         _, low, _ = interval([gains(c, [GUARDED]) for c in cells])
         default = GUARDED if low > 0.0 else HYSTERESIS
-        tuned = Counter(tuple(c["hysteresis"].items()) for c in cells)
-        rule = HysteresisConfig(**dict(tuned.most_common(1)[0][0]))
-    artifact = Artifact(default, before.members, rule, before.guarded)
+        rule = HysteresisConfig(**_most_often(c["hysteresis"] for c in cells))
+        guard = GuardedConfig(**_most_often(c["guarded"] for c in cells))
+    artifact = Artifact(default, before.members, rule, guard)
     write_artifact(folder, artifact)
     return artifact
+
+
+def _most_often(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return dict(Counter(tuple(s.items()) for s in settings).most_common(1)[0][0])
 
 
 # --------------------------------------------------------------------------------------

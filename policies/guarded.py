@@ -1,8 +1,8 @@
 """A learned policy that acts only where it is sure, and leaves everything else to a rule.
 
-Several policies that were trained alike but for their seeds stand for what is not known: where they
-agree on another row than the rule's, and each of them prefers it by a margin, it is taken; else the
-rule decides. Exploration, when asked for, stays among rows that nearly tie.
+Several policies that were trained alike but for their seeds stand for what is not known: a row that
+enough of them prefer to the rule's by a margin is taken, even where their favourites differ; else
+the rule decides. Exploration, when asked for, stays among rows that nearly tie.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class GuardedConfig:
     """When the members may overrule the rule."""
 
     margin: float = 0.5  # ln of how many times as probable as the rule's row theirs must be
-    agreement: float = 1.0  # share of the members that must prefer the same row by the margin
+    agreement: float = 1.0  # share of the members that must prefer the same row to the rule's
     epsilon: float = 0.0  # probability shared by the rows that nearly tie with the chosen one
     tie: float = 0.25  # ln of how much less probable, in the members' mean, such a row may be
 
@@ -67,13 +67,11 @@ class GuardedPolicy:
         return self._explore(logs, decided, observation) if self.config.epsilon else decided
 
     def _chosen(self, logs: Floats, by_rule: int) -> int | None:
-        """The row that enough of the members prefer by the margin; None: the rule's. [M, K]"""
-        best = logs.argmax(axis=1)
-        votes = np.bincount(best, minlength=logs.shape[1])
-        row = int(votes.argmax())
-        gains = logs[best == row, row] - logs[best == row, by_rule]
-        sure = int((gains > self.config.margin).sum()) >= self.config.agreement * len(logs)
-        return row if row != by_rule and sure else None
+        """The likeliest of the rows that enough members prefer to the rule's by the margin; None:
+        there is none. [M, K]"""
+        gains = logs - logs[:, by_rule, None]
+        enough = (gains > self.config.margin).mean(axis=0) >= self.config.agreement
+        return int(np.where(enough, logs.mean(axis=0), -np.inf).argmax()) if enough.any() else None
 
     def _explore(self, logs: Floats, chosen: Floats, observation: Observation) -> Floats:
         """`epsilon` of the probability, evenly over the legal rows that nearly tie."""

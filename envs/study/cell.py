@@ -21,6 +21,8 @@ from envs.lookahead import future_of
 from envs.study.bounds import bounds
 from envs.study.config import Cell, StudyConfig
 from envs.study.rules import (
+    guarded_rule,
+    guarded_settings,
     hysteresis_policy,
     hysteresis_settings,
     ladder,
@@ -43,6 +45,7 @@ from envs.traffic import homogeneous_keys
 from envs.workload import Trace
 from policies.base import TrafficColumns, request_seconds
 from policies.baselines import HysteresisConfig
+from policies.guarded import GuardedConfig
 from policies.oracle import World as Beam
 from policies.oracle import beam_search
 
@@ -55,8 +58,10 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
     world = build_world(config, cell, traces)
     statics = _statics(world, report)
     tuned = _tune(world, report)
+    guarded = _tune_guarded(world, tuned, report) if cell.policy else None
     runs = list(statics)
-    for rule in ladder(world, tuned):
+    together = guarded_rule(world, tuned, guarded) if guarded else None
+    for rule in ladder(world, tuned, together):
         report(rule.name)
         pipeline = rule.pipeline(world)
         records = run_windows(world, world.test, rule.policy, pipeline)
@@ -79,6 +84,7 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         "shares": shares_of_types(world, world.test),
         "initial": world.initial_key,
         "hysteresis": asdict(tuned),
+        "guarded": asdict(guarded) if guarded else None,
         "bounds": bounds(world),
         "training": training,
         "runs": [run.to_json() for run in runs],
@@ -157,6 +163,21 @@ def _tune(world: World, report: Report) -> HysteresisConfig:
         score = _score(world, "", records)
         found.append((_badness(world, score), setting))
     return min(found, key=lambda pair: pair[0])[1]
+
+
+def _tune_guarded(world: World, tuned: HysteresisConfig, report: Report) -> GuardedConfig:
+    """The settings of the guarded policy over the tuned rule that are best on the same windows."""
+    settings = guarded_settings(world)
+    if len(settings) == 1:
+        return settings[0]
+
+    def badness(config: GuardedConfig) -> float:
+        report(f"tuning guarded {config.margin:g}")
+        rule = guarded_rule(world, tuned, config)
+        records = run_windows(world, world.training, rule.policy, rule.pipeline(world))
+        return _badness(world, _score(world, "", records))
+
+    return min(settings, key=badness)
 
 
 def _badness(world: World, score: RunScore) -> float:

@@ -60,11 +60,16 @@ class Cell(_Section):
 
 
 class Tuning(_Section):
-    """What hysteresis may be set to; the best on the tuning windows is taken."""
+    """What hysteresis, and then the guarded policy over it, may be set to; the best on the tuning
+    windows is taken."""
 
     horizon_s: tuple[float, ...] = Field(min_length=1)
     num_ticks: tuple[int, ...] = Field(min_length=1)
     margin: tuple[float, ...] = Field(min_length=1)
+    guarded_margin: tuple[float, ...] = Field(
+        default=(),
+        description="of the guarded policy; none: as `guarded` says. The first of equals",
+    )
 
 
 class StudyConfig(_Section):

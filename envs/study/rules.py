@@ -24,7 +24,7 @@ from policies.baselines import (
     WorkFunctionPolicy,
 )
 from policies.checkpoint import load_policy
-from policies.guarded import GuardedPolicy
+from policies.guarded import GuardedConfig, GuardedPolicy
 from policies.manifest import MANIFEST, load_manifest
 from policies.mpc import MpcPolicy
 
@@ -107,7 +107,7 @@ def _of_spec(make: Callable[[ObservationSpec], Policy]) -> MakePolicy:
     return lambda pipeline, env: make(pipeline.observation_spec)
 
 
-def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
+def ladder(world: World, tuned: HysteresisConfig, guarded: Rule | None) -> list[Rule]:
     """All but the static deployments and the beam, in order."""
     mpc, seed = world.config.mpc, world.config.seed
 
@@ -180,8 +180,8 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
     if world.cell.ladder == "policy":
         peers = ("keep", "oserve", "greedy", "hysteresis")
         rules = [rule for rule in rules if rule.name in peers]
-    if world.cell.policy is not None:
-        rules += learned(world, ARTIFACTS / world.cell.policy, tuned)
+    if guarded is not None:
+        rules += [*alone(world), guarded]
     if world.cell.ladder == "full":
         rules += [
             Rule("mpc", "looks ahead on draws from the forecast", rule_pipeline, looking(False)),
@@ -190,32 +190,49 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
     return rules
 
 
-def learned(world: World, folder: Path, tuned: HysteresisConfig) -> list[Rule]:
-    """Each checkpoint in the folder, and all of them guarded by hysteresis.
-
-    Raises CheckpointError.
-    """
-    seeds = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+def _seeds(world: World) -> dict[str, Path]:
+    """The checkpoints of the cell's policy by name. Raises CheckpointError."""
+    assert world.cell.policy is not None
+    folder = ARTIFACTS / world.cell.policy
+    seeds = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))}
     if not seeds:
         raise CheckpointError(f"{folder} has no folders with checkpoints, such as seed0.")
-    loaded = {seed.name: load_policy(seed) for seed in seeds}
+    return seeds
 
-    def pipeline(world: World) -> DecisionPipeline:
-        return pipeline_from_facts(load_manifest(seeds[0]), world.cluster)
 
-    def together(spec: ObservationSpec) -> Policy:
-        rule = HysteresisPolicy(spec, tuned)
-        return GuardedPolicy(tuple(loaded.values()), rule, world.config.guarded)
+def _trained_pipeline(world: World) -> DecisionPipeline:
+    """The one that the cell's policy was trained with."""
+    first = next(iter(_seeds(world).values()))
+    return pipeline_from_facts(load_manifest(first), world.cluster)
 
-    def alone(policy: Policy) -> MakePolicy:
+
+def alone(world: World) -> list[Rule]:
+    """Each checkpoint by itself. Raises CheckpointError."""
+
+    def always(policy: Policy) -> MakePolicy:
         return lambda pipeline, env: policy
 
-    each = [
-        Rule(f"ppo {name}", "trained, alone", pipeline, alone(policy))
-        for name, policy in loaded.items()
+    return [
+        Rule(f"ppo {name}", "trained, alone", _trained_pipeline, always(load_policy(folder)))
+        for name, folder in _seeds(world).items()
     ]
+
+
+def guarded_rule(world: World, tuned: HysteresisConfig, config: GuardedConfig) -> Rule:
+    """All checkpoints together, guarded by hysteresis. Raises CheckpointError."""
+    members = tuple(load_policy(folder) for folder in _seeds(world).values())
+
+    def together(spec: ObservationSpec) -> Policy:
+        return GuardedPolicy(members, HysteresisPolicy(spec, tuned), config)
+
     meaning = "trained policies where they agree, else hysteresis"
-    return [*each, Rule("guarded", meaning, pipeline, _of_spec(together))]
+    return Rule("guarded", meaning, _trained_pipeline, _of_spec(together))
+
+
+def guarded_settings(world: World) -> list[GuardedConfig]:
+    """The first of those that do equally well is taken."""
+    fixed, margins = world.config.guarded, world.config.tuning.guarded_margin
+    return [replace(fixed, margin=margin) for margin in margins] or [fixed]
 
 
 def hysteresis_settings(world: World) -> list[HysteresisConfig]:

@@ -12,6 +12,7 @@ from envs.shipping import CARD, CURVES, decide_default, ship_seeds, write_card
 from envs.study.config import DEFAULT_STUDY, StudyConfig
 from policies.artifact import GUARDED, HYSTERESIS, load_shipped, read_artifact
 from policies.baselines import HysteresisConfig
+from policies.guarded import GuardedConfig
 
 DEMO = DEFAULT_STUDY.parents[1] / "policies" / "artifacts" / "demo"
 
@@ -25,6 +26,7 @@ def cell(guarded: float, name: str = "pool") -> dict[str, Any]:
     return {
         "cell": {"name": "c", "role": "seen", "load": 0.85, "policy": name},
         "hysteresis": {"horizon_s": 60.0, "num_ticks": 3, "margin": 4.0},
+        "guarded": {"margin": 2.0, "agreement": 0.8, "epsilon": 0.0, "tie": 0.25},
         "runs": [run("hysteresis", 0.4), run("ppo seed0", 0.5), run("guarded", guarded)],
     }
 
@@ -57,6 +59,7 @@ def test_the_stop_rule(folder: Path) -> None:
     assert decide_default([cell(0.4)], folder).default == HYSTERESIS
     assert decide_default([cell(0.45, name="other")], folder).default == HYSTERESIS
     assert decide_default([cell(0.45)], folder).hysteresis == HysteresisConfig(60.0, 3, 4.0)
+    assert decide_default([cell(0.45)], folder).guarded == GuardedConfig(2.0, 0.8)
 
 
 def test_the_card_says_what_it_is_worth(folder: Path) -> None:

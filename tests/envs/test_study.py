@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import pytest
 from engine.cluster import SloSpec, UtilitySpec, WorkloadType, WorkloadTyping
 from engine.config import load_config
 from envs.reward import RewardConfig
+from envs.study import rules
 from envs.study.__main__ import main
 from envs.study.cell import run_cell
 from envs.study.config import DEFAULT_STUDY, Cell, StudyConfig, Windows
 from envs.study.report import BEGIN, END, best_static, figures, run_of, write_page
 from envs.study.results import read_results, write_results
 from envs.study.scores import Objectives, WindowRecord, arrived_since, score_run
+from envs.study.world import build_world, run_windows
 from envs.workload import Trace
 from policies.base import TrafficColumns
+from policies.baselines import HysteresisConfig
+from policies.guarded import GuardedConfig
 
 SMALL = Windows(training_share=0.5, tuning=1, number=1, window_s=300.0, peak_s=100.0)
 
@@ -67,6 +72,40 @@ def test_every_rule_meets_the_same_requests_and_no_bound_is_beaten(result: dict[
     assert keep["switches"] == 0
     static = run_of(result, f"static {first}")
     assert static is None or static["latency_s"] == keep["latency_s"]
+
+
+def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
+    config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a margin that no member reaches the guarded policy is hysteresis, request for request."""
+    for seed in ("seed0", "seed1"):
+        shutil.copytree(rules.ARTIFACTS / "demo", tmp_path / "pool" / seed)
+    monkeypatch.setattr(rules, "ARTIFACTS", tmp_path)
+    cell = Cell(
+        name="test",
+        trace="generated",
+        profile="tiny_llama_cpu4.json",
+        devices=4,
+        load=0.6,
+        length_factor=0.125,
+        ladder="policy",
+        policy="pool",
+        windows=SMALL,
+    )
+    world, tuned = build_world(config, cell, Path()), HysteresisConfig()
+    rule = rules.guarded_rule(world, tuned, GuardedConfig(margin=30.0))
+    policies = (rule.policy, rules.hysteresis_policy(tuned))
+    guarded, alone = (run_windows(world, world.test, p, rule.pipeline(world)) for p in policies)
+    assert [r.num_switches for r in guarded] == [r.num_switches for r in alone]
+    assert (guarded[0].traffic.finish_s == alone[0].traffic.finish_s).all()
+
+    said: list[str] = []
+    tuning = config.tuning.model_copy(update={"guarded_margin": (30.0, 40.0, 0.5)})
+    found = run_cell(config.model_copy(update={"tuning": tuning}), cell, Path(), said.append)
+    assert [s for s in said if "guarded " in s] == [f"tuning guarded {m}" for m in (30, 40, 0.5)]
+    assert found["guarded"]["margin"] in (30.0, 0.5)  # the first of equals
+    assert run_of(found, "ppo seed1") is not None
+    assert run_of(found, "guarded") is not None
 
 
 def test_statics_are_at_their_load(result: dict[str, Any]) -> None:

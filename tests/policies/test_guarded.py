@@ -62,6 +62,15 @@ def test_leaves_it_to_the_rule_where_they_disagree() -> None:
     assert row([SURE, SURE, OTHER], agreement=0.6) == 1
 
 
+def test_takes_what_all_prefer_to_the_rule_s_though_each_has_another_favourite() -> None:
+    """Favourites 0 and 1; both like either better than the rule's row 2."""
+    first, second = Fixed(0.7, 0.25, 0.05, 0.0), Fixed(0.35, 0.6, 0.05, 0.0)
+    to_third = Fixed(0.0, 0.0, 1.0, 0.0)
+    assert 0.7 * 0.35 > 0.25 * 0.6  # the members' mean in the logarithm
+    assert row([first, second], rule=to_third) == 0
+    assert row([first, second, Fixed(0.1, 0.1, 0.8, 0.0)], rule=to_third) == 2
+
+
 def test_is_the_rule_where_the_members_want_nothing_else() -> None:
     to_second = Fixed(0.0, 1.0, 0.0, 0.0)
     assert row([SURE, SURE], rule=to_second) == 1
