@@ -22,7 +22,6 @@ MAIN = ("seen", "unseen")  # roles of the cells that means are taken over
 OUTSIDE = ("unseen", "bursts", "misleading")
 PEAK_LOAD = 0.95  # of the heaviest cells in the means
 HEADROOM = 0.01  # on training days, of utility: cells below it have nothing to recover
-ATTAINMENT = 0.9  # that capacity is read at
 RESAMPLES, SEED = 2000, 0
 
 
@@ -91,27 +90,29 @@ def geometric_mean(values: Iterable[float | None]) -> float:
 
 
 def capacity_at(
-    results: Sequence[Result], attainment_of: Callable[[Result], float]
+    results: Sequence[Result], attainment_of: Callable[[Result], float], level: float
 ) -> float | None:
-    """The load of one pool and traffic at which attainment falls to ATTAINMENT, linear between the
-    cells' loads; None where it never crosses it."""
+    """The load of one pool and traffic at which attainment falls to `level`, linear between the
+    cells' loads; None where it never does."""
     points = sorted((float(r["cell"]["load"]), attainment_of(r)) for r in results)
     for (load, above), (heavier, below) in pairwise(points):
-        if above >= ATTAINMENT > below:
-            return load + (heavier - load) * (above - ATTAINMENT) / (above - below)
+        if above >= level > below:
+            return load + (heavier - load) * (above - level) / (above - below)
     return None
 
 
 def _capacity_ratios(cells: Sequence[Result]) -> list[float]:
-    """Per pool and traffic that has several loads: guarded over the best equal static."""
+    """Per pool and traffic that has three loads or more: guarded over the best equal static, at
+    the attainment that the latter has at the middle load."""
     groups: dict[tuple[str, int], list[Result]] = {}
     for cell in cells:
         groups.setdefault((cell["cell"]["trace"], cell["cell"]["devices"]), []).append(cell)
     found = []
     for group in groups.values():
-        ours = capacity_at(group, lambda r: _attainment(r, "guarded"))
-        theirs = capacity_at(group, _best_attainment)
-        if ours and theirs:
+        middle = sorted(group, key=lambda r: float(r["cell"]["load"]))[len(group) // 2]
+        theirs, level = float(middle["cell"]["load"]), _best_attainment(middle)
+        ours = capacity_at(group, lambda r: _attainment(r, "guarded"), level)
+        if len(group) > 2 and ours:
             found.append(ours / theirs)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,26 @@ def test_capacity_is_read_between_loads() -> None:
         {"cell": {"load": load}, "attained": attained}
         for load, attained in ((0.95, 0.7), (0.6, 0.95), (0.85, 0.85))
     ]
-    found = capacity_at(cells, lambda r: float(r["attained"]))
-    assert found == pytest.approx(0.6 + 0.25 * 0.5)
-    assert capacity_at(cells[:1], lambda r: float(r["attained"])) is None
+
+    def attained(cell: Mapping[str, Any]) -> float:
+        return float(cell["attained"])
+
+    assert capacity_at(cells, attained, 0.9) == pytest.approx(0.6 + 0.25 * 0.5)
+    assert capacity_at(cells, attained, 0.6) is None
+    assert capacity_at(cells[:1], attained, 0.9) is None
+
+
+def test_capacity_is_compared_at_what_statics_attain_at_the_middle_load() -> None:
+    """Statics 0.9, 0.8, 0.7 at three loads; guarded 0.1 higher, so it holds 0.8 one load on."""
+    cells = []
+    for load, attained in ((0.5, 0.9), (0.7, 0.8), (0.9, 0.7)):
+        cell = result(f"at-{load}", "seen", [0.5, 0.5], load=load)
+        for run in cell["runs"]:
+            better = run["rule"] == "guarded"
+            run["attainment"] = {"interactive": attained + 0.1 * better}
+        cells.append(cell)
+    assert figures(cells)["capacity_vs_static_mean"] == pytest.approx(0.9 / 0.7, abs=1e-4)
+    assert figures(cells[:2])["capacity_vs_static_mean"] == 0.0
 
 
 def test_page_is_written_between_its_marks(tmp_path: Path) -> None:
