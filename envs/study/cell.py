@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from envs.lookahead import future_of
 from envs.study.bounds import bounds
 from envs.study.config import Cell, StudyConfig
 from envs.study.rules import (
+    LEARNED,
+    Rule,
+    alone,
     guarded_rule,
     guarded_settings,
     hysteresis_policy,
@@ -58,14 +61,9 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
     world = build_world(config, cell, traces)
     statics = _statics(world, report)
     tuned = _tune(world, report)
-    guarded = _tune_guarded(world, tuned, report) if cell.policy else None
-    runs = list(statics)
-    together = guarded_rule(world, tuned, guarded) if guarded else None
-    for rule in ladder(world, tuned, together):
-        report(rule.name)
-        pipeline = rule.pipeline(world)
-        records = run_windows(world, world.test, rule.policy, pipeline)
-        runs.append(_score(world, rule.name, records, {"meaning": rule.meaning}))
+    runs = [*statics, *_run_rules(world, ladder(world, tuned), report)]
+    guarded, learned = _learned(world, tuned, report) if cell.policy else (None, [])
+    runs += learned
     training: dict[str, float] = {}
     if cell.ladder == "full" or cell.beam:
         report("beam")
@@ -90,6 +88,41 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
         "runs": [run.to_json() for run in runs],
         "took_s": round(time.perf_counter() - began_s, 1),
     }
+
+
+def run_learned(
+    config: StudyConfig, before: Mapping[str, Any], traces: Path, report: Report
+) -> dict[str, Any]:
+    """The result of a cell with its learned policies run anew. Raises TidewrightErrors."""
+    began_s = time.perf_counter()
+    world = build_world(config, Cell.model_validate(before["cell"]), traces)
+    tuned = HysteresisConfig(**before["hysteresis"])
+    guarded, learned = _learned(world, tuned, report)
+    others = [r for r in before["runs"] if r["detail"].get("meaning") not in LEARNED]
+    return {
+        **before,
+        "guarded": guarded and asdict(guarded),
+        "runs": others + [run.to_json() for run in learned],
+        "took_s": round(before["took_s"] + time.perf_counter() - began_s, 1),
+    }
+
+
+def _learned(
+    world: World, tuned: HysteresisConfig, report: Report
+) -> tuple[GuardedConfig, list[RunScore]]:
+    """How the guarded policy was set, and the scores of each seed and of all together."""
+    guarded = _tune_guarded(world, tuned, report)
+    rules = [*alone(world), guarded_rule(world, tuned, guarded)]
+    return guarded, _run_rules(world, rules, report)
+
+
+def _run_rules(world: World, rules: Sequence[Rule], report: Report) -> list[RunScore]:
+    scores = []
+    for rule in rules:
+        report(rule.name)
+        records = run_windows(world, world.test, rule.policy, rule.pipeline(world))
+        scores.append(_score(world, rule.name, records, {"meaning": rule.meaning}))
+    return scores
 
 
 def _score(

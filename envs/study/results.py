@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from envs.study.cell import run_cell
+from envs.study.cell import run_cell, run_learned
 from envs.study.config import GENERATED, Cell, StudyConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -32,11 +32,21 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def run(config: StudyConfig, traces: Path, shows: bool, cell: Cell) -> dict[str, Any]:
+def run(
+    config: StudyConfig,
+    traces: Path,
+    shows: bool,
+    before: Mapping[str, Any],
+    cell: Cell,
+) -> dict[str, Any]:
+    """A cell's result; only its learned policies are run where there is one from `before`."""
+
     def report(what: str) -> None:
         if shows:
             print(f"  {cell.name}: {what}", file=sys.stderr, flush=True)
 
+    if cell.name in before:
+        return run_learned(config, before[cell.name], traces, report)
     return run_cell(config, cell, traces, report)
 
 
@@ -46,7 +56,7 @@ def run_again(
     """The cell of generated traffic, which needs no file: its name, and of each rule its name and
     the figure now and in the results; infinite where they lack the rule."""
     cell = next(c for c in config.cells if c.trace == GENERATED)
-    again = run(config, Path(), True, cell)
+    again = run(config, Path(), True, {}, cell)
     before = {run["rule"]: run[figure] for run in results[cell.name]["runs"]}
     found = [(r["rule"], r[figure], before.get(r["rule"], float("inf"))) for r in again["runs"]]
     return cell.name, found

@@ -32,6 +32,8 @@ SLOW_GRID_S = 60.0  # between decisions of rules that plan each minute, and of t
 ARTIFACTS = Path(__file__).parents[2] / "policies" / "artifacts"
 MIN_OBSERVED_S = 60.0  # of traffic, before the first switch of any rule
 MANY_ROWS = 24  # candidates of rules that count replicas
+ALONE, TOGETHER = "trained, alone", "trained policies where they agree, else hysteresis"
+LEARNED = (ALONE, TOGETHER)  # meanings of rules that were trained
 
 
 Build = Callable[[World], DecisionPipeline]
@@ -107,8 +109,8 @@ def _of_spec(make: Callable[[ObservationSpec], Policy]) -> MakePolicy:
     return lambda pipeline, env: make(pipeline.observation_spec)
 
 
-def ladder(world: World, tuned: HysteresisConfig, guarded: Rule | None) -> list[Rule]:
-    """All but the static deployments and the beam, in order."""
+def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
+    """All but static deployments, learned policies and the beam, in order."""
     mpc, seed = world.config.mpc, world.config.seed
 
     def looking(clairvoyant: bool) -> MakePolicy:
@@ -180,8 +182,6 @@ def ladder(world: World, tuned: HysteresisConfig, guarded: Rule | None) -> list[
     if world.cell.ladder == "policy":
         peers = ("keep", "oserve", "greedy", "hysteresis")
         rules = [rule for rule in rules if rule.name in peers]
-    if guarded is not None:
-        rules += [*alone(world), guarded]
     if world.cell.ladder == "full":
         rules += [
             Rule("mpc", "looks ahead on draws from the forecast", rule_pipeline, looking(False)),
@@ -213,7 +213,7 @@ def alone(world: World) -> list[Rule]:
         return lambda pipeline, env: policy
 
     return [
-        Rule(f"ppo {name}", "trained, alone", _trained_pipeline, always(load_policy(folder)))
+        Rule(f"ppo {name}", ALONE, _trained_pipeline, always(load_policy(folder)))
         for name, folder in _seeds(world).items()
     ]
 
@@ -225,8 +225,7 @@ def guarded_rule(world: World, tuned: HysteresisConfig, config: GuardedConfig) -
     def together(spec: ObservationSpec) -> Policy:
         return GuardedPolicy(members, HysteresisPolicy(spec, tuned), config)
 
-    meaning = "trained policies where they agree, else hysteresis"
-    return Rule("guarded", meaning, _trained_pipeline, _of_spec(together))
+    return Rule("guarded", TOGETHER, _trained_pipeline, _of_spec(together))
 
 
 def guarded_settings(world: World) -> list[GuardedConfig]:

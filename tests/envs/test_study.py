@@ -15,7 +15,7 @@ from engine.config import load_config
 from envs.reward import RewardConfig
 from envs.study import rules
 from envs.study.__main__ import main
-from envs.study.cell import run_cell
+from envs.study.cell import run_cell, run_learned
 from envs.study.config import DEFAULT_STUDY, Cell, StudyConfig, Windows
 from envs.study.report import BEGIN, END, best_static, figures, run_of, write_page
 from envs.study.results import read_results, write_results
@@ -27,6 +27,16 @@ from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
 
 SMALL = Windows(training_share=0.5, tuning=1, number=1, window_s=300.0, peak_s=100.0)
+SMALL_CELL = Cell(
+    name="test",
+    trace="generated",
+    profile="tiny_llama_cpu4.json",
+    devices=4,
+    load=0.6,
+    length_factor=0.125,
+    ladder="full",
+    windows=SMALL,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +53,7 @@ def config() -> StudyConfig:
 
 @pytest.fixture(scope="module")
 def result(config: StudyConfig) -> dict[str, Any]:
-    cell = Cell(
-        name="test",
-        trace="generated",
-        profile="tiny_llama_cpu4.json",
-        devices=4,
-        load=0.6,
-        length_factor=0.125,
-        ladder="full",
-        windows=SMALL,
-    )
-    return run_cell(config, cell, Path(), lambda what: None)
+    return run_cell(config, SMALL_CELL, Path(), lambda what: None)
 
 
 def test_every_rule_meets_the_same_requests_and_no_bound_is_beaten(result: dict[str, Any]) -> None:
@@ -77,21 +77,12 @@ def test_every_rule_meets_the_same_requests_and_no_bound_is_beaten(result: dict[
 def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
     config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a margin that no member reaches the guarded policy is hysteresis, request for request."""
+    """At a margin that no member reaches the guarded policy is hysteresis, request for request.
+    Run anew, the learned policies come out as they did, and nothing else is touched."""
     for seed in ("seed0", "seed1"):
         shutil.copytree(rules.ARTIFACTS / "demo", tmp_path / "pool" / seed)
     monkeypatch.setattr(rules, "ARTIFACTS", tmp_path)
-    cell = Cell(
-        name="test",
-        trace="generated",
-        profile="tiny_llama_cpu4.json",
-        devices=4,
-        load=0.6,
-        length_factor=0.125,
-        ladder="policy",
-        policy="pool",
-        windows=SMALL,
-    )
+    cell = SMALL_CELL.model_copy(update={"ladder": "policy", "policy": "pool"})
     world, tuned = build_world(config, cell, Path()), HysteresisConfig()
     rule = rules.guarded_rule(world, tuned, GuardedConfig(margin=30.0))
     policies = (rule.policy, rules.hysteresis_policy(tuned))
@@ -101,11 +92,18 @@ def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
 
     said: list[str] = []
     tuning = config.tuning.model_copy(update={"guarded_margin": (30.0, 40.0, 0.5)})
-    found = run_cell(config.model_copy(update={"tuning": tuning}), cell, Path(), said.append)
+    study = config.model_copy(update={"tuning": tuning})
+    found = run_cell(study, cell, Path(), said.append)
     assert [s for s in said if "guarded " in s] == [f"tuning guarded {m}" for m in (30, 40, 0.5)]
     assert found["guarded"]["margin"] in (30.0, 0.5)  # the first of equals
     assert run_of(found, "ppo seed1") is not None
-    assert run_of(found, "guarded") is not None
+
+    said.clear()
+    runs = [r if r["rule"] != "keep" else r | {"utility": 0.123} for r in found["runs"]]
+    again = run_learned(study, found | {"runs": runs}, Path(), said.append)
+    assert {s for s in said if not s.startswith("tuning")} == {"ppo seed0", "ppo seed1", "guarded"}
+    assert sorted(again["runs"], key=str) == sorted(runs, key=str)
+    assert again["guarded"] == found["guarded"]
 
 
 def test_statics_are_at_their_load(result: dict[str, Any]) -> None:
