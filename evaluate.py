@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 from engine.errors import TidewrightError
-from envs.comparison import compare, print_table, reporter
+from envs.comparison import compare, print_tables, reporter
+from envs.experiment_config import ENGINE, SURROGATE, key_value
 from envs.offline.compare_command import run as run_compare
 from envs.offline.explain_command import run as run_explain
 from envs.offline.ope_command import run as run_ope
@@ -35,6 +36,9 @@ COMMANDS = {
 }
 
 
+HELP_ENV = f"{ENGINE}: on a real engine too, in real time (default: %(default)s)"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python evaluate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -42,6 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--policy", type=Path, required=True, help="checkpoint of train.py, or shipped policy")
     add("--member", default="", help="of a shipped policy: guarded, hysteresis, seed0, ...")
+    add("--env", choices=(SURROGATE, ENGINE), default=SURROGATE, help=HELP_ENV)
+    add("--env-kwargs", type=key_value, nargs="+", default=[], help="engine options, as KEY:VALUE")
     add("--trace", type=Path, help="trace file, plain or gzip'd (default: embedded generator)")
     add("--days", help="first-last day of the trace, 86400 s each, from 1 (default: all)")
     add("--load", type=float, help="share of best static capacity (default: as trained)")
@@ -77,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
         setting.reward,
         setting.initial_key,
         reporter(args.progress),
+        dict(args.env_kwargs) if args.env == ENGINE else None,
     )
     print("\n".join(setting.notes))
-    print_table(found, f"from {setting.initial_key}")
+    print_tables(found)
     summary = json.dumps(setting.facts | found.to_json())
     if args.json is not None:
         args.json.write_text(summary + "\n")

@@ -10,23 +10,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from engine.errors import TidewrightError
-from envs.experiment_config import ENGINE, SURROGATE, read_config
+from envs.experiment_config import ENGINE, SURROGATE, key_value, read_config
 from envs.fleet import run_seeds
 from envs.search import PRUNERS, SAMPLERS, SearchOptions, optimize
 from envs.training import RunOptions, run_training
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """KEY:VALUE of --env-kwargs; values are read as YAML."""
-    key, found, value = text.partition(":")
-    if not found:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY:VALUE")
-    return key, yaml.safe_load(value)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", "--conf-file", type=Path, required=True, help="YAML, flat or keyed by env id")
     add("--env", choices=(SURROGATE, ENGINE), default=SURROGATE, help="(default: %(default)s)")
-    add("--env-kwargs", type=setting, nargs="+", default=[], help="engine options, as KEY:VALUE")
+    add("--env-kwargs", type=key_value, nargs="+", default=[], help="engine options, as KEY:VALUE")
     add("-n", "--n-timesteps", type=int, help="decisions in all (default: the config's)")
     add("--seed", type=int, help="of everything (default: the config's)")
     add("--seeds", type=int, default=1, help="how many, from the seed on, with curves and bands")

@@ -294,13 +294,20 @@ def build_evaluation(
     windows: tuple[Trace, ...],
     reward: RewardConfig,
     initial_key: str,
+    engine: Mapping[str, Any] | None = None,
 ) -> Evaluation[Trace]:
-    """A comparison on fixed windows over the surrogate, exactly as profiled. One pipeline serves
-    all episodes, one after another: it is reset at each start."""
+    """A comparison on fixed windows over the surrogate, exactly as profiled, or over real engines
+    with those options, in real time. One pipeline serves all episodes, one after another: it is
+    reset at each start."""
 
     def make_env(window: Trace, key: str | None) -> DecisionEnv:
-        parts = surrogate_parts(pipeline, lambda rng: window, key or initial_key, reward)
-        return ServingEnv(parts)
+        def make_trace(rng: np.random.Generator) -> Trace:
+            return window
+
+        first = key or initial_key
+        if engine is None:
+            return ServingEnv(surrogate_parts(pipeline, make_trace, first, reward))
+        return ServingEnv(engine_parts(pipeline, make_trace, first, engine, reward))
 
     return Evaluation(make_env, windows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import types
@@ -28,6 +29,14 @@ from policies.ppo import PpoConfig
 
 ANY = "any"
 SURROGATE, ENGINE = "tidewright/Surrogate-v0", "tidewright/Engine-v0"  # as Gymnasium knows them
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """KEY:VALUE of an option of the command line; values are read as YAML."""
+    key, found, value = text.partition(":")
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected KEY:VALUE")
+    return key, yaml.safe_load(value)
 
 
 class _Section(BaseModel):

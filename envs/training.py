@@ -288,5 +288,7 @@ def _compare(experiment: Experiment, options: RunOptions) -> dict[str, Any]:
         experiment.default_key,
         reporter(options.progress),
     )
-    print_table(found, f"{section.num_windows} windows of {section.window_s:g} s at load {load:g}")
+    print_table(
+        found.scores, f"{section.num_windows} windows of {section.window_s:g} s at load {load:g}"
+    )
     return found.to_json()

@@ -6,6 +6,7 @@ Environments are handed in; nothing here knows whether a surrogate or an engine 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -43,6 +44,10 @@ class DecisionEnv(Protocol):
         ...
 
     def record(self) -> EpisodeRecord: ...
+
+    def close(self) -> None:
+        """End what the environment has started."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,11 @@ class Evaluation(Generic[Window]):
     deterministic: bool = True
 
     def run(self, policy: Policy, key: str | None = None) -> tuple[EpisodeRecord, ...]:
-        rng = np.random.default_rng(self.seed)
-        return tuple(
-            run_episode(policy, self.make_env(window, key), rng, self.deterministic)
-            for window in self.windows
-        )
+        rng, records = np.random.default_rng(self.seed), []
+        for window in self.windows:
+            with closing(self.make_env(window, key)) as env:
+                records.append(run_episode(policy, env, rng, self.deterministic))
+        return tuple(records)
 
 
 def rank_static(

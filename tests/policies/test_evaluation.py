@@ -44,6 +44,7 @@ class Island:
     held: str
     rewards: list[float] = field(default_factory=list)
     switches: int = 0
+    closed: bool = False
 
     def start(self) -> Observation:
         others = [k for k in sorted(self.worth) if k != self.held]
@@ -61,12 +62,21 @@ class Island:
     def record(self) -> EpisodeRecord:
         return EpisodeRecord((), (), 3.0, tuple(self.rewards), self.switches, 0.0, 0)
 
+    def close(self) -> None:
+        self.closed = True
+
 
 WINDOWS = ({"a": 1.0, "b": 0.0, "c": 3.0}, {"a": 1.0, "b": 5.0, "c": 0.0})
 
 
 def test_best_static_is_best_on_the_whole_trace() -> None:
-    ground = Evaluation(lambda window, key: Island(window, key or "a"), WINDOWS)
+    islands: list[Island] = []
+
+    def make(window: dict[str, float], key: str | None) -> Island:
+        islands.append(Island(window, key or "a"))
+        return islands[-1]
+
+    ground = Evaluation(make, WINDOWS)
     ranking = rank_static(ground, ("a", "b", "c"))
     assert [s.policy for s in ranking] == ["b", "c", "a"]
     assert [s.mean_reward for s in ranking] == [2.5, 1.5, 1.0]
@@ -75,3 +85,5 @@ def test_best_static_is_best_on_the_whole_trace() -> None:
         ("keep", 1.0, 0),
         ("go", 2.5, 2),
     ]
+    assert len(islands) == 10
+    assert all(island.closed for island in islands)
