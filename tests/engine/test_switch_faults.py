@@ -102,8 +102,9 @@ def switch_with_a_strike(
 
 @pytest.fixture(scope="module")
 def long(greedy: Callable[[list[int], int], Reference]) -> list[Reference]:
-    """Long enough to be there when KV moves; with blocks enough for several copies."""
-    return [greedy([(5 * i + n) % 256 for i in range(n)], 80) for n in (20, 33, 50, 90)]
+    """Long enough to be there when KV moves, also on a busy machine; with blocks enough for several
+    copies."""
+    return [greedy([(5 * i + n) % 256 for i in range(n)], 150) for n in (20, 33, 50, 90)]
 
 
 @pytest.mark.parametrize(
