@@ -39,6 +39,7 @@ from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
 from engine.profile import ProfiledCluster, ServingProfile
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.baselines import HysteresisPolicy, StaticPolicy
+from policies.exploration import Exploration, ExplorationConfig
 
 logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
@@ -123,12 +124,15 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
         pipeline.planner.standing += (parse_deployment_key(config.safe),)
     safe_key = config.safe or manifest.get("default_deployment", "")
     active = _policy(config, manifest, pipeline)
+    explored = ExplorationConfig(config.explore)
+    exploration = Exploration(pipeline.observation_spec, explored) if config.explore else None
     server = PolicyServer(
         active.policy,
         HysteresisPolicy(pipeline.observation_spec),
         config.policy_deadline_s,
         config.deterministic,
         StaticPolicy(safe_key) if safe_key else None,
+        exploration,
     )
     facts = {
         "policy": active.policy.name,
@@ -136,6 +140,7 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
         "checkpoint": str(config.policy) if manifest else "",
         "git_revision": manifest.get("git_revision", ""),
         "deterministic": config.deterministic,
+        "explore": config.explore,
         "seed": config.seed,
     }
     past = read_tail(config.log, TAIL_BYTES) if config.log and config.resume else ()
@@ -145,7 +150,7 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
     oversight = Oversight(OversightConfig(), _slo(pipeline.cluster.profile.device))
     roster = PolicyRoster(pipeline, config.policies, (config.policy,))
     rule = HysteresisPolicy(pipeline.observation_spec)
-    trials = Trials(rule, config.policy_deadline_s, config.deterministic, seeds)
+    trials = Trials(rule, config.policy_deadline_s, config.deterministic, seeds, exploration)
     for name in filter(None, config.shadows.split(",")):
         trials.add_shadow(roster.load(name.strip()))
     loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight, trials=trials)

@@ -39,6 +39,13 @@ class ControllerConfig(BaseModel):
     deterministic: bool = Field(
         True, description="take the most probable candidate; false: draw, for off-line evaluation"
     )
+    explore: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability shared by the chosen candidate and those about as fast, for "
+        "off-line evaluation",
+    )
     policy_deadline_s: float = Field(
         0.5, gt=0, description="seconds the policy gets before the hysteresis rule decides"
     )

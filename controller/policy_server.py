@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from controller.breaker import Actor
 from policies.base import Observation, Policy, choose
 from policies.baselines import KeepPolicy
+from policies.exploration import Exploration
 
 logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
@@ -68,9 +69,11 @@ class PolicyServer:
         deadline_s: float,
         deterministic: bool,
         safe: Policy | None = None,
+        exploration: Exploration | None = None,
     ) -> None:
         self.policy, self._fallback, self._safe = policy, fallback, safe or KeepPolicy()
         self._deadline_s, self.deterministic = deadline_s, deterministic
+        self._exploration = exploration
         self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.num_fallbacks = 0
@@ -83,10 +86,13 @@ class PolicyServer:
         policy: Policy | None = None,
     ) -> ActResult:
         """Never raises: when the rule fails too, the answer is keep. `policy` takes the place of
-        the active one this time."""
+        the active one this time. Only what a policy wants is explored around."""
         found = self._answer(observation, actor, policy or self.policy)
-        probabilities = found.probabilities / found.probabilities.sum()
-        action = choose(probabilities, rng, self.deterministic)
+        probabilities, deterministic = found.probabilities, self.deterministic
+        if self._exploration is not None and not found.failure and actor is Actor.POLICY:
+            probabilities, deterministic = self._exploration.mix(probabilities, observation), False
+        probabilities = probabilities / probabilities.sum()
+        action = choose(probabilities, rng, deterministic)
         return replace(found, probabilities=probabilities, action=action)
 
     def _answer(self, observation: Observation, actor: Actor, policy: Policy) -> ActResult:

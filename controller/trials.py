@@ -14,22 +14,35 @@ from controller.policy_server import ActResult, PolicyServer
 from controller.roster import LoadedPolicy
 from engine.cluster import ClusterEvent, SloSpec
 from policies.base import Observation, Policy
+from policies.exploration import Exploration
 
 
 class Trials:
     """Owned by one loop, which alone calls it, with its turn held."""
 
     def __init__(
-        self, rule: Policy, deadline_s: float, deterministic: bool, seeds: tuple[int, ...] = (0,)
+        self,
+        rule: Policy,
+        deadline_s: float,
+        deterministic: bool,
+        seeds: tuple[int, ...] = (0,),
+        exploration: Exploration | None = None,
     ) -> None:
         self._rule, self._deadline_s, self._deterministic = rule, deadline_s, deterministic
         self._seeds, self._num_canaries = seeds, 0
+        self._exploration = exploration
         self._shadows: dict[str, PolicyServer] = {}
         self.canary: Canary | None = None
         self._canary_server: PolicyServer | None = None
 
     def _server(self, loaded: LoadedPolicy) -> PolicyServer:
-        return PolicyServer(loaded.policy, self._rule, self._deadline_s, self._deterministic)
+        return PolicyServer(
+            loaded.policy,
+            self._rule,
+            self._deadline_s,
+            self._deterministic,
+            exploration=self._exploration,
+        )
 
     # ---------------------------------------------------------------- shadows
 

@@ -2,7 +2,7 @@
 
 Several policies that were trained alike but for their seeds stand for what is not known: a row that
 enough of them prefer to the rule's by a margin is taken, even where their favourites differ; else
-the rule decides. Exploration, when asked for, stays among rows that nearly tie.
+the rule decides.
 """
 
 from __future__ import annotations
@@ -27,17 +27,13 @@ class GuardedConfig:
 
     margin: float = 0.5  # ln of how many times as probable as the rule's row theirs must be
     agreement: float = 1.0  # share of the members that must prefer the same row to the rule's
-    epsilon: float = 0.0  # probability shared by the rows that nearly tie with the chosen one
-    tie: float = 0.25  # ln of how much less probable, in the members' mean, such a row may be
 
     def __post_init__(self) -> None:
-        if self.margin < 0 or self.tie < 0 or not 0.5 < self.agreement <= 1:
+        if self.margin < 0 or not 0.5 < self.agreement <= 1:
             raise InvalidRequestError(
-                "a guarded policy needs margin and tie of at least 0 and an agreement above 0.5 "
-                f"and up to 1, got {self.margin}, {self.tie} and {self.agreement}."
+                "a guarded policy needs a margin of at least 0 and an agreement above 0.5 and up "
+                f"to 1, got {self.margin} and {self.agreement}."
             )
-        if not 0 <= self.epsilon < 1:
-            raise InvalidRequestError(f"epsilon must be in [0, 1), got {self.epsilon}.")
 
 
 class GuardedPolicy:
@@ -63,8 +59,7 @@ class GuardedPolicy:
         by_rule = self.rule.probabilities(observation)
         logs = np.log([np.maximum(m.probabilities(observation), LEAST) for m in self.members])
         chosen = self._chosen(logs, int(np.argmax(by_rule)))
-        decided = by_rule if chosen is None else one_hot(observation, chosen)
-        return self._explore(logs, decided, observation) if self.config.epsilon else decided
+        return by_rule if chosen is None else one_hot(observation, chosen)
 
     def _chosen(self, logs: Floats, by_rule: int) -> int | None:
         """The likeliest of the rows that enough members prefer to the rule's by the margin; None:
@@ -72,12 +67,3 @@ class GuardedPolicy:
         gains = logs - logs[:, by_rule, None]
         enough = (gains > self.config.margin).mean(axis=0) >= self.config.agreement
         return int(np.where(enough, logs.mean(axis=0), -np.inf).argmax()) if enough.any() else None
-
-    def _explore(self, logs: Floats, chosen: Floats, observation: Observation) -> Floats:
-        """`epsilon` of the probability, evenly over the legal rows that nearly tie."""
-        mean, top = logs.mean(axis=0), int(chosen.argmax())
-        near = observation.mask & (mean >= mean[top] - self.config.tie)
-        near[top] = True
-        epsilon = self.config.epsilon
-        mixed: Floats = (1.0 - epsilon) * chosen + epsilon * near / near.sum()
-        return mixed

@@ -13,8 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from controller.policy_server import PolicyServer
-from policies.base import Observation, Policy
+from policies.base import Observation, ObservationSpec, Policy
 from policies.baselines import KeepPolicy
+from policies.exploration import Exploration, ExplorationConfig
 
 Answer = Callable[[Observation], NDArray[np.float64]]
 MASK = np.array([True, True, False, True])
@@ -111,6 +112,20 @@ def test_when_the_rule_fails_too_the_answer_is_keep(
     assert (result.policy, result.action) == ("keep", 0)
     assert result.probabilities.tolist() == [1.0, 0.0, 0.0, 0.0]
     assert "told RuntimeError: boom; rule" in result.reason
+
+
+def test_explores_around_what_the_policy_wants_and_nothing_else() -> None:
+    """Row 3 nearly ties with the policy's 1; a fall-back's decision is taken as it is."""
+    spec = ObservationSpec(("s",), ("log_latency", "headroom", "switch_s"), 4, 15.0)
+    rows = np.array([[2, 2, 0], [0, 2, 0], [0, 2, 0], [0, 2, 0]], np.float32)
+    seen = Observation(np.zeros(1, np.float32), rows, MASK, OBSERVATION.keys)
+    exploration = Exploration(spec, ExplorationConfig(epsilon=0.5))
+    for answer, wanted in ((second, [0.0, 0.75, 0.0, 0.25]), (fail, [1.0, 0.0, 0.0, 0.0])):
+        server = PolicyServer(Told(answer), KeepPolicy(), 10.0, True, exploration=exploration)
+        found = [server.act(seen, np.random.default_rng(seed)) for seed in range(40)]
+        assert all(f.probabilities.tolist() == wanted for f in found)
+        assert {f.action for f in found} == set(np.flatnonzero(wanted))
+        server.close()
 
 
 HANGING = """

@@ -26,7 +26,7 @@ def cell(guarded: float, name: str = "pool") -> dict[str, Any]:
     return {
         "cell": {"name": "c", "role": "seen", "load": 0.85, "policy": name},
         "hysteresis": {"horizon_s": 60.0, "num_ticks": 3, "margin": 4.0},
-        "guarded": {"margin": 2.0, "agreement": 0.8, "epsilon": 0.0, "tie": 0.25},
+        "guarded": {"margin": 2.0, "agreement": 0.8},
         "runs": [run("hysteresis", 0.4), run("ppo seed0", 0.5), run("guarded", guarded)],
     }
 

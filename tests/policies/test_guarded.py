@@ -77,24 +77,13 @@ def test_is_the_rule_where_the_members_want_nothing_else() -> None:
     assert row([KEEP, KEEP], rule=to_second) == 0  # sure that it should be kept
 
 
-def test_explores_among_near_ties_only() -> None:
-    """Rows 0 and 1 tie within the members' mean, 2 does not, 3 is illegal."""
-    close = Fixed(0.45, 0.5, 0.05, 0.0)
-    policy = GuardedPolicy([close, close], KEEP, GuardedConfig(epsilon=0.1, tie=0.25))
-    assert policy.probabilities(SEEN).tolist() == pytest.approx([0.95, 0.05, 0.0, 0.0])
-    sure = GuardedPolicy([SURE, SURE], KEEP, GuardedConfig(epsilon=0.1))
-    assert sure.probabilities(SEEN).tolist() == pytest.approx([0.0, 1.0, 0.0, 0.0])
-
-
 def test_reset_reaches_everyone() -> None:
     member, rule = Fixed(1.0, 0, 0, 0), Fixed(1.0, 0, 0, 0)
     GuardedPolicy([member], rule).reset()
     assert (member.resets, rule.resets) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"margin": -0.1}, {"agreement": 0.5}, {"agreement": 1.1}, {"epsilon": 1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"margin": -0.1}, {"agreement": 0.5}, {"agreement": 1.1}])
 def test_refuses_settings_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidRequestError):
         GuardedConfig(**wrong)
