@@ -40,6 +40,7 @@ from engine.profile import ProfiledCluster, ServingProfile
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.baselines import HysteresisPolicy, StaticPolicy
 from policies.exploration import Exploration, ExplorationConfig
+from policies.verdicts import require_passed
 
 logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 10.0
@@ -101,6 +102,8 @@ def _policy(
 ) -> LoadedPolicy:
     if config.rule:
         return LoadedPolicy(PolicyInfo(config.rule, "rule"), build_rule(config.rule, pipeline))
+    if config.require_gate is not None:
+        require_passed(config.require_gate, config.policy)
     expected = pipeline.observation_spec.hash
     policy = load_shipped(config.policy, expected)
     name = config.policy.resolve().name
@@ -148,11 +151,11 @@ def build_steering(config: ControllerConfig, remote: RemoteCluster) -> Steering:
     log = DecisionLog(config.log, header, config.log_mb * 10**6, config.log_files)
     seeds = (config.seed, int(log.life, 16))  # no two lives draw alike
     oversight = Oversight(OversightConfig(), _slo(pipeline.cluster.profile.device))
-    roster = PolicyRoster(pipeline, config.policies, (config.policy,))
+    roster = PolicyRoster(pipeline, config.policies, (config.policy,), config.require_gate)
     rule = HysteresisPolicy(pipeline.observation_spec)
     trials = Trials(rule, config.policy_deadline_s, config.deterministic, seeds, exploration)
     for name in filter(None, config.shadows.split(",")):
-        trials.add_shadow(roster.load(name.strip()))
+        trials.add_shadow(roster.load(name.strip(), decides=False))
     loop = ControlLoop(remote, pipeline, server, log, config.mode, seeds, oversight, trials=trials)
     loop.active, loop.retraining = active.info, RetrainingTrigger(active.expected)
     sessions = Sessions(pipeline, config.policy_deadline_s)

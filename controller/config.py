@@ -24,6 +24,11 @@ class ControllerConfig(BaseModel):
     policies: Path = Field(
         Path("policies/artifacts"), description="folder of checkpoints that may be loaded later"
     )
+    require_gate: Path | None = Field(
+        None,
+        description="folder of verdicts (evaluate.py --gate RULE --json FILE); no policy but the "
+        "rules decides without a passed one of exactly its files",
+    )
     shadows: str = Field(
         "", description="policies that are asked at each tick and decide nothing, with commas"
     )

@@ -46,6 +46,7 @@ from engine.errors import (
     TidewrightError,
     UnauthenticatedError,
     UnavailableError,
+    UngatedPolicyError,
 )
 from engine.http_server import HttpServer, bind_http
 
@@ -82,6 +83,7 @@ _STATUS: tuple[tuple[type[TidewrightError], int], ...] = (
     (StaleEpochError, 409),
     (SwitchInProgressError, 409),
     (CheckpointError, 409),
+    (UngatedPolicyError, 409),
     (UnauthenticatedError, 401),
     (PermissionDeniedError, 403),
     (OverloadedError, 429),

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from controller.decision import DecisionPipeline
 from controller.retraining import Expected, expected_from
-from engine.errors import CheckpointError, InvalidRequestError, NotFoundError
+from engine.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    NotFoundError,
+    TidewrightError,
+    UngatedPolicyError,
+)
 from policies.artifact import is_policy, load_shipped, manifest_of
 from policies.base import Policy
 from policies.baselines import HysteresisPolicy, KeepPolicy, MyopicPolicy
 from policies.manifest import WEIGHTS
+from policies.verdicts import require_passed
 
 RULES = ("keep", "myopic", "hysteresis")
 
@@ -52,12 +59,18 @@ def build_rule(name: str, pipeline: DecisionPipeline) -> Policy:
 
 class PolicyRoster:
     """Of one pipeline. `folder` holds folders of checkpoints and artifacts; `others` are known by
-    their own names. A policy of an artifact, other than its default, is ARTIFACT/NAME."""
+    their own names. A policy of an artifact, other than its default, is ARTIFACT/NAME. With a
+    folder of `verdicts` no policy but the rules decides without a passed one."""
 
     def __init__(
-        self, pipeline: DecisionPipeline, folder: Path, others: tuple[Path, ...] = ()
+        self,
+        pipeline: DecisionPipeline,
+        folder: Path,
+        others: tuple[Path, ...] = (),
+        verdicts: Path | None = None,
     ) -> None:
         self._pipeline, self._folder, self._others = pipeline, folder, others
+        self._verdicts = verdicts
 
     def _checkpoints(self) -> dict[str, Path]:
         inside = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
@@ -75,10 +88,23 @@ class PolicyRoster:
             manifest = manifest_of(path)
         except CheckpointError as error:
             return PolicyInfo(name, "checkpoint", "", False, str(error))
-        return manifest_info(name, manifest, self._pipeline)
+        info = manifest_info(name, manifest, self._pipeline)
+        return info if info.problem else replace(info, problem=self._refusal(path))
 
-    def load(self, name: str) -> LoadedPolicy:
-        """Raises NotFoundError, and CheckpointError for another feature spec or broken files."""
+    def _refusal(self, path: Path) -> str:
+        try:
+            self._gated(path, "")
+        except TidewrightError as error:
+            return str(error)
+        return ""
+
+    def _gated(self, path: Path, member: str) -> str:
+        """The digest of the policy's files; empty where no gate is asked for."""
+        return "" if self._verdicts is None else require_passed(self._verdicts, path, member)
+
+    def load(self, name: str, decides: bool = True) -> LoadedPolicy:
+        """Raises NotFoundError, CheckpointError for another feature spec or broken files, and
+        UngatedPolicyError; not for one that is only asked (`decides` false)."""
         if name in RULES:
             return LoadedPolicy(PolicyInfo(name, "rule"), build_rule(name, self._pipeline))
         checkpoints = self._checkpoints()
@@ -87,8 +113,12 @@ class PolicyRoster:
             known = ", ".join((*RULES, *sorted(checkpoints)))
             raise NotFoundError(f"no policy {name!r} in {self._folder.name}; there are {known}.")
         path = checkpoints[folder]
+        digest = self._gated(path, member) if decides else ""
         policy = load_shipped(path, self._pipeline.observation_spec.hash, member)
-        return LoadedPolicy(self._info(name, path), policy, expected_from(manifest_of(path)))
+        loaded = LoadedPolicy(self._info(name, path), policy, expected_from(manifest_of(path)))
+        if decides and digest != self._gated(path, member):
+            raise UngatedPolicyError(f"policy {name} changed while it was loaded; load it again.")
+        return loaded
 
 
 def manifest_info(name: str, manifest: dict[str, Any], pipeline: DecisionPipeline) -> PolicyInfo:

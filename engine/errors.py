@@ -24,6 +24,10 @@ class CheckpointError(TidewrightError):
     """A model or policy checkpoint is incomplete, corrupt, or of another kind than expected."""
 
 
+class UngatedPolicyError(TidewrightError):
+    """A policy may not decide: no gate has passed exactly its files."""
+
+
 class StaleEpochError(TidewrightError):
     """A plan or message refers to a deployment generation that is no longer current."""
 

@@ -28,6 +28,7 @@ STATUS_OF: dict[type[TidewrightError], grpc.StatusCode] = {
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InfeasibleError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CheckpointError: grpc.StatusCode.DATA_LOSS,
+    errors.UngatedPolicyError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StaleEpochError: grpc.StatusCode.ABORTED,
     errors.SwitchInProgressError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,

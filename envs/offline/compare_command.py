@@ -40,6 +40,7 @@ from envs.offline.replays import Plan, course_of_policy, setting_of
 from envs.offline.report import write_report
 from envs.offline.report_pages import page_of_logs, page_of_policies
 from envs.offline.target import load_target
+from envs.offline.verdict import pending_verdict
 from policies.artifact import is_policy
 from policies.ope_interval import interval, standard_errors
 
@@ -63,7 +64,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--report", type=Path, metavar="FILE.html", help="also write it, with .png and .json beside"
     )
-    add("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the result to this file; the gate's verdict to FILE.gate.json beside it",
+    )
     add_windows(parser)
     return parser.parse_args(argv)
 
@@ -100,7 +106,7 @@ def _is_policy(name: str) -> bool:
 
 
 def _policies(args: argparse.Namespace, rule: GateRule | None, made: Mapping[str, Any]) -> int:
-    names = (args.b, args.a)
+    names, verdict_file = (args.b, args.a), pending_verdict(args.json, args.a, rule)
     plan = Plan(
         ground_of(args.ground, names),
         names,
@@ -126,6 +132,8 @@ def _policies(args: argparse.Namespace, rule: GateRule | None, made: Mapping[str
         told["notes"] = list(setting.notes)
         page = page_of_policies(courses, gain, told, reasons)
         write_report(args.report, page, told)
+    if verdict_file is not None and reasons is not None:
+        verdict_file.write(reasons, made)
     return _finish(args, told, figures_table({n: figures[n] for n in (args.a, args.b)}), reasons)
 
 

@@ -20,6 +20,7 @@ from envs.offline.findings import Findings, Question, find
 from envs.offline.gate import GateFacts, GateRule, Reason, gate_json, judge, read_rule
 from envs.offline.report import write_report
 from envs.offline.report_pages import cells, diagnostics, page_of_findings
+from envs.offline.verdict import pending_verdict
 from policies.ope_estimators import ESTIMATORS
 
 FAILED_GATE = 1
@@ -44,7 +45,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--report", type=Path, metavar="FILE.html", help="also write it, with .png and .json beside"
     )
-    add("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the result to this file; the gate's verdict to FILE.gate.json beside it",
+    )
     add("-P", "--progress", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
@@ -89,15 +95,19 @@ def run(argv: list[str]) -> int:
     rule = read_rule(args.gate) if args.gate else None
     for path in filter(None, (args.report, args.json)):
         check_writable(path)
+    verdict = pending_verdict(args.json, args.policy, rule)
     found = find(question_of(args, args.policy, rule), say(args.progress))
     reasons = judge(rule, facts_of(found)) if rule is not None else None
-    told = found.to_json() | origin(["ope", *argv])
+    made = origin(["ope", *argv])
+    told = found.to_json() | made
     if reasons is not None:
         told["gate"] = gate_json(reasons)
     if args.report:
         write_report(args.report, page_of_findings(found, told, reasons), told)
     if args.json:
         write_json(args.json, told)
+    if verdict is not None and reasons is not None:
+        verdict.write(reasons, made)
     show(found, reasons)
     print(json.dumps(told, allow_nan=False))
     return 0 if reasons is None or all(r.passed for r in reasons) else FAILED_GATE

@@ -65,6 +65,7 @@ class Served:
         cluster: ProfiledCluster,
         policies: Path | None = None,
         security: Security | None = None,
+        verdicts: Path | None = None,
     ) -> None:
         self.cluster = Gated(cluster)
         pipeline = build_pipeline(cluster, TYPING, DecisionConfig(grid_s=GRID_S, min_dwell_s=5.0))
@@ -74,7 +75,8 @@ class Served:
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
         self._thread.start()
-        self.operations = Operations(self.loop, PolicyRoster(pipeline, policies or Path("none")))
+        roster = PolicyRoster(pipeline, policies or Path("none"), (), verdicts)
+        self.operations = Operations(self.loop, roster)
         self.sessions = Sessions(pipeline, 10.0)
         self.security = security or Security()
         served = start_grpc(

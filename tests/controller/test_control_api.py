@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from engine.errors import (
     NotFoundError,
     StaleEpochError,
     TidewrightError,
+    UngatedPolicyError,
 )
 from engine.profile import ProfiledCluster
 from engine.wire import error_of, from_proto, to_proto
@@ -34,6 +36,7 @@ from policies.checkpoint import save_checkpoint
 from policies.networks import CandidateNetwork, NetworkConfig
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
+from policies.verdicts import policy_digest, sealed
 from protos import control_pb2 as pb
 
 WAIT_S = 20.0
@@ -454,6 +457,46 @@ def test_a_canary_that_cannot_be_is_refused(
     error, _ = refusal(lambda: call(served, "SetCanary", **fields))
     assert isinstance(error, kind)
     assert not served.state().HasField("canary")
+
+
+def _verdict(verdicts: Path, policy: Path, passed: bool) -> None:
+    reasons = [{"rule": "margin", "passed": passed, "text": "J is -0.1 from the active policy's"}]
+    told = {"digest": policy_digest(policy), "passed": passed, "reasons": reasons, "made_at": ""}
+    (verdicts / f"{policy.name}.gate.json").write_text(json.dumps(sealed(told)))
+
+
+def test_with_a_gate_only_what_passed_it_decides(
+    synthetic_cluster: ProfiledCluster, policies: Path, tmp_path: Path
+) -> None:
+    served = Served(synthetic_cluster, policies, verdicts=tmp_path)
+    calls: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("LoadPolicy", {"name": "first"}),
+        ("SetCanary", {"name": "first", "fraction": 0.5}),
+    )
+    try:
+        served.step()
+        for passed, why in ((None, "0 verdicts"), (False, "J is -0.1 from the active policy's")):
+            if passed is not None:
+                _verdict(tmp_path, policies / "first", passed)
+            for method, fields in calls:
+                error, raised = refusal(lambda m=method, f=fields: call(served, m, **f))
+                assert isinstance(error, UngatedPolicyError)
+                assert why in str(error)
+                assert "evaluate.py ope LOG --policy" in str(error)
+                assert raised.code() is grpc.StatusCode.FAILED_PRECONDITION
+        _verdict(tmp_path, policies / "first", True)
+        (tmp_path / "second.gate.json").write_text((tmp_path / "first.gate.json").read_text())
+        for method, fields in calls:
+            call(served, method, **fields)
+            error, _ = refusal(lambda m=method, f=fields: call(served, m, **f | {"name": "second"}))
+            assert "2 verdicts in" in str(error)  # of other files
+        call(served, "LoadPolicy", name="hysteresis")  # a rule
+        listed = call(served, "ListPolicies").policies
+        problems = {p.name: p.problem for p in listed if p.is_compatible}
+        assert problems["first"] == problems["keep"] == ""
+        served.operations.roster.load("second", decides=False)  # as a shadow
+    finally:
+        served.close()
 
 
 # ---------------------------------------------------------------- other engines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from logged_controller import CONFIG, TYPING, Steered
 
 import evaluate
 from controller.build import build_pipeline
+from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
 from envs.logged import logged_run, read_parts
 from envs.offline.findings import Question, find
+from envs.offline.gate import GateRule
 from envs.offline.target import load_target
+from envs.offline.verdict import pending_verdict
 from policies.baselines import HysteresisPolicy
+from policies.verdicts import policy_digest, require_passed
 
 DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo"
 TICKS = 160  # of 5 s
@@ -133,6 +138,45 @@ def test_a_checkpoint_is_asked_about_what_its_own_controller_saw(
     assert told["generator_refusal"] == ""
     assert told["overlap"]["unsupported"] == 0.0  # whoever ran drew evenly
     assert not told["deterministic"]
+
+
+def test_a_verdict_is_written_beside_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, rule, out = tmp_path / "demo", tmp_path / "rule.yaml", tmp_path / "out" / "tuesday.json"
+    shutil.copytree(DEMO, policy)
+    out.parent.mkdir()
+    given = ["compare", str(policy), "keep", "--load", "0.3", "--windows", "2", "--window-s", "150"]
+    given += ["--no-progress", "--gate", str(rule), "--json", str(out)]
+    unmet, met = {"min_worst_block": 0.9}, {"max_switches_per_hour": 1000.0}
+    for asked, status in ((unmet, 1), (met, 0)):  # no window has a whole half hour
+        rule.write_text(json.dumps(asked))
+        assert evaluate.main(given) == status
+        told = json.loads((out.parent / "tuesday.gate.json").read_text())
+        assert told["digest"] == policy_digest(policy)
+        assert told["rule"].items() >= asked.items()
+        made = last_json(capsys)
+        assert (told["command"], told["versions"]) == (made["command"], made["versions"])
+        assert {k: told[k] for k in ("passed", "reasons")} == made["gate"]
+    assert require_passed(out.parent, policy) == told["digest"]
+
+
+def test_a_rule_has_no_files_and_gets_no_verdict(logged: Logged, tmp_path: Path) -> None:
+    (tmp_path / "rule.yaml").write_text("max_switches_per_hour: 200\n")
+    given = ["--gate", str(tmp_path / "rule.yaml"), "--json", str(tmp_path / "out.json")]
+    assert evaluate.main([*logged.ask("hysteresis"), *given]) == 0
+    assert not list(tmp_path.glob("*.gate.json"))
+
+
+def test_a_policy_that_changed_while_it_was_judged_gets_no_verdict(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "demo")
+    pending = pending_verdict(tmp_path / "a.json", str(tmp_path / "demo"), GateRule(margin=0.0))
+    assert pending is not None
+    manifest = tmp_path / "demo" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(InvalidRequestError, match="changed while it was judged"):
+        pending.write((), {})
+    assert not list(tmp_path.glob("*.gate.json"))
 
 
 @pytest.mark.parametrize(
