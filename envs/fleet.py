@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engine.errors import InvalidRequestError
 from envs.experiment_config import ExperimentConfig
+from envs.ray_tasks import ray_cluster
 from envs.training import Run, RunOptions, run_training
 from policies.curves import plot_curves
 
@@ -53,7 +52,7 @@ def run_jobs(jobs: Sequence[Job], ray_address: str | None) -> Iterator[Run]:
     last. Raises InvalidRequestError where Ray is missing or cannot be reached."""
     if ray_address is not None:
         with ray_cluster(ray_address) as tasks:
-            yield from tasks.results(tasks.start(job) for job in jobs)
+            yield from tasks.results([tasks.start(train_quietly, *job) for job in jobs])
         return
     for job in jobs:
         run = run_training(*job)
@@ -62,49 +61,6 @@ def run_jobs(jobs: Sequence[Job], ray_address: str | None) -> Iterator[Run]:
             return
 
 
-class RayTasks:
-    """Runs as tasks of a Ray cluster, a CPU each."""
-
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
-        self._run = ray.remote(num_cpus=1)(_run_elsewhere)
-        self.num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-    def start(self, job: Job) -> Any:
-        return self._run.remote(os.getcwd(), *job)
-
-    def results(self, handles: Iterable[Any]) -> Iterator[Run]:
-        """In the order of handles."""
-        for handle in list(handles):
-            yield self._ray.get(handle)
-
-    def first_of(self, handles: Sequence[Any]) -> Any:
-        """The handle of a run that has ended; waits for one."""
-        ended, _ = self._ray.wait(list(handles), num_returns=1)
-        return ended[0]
-
-
-def _run_elsewhere(folder: str, config: ExperimentConfig, options: RunOptions) -> Run:
-    os.chdir(folder)  # paths of a configuration are relative to where training was started
+def train_quietly(config: ExperimentConfig, options: RunOptions) -> Run:
+    """For a task elsewhere."""
     return run_training(config, dataclasses.replace(options, progress=False))
-
-
-@contextmanager
-def ray_cluster(address: str) -> Iterator[RayTasks]:
-    """A cluster at an address; "local": one on this machine that ends with the block."""
-    try:
-        import ray
-    except ImportError as error:
-        raise InvalidRequestError("--ray needs Ray; install it with 'tidewright[ray]'.") from error
-    where = None if address == "local" else address
-    try:
-        ray.init(where, log_to_driver=False, include_dashboard=False if where is None else None)
-    except (ConnectionError, ValueError) as error:
-        raise InvalidRequestError(
-            f"no Ray cluster can be reached at {address!r} ({error}); give the address of one, or "
-            "'local'."
-        ) from error
-    try:
-        yield RayTasks(ray)
-    finally:
-        ray.shutdown()

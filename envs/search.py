@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from engine.errors import InvalidRequestError
 from envs.experiment_config import ExperimentConfig
-from envs.fleet import Job, RayTasks, ray_cluster
+from envs.fleet import Job, train_quietly
+from envs.ray_tasks import RayTasks, ray_cluster
 from envs.training import Run, RunOptions, run_training
 
 SAMPLERS, PRUNERS = ("tpe", "random"), ("median", "halving", "none")
@@ -111,7 +112,7 @@ def _side_by_side(
     while number or running:
         while number and len(running) < tasks.num_cpus:
             trial, number = study.ask(), number - 1
-            running[tasks.start(trial_job(trial, config, options))] = trial
+            running[tasks.start(train_quietly, *trial_job(trial, config, options))] = trial
         ended = tasks.first_of(list(running))
         (run,) = tasks.results([ended])
         study.tell(running.pop(ended), trial_score(run))

@@ -24,7 +24,8 @@ SUFFIX, SCHEMA = ".gate.json", 1
 def policy_digest(folder: Path, name: str = "") -> str:
     """SHA-256 over all that decides: manifests, weights and, of an artifact, which of its policies
     is meant (`name`; its default unless given). Raises CheckpointError."""
-    checkpoints, told = ("",), []
+    checkpoints: tuple[str, ...] = ("",)
+    told = []
     if is_artifact(folder):
         artifact = read_artifact(folder)
         checkpoints, name = artifact.members, name or artifact.default

@@ -19,9 +19,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine.errors import InvalidRequestError
-from envs.offline.files import origin, to_csv, write_json, write_whole
+from envs.offline.files import check_writable, origin, to_csv, write_json, write_whole
 from envs.offline.paired import Gain, paired_gain, value_j
+from envs.offline.replay_page import REGRETS, page_of_replay, verdict_of
 from envs.offline.replays import STATIC, Job, Plan, rewards_of, run_all
+from envs.offline.report import write_report
 from envs.setting import SettingOptions
 from policies.artifact import is_policy
 
@@ -45,7 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0], help="of the resampling (default: 0)")
     add("--statics", action="store_true", help="also every static deployment, for regret")
     add("--processes", type=int, default=0, help="at a time (default: one per core)")
+    add("--ray", metavar="ADDRESS", help="Ray cluster in place of processes; 'local': a new one")
     add("--out", type=Path, metavar="FOLDER", help="keeps parts, replay.json and replay.csv")
+    add(
+        "--report", type=Path, metavar="FILE.html", help="also write it, with .png and .json beside"
+    )
     add_windows(parser)
     return parser.parse_args(argv)
 
@@ -101,15 +107,21 @@ def run(argv: list[str]) -> int:
     args = parse(argv)
     if args.processes < 0:
         raise InvalidRequestError(f"processes must be at least 1, got {args.processes}.")
+    if args.report:
+        check_writable(args.report)
     jobs = plan_of(args).jobs()
     cells = _folder(args.out)
     begun_s = time.monotonic()
-    results = follow(jobs, cells, args.processes or os.cpu_count() or 1, args.progress)
+    processes = args.processes or os.cpu_count() or 1
+    results = follow(jobs, cells, processes, args.progress, args.ray)
     told = summary(jobs, results, list(args.policy)) | origin(["replay", *argv])
+    told["verdict"] = verdict_of(told)
     told["seconds"] = round(time.monotonic() - begun_s, 1)
     if args.out is not None:
         write_json(args.out / "replay.json", told)
         write_whole(args.out / "replay.csv", to_csv(rows_of(jobs, results)))
+    if args.report:
+        write_report(args.report, page_of_replay(jobs, results, told), told)
     show(told)
     print(json.dumps(told, allow_nan=False))
     return 0
@@ -125,12 +137,18 @@ def _folder(out: Path | None) -> Path | None:
     return out / CELLS
 
 
-def follow(jobs: Sequence[Job], cells: Path | None, processes: int, shows: bool) -> list[Result]:
+def follow(
+    jobs: Sequence[Job],
+    cells: Path | None,
+    processes: int,
+    shows: bool,
+    ray_address: str | None = None,
+) -> list[Result]:
     """The results in the order of the jobs."""
     found: dict[Job, Result] = {}
     with Progress(console=Console(stderr=True), disable=not shows) as progress:
         task = progress.add_task("replaying", total=len(jobs))
-        for job, result, was_there in run_all(jobs, cells, processes):
+        for job, result, was_there in run_all(jobs, cells, processes, ray_address):
             found[job] = result
             name = f"{job.policy}{' (kept)' if was_there else ''}"
             progress.update(task, advance=1, description=name)
@@ -163,23 +181,25 @@ def rows_of(jobs: Sequence[Job], results: Sequence[Result]) -> list[dict[str, An
 def summary(
     jobs: Sequence[Job], results: Sequence[Result], policies: Sequence[str]
 ) -> dict[str, Any]:
-    """Of each policy over all cells, beside the first; regret to the best static of each cell."""
+    """Of each policy over all cells, beside the first; regrets to the best of each cell in
+    hindsight: of the statics, and of all that was replayed."""
     by_policy: dict[str, list[Result]] = {}
     for job, result in zip(jobs, results, strict=True):
         by_policy.setdefault(job.policy, []).append(result)
     statics = [found for name, found in by_policy.items() if name.startswith(STATIC)]
     first = by_policy[policies[0]]
-    best = _best_statics(statics)
+    references = {"best_static": statics, "best": list(by_policy.values())}
+    best = {name: _best_of(found) for name, found in references.items() if found}
+    if len(by_policy) == 1:
+        del best["best"]
     told = {name: _figures(by_policy[name], first, best) for name in policies}
     hours = sum(w["seconds"] for result in results for w in result["windows"]) / 3600.0
     return {"beside": policies[0], "policies": told, "simulated_hours": round(hours, 4)}
 
 
-def _best_statics(statics: Sequence[Sequence[Result]]) -> list[Result] | None:
+def _best_of(policies: Sequence[Sequence[Result]]) -> list[Result]:
     """In hindsight, of each cell."""
-    if not statics:
-        return None
-    return [max(cell, key=_value) for cell in zip(*statics, strict=True)]
+    return [max(cell, key=_value) for cell in zip(*policies, strict=True)]
 
 
 def _value(result: Result) -> float:
@@ -187,7 +207,7 @@ def _value(result: Result) -> float:
 
 
 def _figures(
-    ours: Sequence[Result], first: Sequence[Result], best: Sequence[Result] | None
+    ours: Sequence[Result], first: Sequence[Result], best: Mapping[str, Sequence[Result]]
 ) -> dict[str, Any]:
     windows = [w for result in ours for w in result["windows"]]
     finished = max(sum(w["finished"] for w in windows), 1)
@@ -209,8 +229,12 @@ def _figures(
         "switches_per_hour": round(sum(w["switches"] for w in windows) / hours, 4),
         "finished": finished,
     }
-    if best is not None:
-        found["regret_to_best_static_j"] = round(-gain_over(ours, best).gain_j, 6)
+    for name, reference in best.items():
+        regret = gain_over(reference, ours)
+        found[f"regret_to_{name}_j"] = round(regret.gain_j, 6)
+        found[f"regret_to_{name}_j_interval"] = regret.interval and [
+            round(bound, 6) for bound in regret.interval
+        ]
     return found
 
 
@@ -224,15 +248,17 @@ def gain_over(ours: Sequence[Result], theirs: Sequence[Result], level: float = 0
 def show(told: Mapping[str, Any]) -> None:
     beside = told["beside"]
     table = Table(title=f"J over {beside}, paired", title_justify="left")
-    regret = any("regret_to_best_static_j" in f for f in told["policies"].values())
+    regrets = [key for key in REGRETS if key in told["policies"][beside]]
     names = ("policy", "J", "difference", "95 %", "worst half hour", "mean latency s", "p99 s",
-             "SLO %", "switches/h", *(["regret to static"] if regret else []))  # fmt: skip
+             "SLO %", "switches/h", *(REGRETS[key] for key in regrets))  # fmt: skip
     for name in names:
         table.add_column(name, justify="left" if name == "policy" else "right")
     for name, f in told["policies"].items():
-        more = [f"{f['regret_to_best_static_j']:+.4f}"] if regret else []
+        more = [f"{f[key]:+.4f}" for key in regrets]
         table.add_row(name, *figures_row(f), *more)
-    Console(width=None if Console().is_terminal else 150).print(table)
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(table)
+    console.print(told["verdict"], markup=False)
 
 
 def figures_row(f: Mapping[str, Any]) -> list[str]:

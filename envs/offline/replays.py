@@ -24,6 +24,7 @@ from envs.offline.files import write_json
 from envs.offline.paired import Rewards
 from envs.offline.target import MostProbable, load_named
 from envs.pool import run_in_processes
+from envs.ray_tasks import run_on_ray
 from envs.serving_env import ServingEnv
 from envs.setting import Setting, SettingOptions, build_setting
 from envs.traffic import static_keys
@@ -181,9 +182,10 @@ class Plan:
 
 
 def run_all(
-    jobs: Sequence[Job], folder: Path | None, processes: int
+    jobs: Sequence[Job], folder: Path | None, processes: int, ray_address: str | None = None
 ) -> Iterator[tuple[Job, dict[str, Any], bool]]:
-    """Each job with its result, and whether it was there already; in the order they end."""
+    """Each job with its result, and whether it was there already; in the order they end. On a Ray
+    cluster where an address is given: its machines see the same files."""
     missing = []
     for job in jobs:
         found = _read(job.file(folder)) if folder is not None else None
@@ -191,14 +193,20 @@ def run_all(
             missing.append(job)
         else:
             yield job, found, True
-    if processes == 1:
-        ended = ((job, run_job(job)) for job in missing)
-    else:
-        ended = run_in_processes(run_job, missing, processes)  # type: ignore[assignment]
-    for job, result in ended:
+    for job, result in _run(missing, processes, ray_address):
         if folder is not None:
             write_json(job.file(folder), result)
         yield job, result, False
+
+
+def _run(
+    jobs: Sequence[Job], processes: int, ray_address: str | None
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    if ray_address is not None:
+        return run_on_ray(run_job, jobs, ray_address)
+    if processes == 1:
+        return ((job, run_job(job)) for job in jobs)
+    return run_in_processes(run_job, jobs, processes)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import evaluate
+from engine.errors import CheckpointError
 from envs.offline.gate import GateFacts, GateRule, judge
 from envs.offline.paired import Rewards, paired_gain, value_j
+from envs.offline.replay_command import summary
+from envs.offline.replay_page import window_gains
 from envs.offline.replays import Plan, run_all
 from envs.setting import SettingOptions
 
@@ -48,6 +51,73 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
     alone = {job: result for job, result, _ in run_all(jobs, None, 1)}
     together = {job: result for job, result, _ in run_all(jobs, None, 2)}
     assert alone == together
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_gives_the_same_and_tells_errors_as_they_are() -> None:
+    jobs = plan().jobs()
+    alone = {job: result for job, result, _ in run_all(jobs, None, 1)}
+    elsewhere = {job: result for job, result, _ in run_all(jobs, None, 1, "local")}
+    assert alone == elsewhere
+    unknown = replace(jobs[0], policy="nobody")
+    with pytest.raises(CheckpointError, match="'nobody' is neither a rule"):
+        list(run_all([unknown], None, 1, "local"))
+
+
+def test_a_ray_cluster_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
+    given = ["replay", "--policy", str(DEMO), *QUICK, "--ray", "nowhere"]
+    assert evaluate.main(given) == 2
+    assert "no Ray cluster can be reached at 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_report_drills_into_the_worst_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "r.html"
+    given = ["replay", "--policy", "keep", str(DEMO), "--load", "0.3", "0.5", *QUICK]
+    assert evaluate.main([*given, "--processes", "1", "--report", str(report)]) == 0
+    told = last_json(capsys)
+    assert told == json.loads((tmp_path / "r.json").read_text())
+    assert (tmp_path / "r.png").is_file()
+    html = report.read_text()
+    assert told["verdict"] in html
+    assert told["command"] in html
+    jobs = plan(policies=("keep", str(DEMO)), loads=(0.3, 0.5)).jobs()
+    results = [result for _, result, _ in run_all(jobs, None, 1)]
+    gains = window_gains(jobs, results, "keep")[str(DEMO)]
+    assert [(w.cell, w.number) for w in gains] == [
+        (f"generator, load {load:g}, seed 0", number) for load in (0.3, 0.5) for number in (0, 1)
+    ]
+    by_hand = [  # keep at load 0.3 and its windows, then demo's
+        results[cell + 1]["scale_requests"]
+        * (sum(ours["reward"]) - sum(theirs["reward"]))
+        / sum(ours["arrived"])
+        for cell in (0, 2)
+        for ours, theirs in zip(results[cell + 1]["windows"], results[cell]["windows"], strict=True)
+    ]
+    assert [w.over_first for w in gains] == pytest.approx(by_hand)
+    worst = min(gains, key=lambda w: w.over_first)
+    assert f"Window {worst.number}, the worst for {DEMO}" in html
+    assert f"{worst.cell}: J {worst.over_first:+.4f} over keep" in html
+
+
+def test_the_best_in_hindsight_has_no_regret() -> None:
+    """Two cells, and a policy that is best in each: rewards of one interval, by hand."""
+    jobs = plan(policies=("keep", "myopic", "hysteresis"), loads=(0.3, 0.5)).jobs()
+    window = {"arrived": [10.0], "finished": 10, "latency_mean_s": 1.0, "latency_p99_s": 1.0,
+              "slo": 10.0, "switches": 0, "seconds": 15.0}  # fmt: skip
+    rewards = [0.5, 0.9, 0.4, 0.2, 0.1, 0.8]  # of keep, myopic, hysteresis in each cell
+    results = [
+        {"scale_requests": 10.0, "grid_s": 15.0, "windows": [window | {"reward": [r]}]}
+        for r in rewards
+    ]
+    found = summary(jobs, results, ["keep", "myopic", "hysteresis"])["policies"]
+    regrets = [found[name]["regret_to_best_j"] for name in ("keep", "myopic", "hysteresis")]
+    assert regrets == pytest.approx([(0.4 + 0.6) / 2, (0.0 + 0.7) / 2, (0.5 + 0.0) / 2])
+    assert found["keep"]["regret_to_best_j_interval"] is None  # too little traffic
+    assert found["myopic"]["gain_j"] == pytest.approx((0.4 - 0.1) / 2)
 
 
 def test_the_command_writes_a_table_per_window(
