@@ -98,8 +98,9 @@ def render_explanation(told: Told) -> RenderableType:
     for found in told["candidates"]:
         view = found["candidate"]
         mark = "executed" if found["is_executed"] else "chosen" if found["is_chosen"] else ""
-        numbers = (view["probability"], view["headroom"], view["predicted_switch_s"])
-        rows.append((mark, view["key"], *(f"{n:.2f}" for n in numbers), found["why"]))
+        asked = f"{view['probability']:.2f}" if "probability" in view else "–"
+        numbers = (f"{view[name]:.2f}" for name in ("headroom", "predicted_switch_s"))
+        rows.append((mark, view["key"], asked, *numbers, found["why"]))
     shown = table(*("", "candidate", "#prob.", "#headroom", "#switch s", "why"), rows=rows)
     parts: list[RenderableType] = [Text(told["summary"]), shown]
     if len(told["candidates"]) == 1:

@@ -80,7 +80,9 @@ def _why(record: TickRecord, view: CandidateView, is_chosen: bool, is_executed: 
         return f"chosen: {record.reason}"
     if not view.legal:
         return f"not legal, {meaning(view.mask_reason)}"
+    if view.probability is None:
+        return "legal; nothing was decided, so no policy was asked about it"
     if is_chosen:
         return f"chosen and vetoed, {meaning(record.vetoes[0])}" if record.vetoes else "chosen"
-    best = max((c.probability for c in record.candidates if c.legal), default=0.0)
+    best = max(c.probability or 0.0 for c in record.candidates if c.legal)
     return f"legal, with probability {view.probability:.3f}; the highest is {best:.3f}"

@@ -39,7 +39,7 @@ class CandidateView:
     origin: str
     legal: bool
     mask_reason: str
-    probability: float
+    probability: float | None  # None where nothing was decided
     headroom: float
     predicted_switch_s: float
     weight_bytes: int

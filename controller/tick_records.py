@@ -79,7 +79,7 @@ def _views(prepared: PreparedDecision, act: ActResult | None) -> tuple[Candidate
             origin=c.origin,
             legal=bool(prepared.observation.mask[i]),
             mask_reason=prepared.mask_reasons[i],
-            probability=float(act.probabilities[i]) if act is not None else 0.0,
+            probability=float(act.probabilities[i]) if act is not None else None,
             headroom=c.headroom,
             predicted_switch_s=c.switch_s,
             weight_bytes=c.weight_bytes,

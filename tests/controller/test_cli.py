@@ -82,6 +82,15 @@ def test_a_decision_is_explained(run: Run) -> None:
     assert "log_latency" in run("explain", "--candidate", "4xtp1pp1")
 
 
+def test_without_a_decision_there_is_no_probability(served: Served, run: Run) -> None:
+    run("mode", "off")
+    served.step()
+    text = run("explain")
+    assert text.startswith("nothing was decided (observed): the mode is off")
+    assert "0.00 " not in text.splitlines()[4]
+    assert "–" in text
+
+
 def test_hold_resume_and_mode(served: Served, run: Run) -> None:
     assert run("hold", "30m", "--reason", "maintenance") == "no switch for 1800 s: maintenance\n"
     held = json.loads(run("state", "--json"))["holds"]

@@ -217,6 +217,22 @@ def test_a_decision_is_explained_by_name_and_by_rule(served: Served) -> None:
     assert by_id.record.seq == 2
 
 
+def test_in_mode_off_it_is_said_that_nothing_was_decided(served: Served) -> None:
+    call(served, "SetMode", mode=pb.MODE_OFF)
+    served.step()
+    reply = call(served, "Explain")
+    assert reply.summary == "nothing was decided (observed): the mode is off"
+    assert len(reply.candidates) > 1
+    assert not any(c.candidate.HasField("probability") for c in reply.candidates)
+    legal = {c.why for c in reply.candidates if c.candidate.legal}
+    assert legal == {"legal; nothing was decided, so no policy was asked about it"}
+    call(served, "SetMode", mode=pb.MODE_ADVISORY)
+    served.step()
+    decided = call(served, "Explain").candidates
+    assert sum(c.candidate.probability for c in decided) == pytest.approx(1.0)
+    assert all(c.candidate.HasField("probability") for c in decided)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
