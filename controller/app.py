@@ -222,7 +222,7 @@ async def _dashboard(
     try:
         return await start_http(
             *(loop, operations, sessions, config.host, config.http_port, names),
-            *(security.gate, security.tls),
+            *(security.gate, security.certificates),
         )
     except UnavailableError as error:
         logger.warning("there is no dashboard: %s", error)
@@ -245,7 +245,7 @@ async def _serve(
     )
     watching = Watching(config, loop, security)
     front = await _dashboard(config, steering, security)
-    scheme = "https" if security.tls is not None else "http"
+    scheme = "https" if security.certificates is not None else "http"
     shown = f"{scheme}://{config.host}:{front.port}" if front is not None else "none"
     try:
         watching.start()

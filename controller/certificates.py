@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import grpc
 
@@ -18,6 +20,7 @@ from controller.private_files import Stamp, check_private, stamp_of
 from engine.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +37,24 @@ class TlsFiles:
         return tuple(None if path is None else stamp_of(path) for path in paths)
 
 
-class Certificates:
-    """What new connections are met with. Raises InvalidRequestError at the start."""
+class _Reloaded(Generic[Loaded]):
+    """What `load` makes of the files; made anew when they change. Raises InvalidRequestError at the
+    start."""
 
-    def __init__(self, files: TlsFiles) -> None:
-        self.files, self._lock = files, threading.Lock()
+    def __init__(self, files: TlsFiles, load: Callable[[TlsFiles], Loaded]) -> None:
+        self._files, self._load, self._lock = files, load, threading.Lock()
         self._stamps = files.stamps
-        self._first = _load(files)
+        self.current = load(files)
         self.num_reloads, self.num_failed_reloads = 0, 0
 
-    def credentials(self) -> grpc.ServerCredentials:
-        return grpc.dynamic_ssl_server_credentials(
-            self._first, self.changed, self.files.client_ca is not None
-        )
-
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What the files hold now; None when that is not new, or no use. gRPC asks before each
-        handshake, from a thread of its own."""
+    def changed(self) -> Loaded | None:
+        """What the files hold now; None when that is not new, or no use."""
         with self._lock:
-            stamps = self.files.stamps
+            stamps = self._files.stamps
             if stamps == self._stamps:
                 return None
             try:
-                found = _load(self.files)
+                found = self._load(self._files)
             except InvalidRequestError as error:
                 self.num_failed_reloads += 1
                 logger.error("the certificate read before stays in force: %s", error)
@@ -64,14 +62,50 @@ class Certificates:
             finally:
                 self._stamps = stamps
             self.num_reloads += 1
-            logger.info("the certificate %s was read again", self.files.cert)
+            self.current = found
+            logger.info("the certificate %s was read again", self._files.cert)
             return found
+
+
+class Certificates:
+    """What new connections are met with, over gRPC and HTTP. Raises InvalidRequestError at the
+    start."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self.files = files
+        self._pair, self._contexts = _Reloaded(files, _load), _Reloaded(files, _context_of)
+
+    @property
+    def num_reloads(self) -> int:
+        return self._pair.num_reloads
+
+    @property
+    def num_failed_reloads(self) -> int:
+        return self._pair.num_failed_reloads
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """gRPC asks before each handshake, from a thread of its own."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._pair.current, self._pair.changed, self.files.client_ca is not None
+        )
+
+    def context(self) -> ssl.SSLContext:
+        """For any other server: each handshake is handed on to a context of the files as they
+        are."""
+        context = self._contexts.current
+
+        def meet(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+            self._contexts.changed()
+            connection.context = self._contexts.current
+
+        context.sni_callback = meet  # asked for clients that name no server, too
+        return context
 
 
 def _load(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
     check_private(files.key, "private key", "--tls-key")
     try:
-        _check_pair(files)
+        _read(files)  # gRPC itself would say what is wrong only when a client connects
         authorities = None if files.client_ca is None else files.client_ca.read_bytes()
         pair = (files.key.read_bytes(), files.cert.read_bytes())
     except (OSError, ssl.SSLError) as error:
@@ -83,12 +117,23 @@ def _load(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([pair], authorities)
 
 
-def _check_pair(files: TlsFiles) -> None:
-    """gRPC itself would say what is wrong only when a client connects."""
+def _context_of(files: TlsFiles) -> ssl.SSLContext:
+    """Raises InvalidRequestError."""
+    _load(files)
+    context = _read(files)
+    context.options |= ssl.OP_NO_TICKET  # no session outlives the authority that it was checked by
+    context.num_tickets = 0
+    return context
+
+
+def _read(files: TlsFiles) -> ssl.SSLContext:
+    """Raises OSError and ssl.SSLError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files.cert, files.key, password=_no_password)
     if files.client_ca is not None:
         context.load_verify_locations(files.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 def _no_password() -> str:

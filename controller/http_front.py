@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,11 +20,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from controller.certificates import TlsFiles
+from controller.certificates import Certificates
 from controller.gate import Caller, Credentials, Gate
 from controller.gated_call import GatedCall
 from controller.history import History, Plain, plain
-from controller.http_guard import Guard, StrictHeaders, bearer
+from controller.http_guard import (
+    Guard,
+    StrictHeaders,
+    TooLargeError,
+    UnsupportedContentError,
+    bearer,
+)
 from controller.json_calls import call
 from controller.live_feed import LiveFeed
 from controller.loop import ControlLoop
@@ -73,10 +77,15 @@ WRITES = {  # the same; its fields are the JSON body's
     "/api/resume": "Resume",
     "/api/cancel": "CancelSwitch",
     "/api/rollback": "Rollback",
+    "/api/propose": "ProposeSwitch",
+    "/api/load": "LoadPolicy",
+    "/api/canary": "SetCanary",
 }
 WATCHING = "WatchState"  # what the stream of events is to the gate
-ROLES = ("read", "operate")  # that the page asks for
+ROLES = ("read", "operate", "admin")  # that the page asks for
 _STATUS: tuple[tuple[type[TidewrightError], int], ...] = (
+    (UnsupportedContentError, 415),
+    (TooLargeError, 413),
     (InvalidRequestError, 400),
     (InfeasibleError, 400),
     (NotFoundError, 404),
@@ -267,12 +276,12 @@ def credentials_of(request: Request) -> Credentials:
 
 
 async def _body(request: Request) -> bytes:
-    """Raises HTTPException 413."""
+    """Raises TooLargeError."""
     data = b""
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes.")
+            raise TooLargeError(f"the body has more than {MAX_BODY_BYTES} bytes.")
     return data
 
 
@@ -311,7 +320,7 @@ async def start_http(
     port: int,
     names: tuple[str, ...] = (),
     gate: Gate | None = None,
-    tls: TlsFiles | None = None,
+    certificates: Certificates | None = None,
     history: History | None = None,
 ) -> RunningFront:
     """Serve the dashboard; `names` are host names it answers to, beside addresses, localhost and
@@ -320,15 +329,5 @@ async def start_http(
     sock = bind_http(host, port, "--http-port")
     service, guard = ControlService(loop, operations, sessions), Guard((host, *names))
     front = HttpFront(loop, service, history or History(loop), guard, gate or Gate())
-    server = HttpServer(front.app, **_tls_options(tls))
+    server = HttpServer(front.app, None if certificates is None else certificates.context())
     return RunningFront(front, server, sock)
-
-
-def _tls_options(tls: TlsFiles | None) -> dict[str, Any]:
-    """As on the control service, but read once."""
-    if tls is None:
-        return {}
-    options: dict[str, Any] = {"ssl_certfile": str(tls.cert), "ssl_keyfile": str(tls.key)}
-    if tls.client_ca is not None:
-        options |= {"ssl_ca_certs": str(tls.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    return options

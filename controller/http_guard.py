@@ -12,6 +12,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engine.errors import InvalidRequestError, PermissionDeniedError
+
+MAX_TOLD = 100  # characters of a page's address
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -25,6 +28,19 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
+
+
+class ForeignPageError(PermissionDeniedError):
+    """A change was asked for by a web page from elsewhere, or by one that was loaded before this
+    controller started."""
+
+
+class UnsupportedContentError(InvalidRequestError):
+    """The body is said to be of another kind than JSON, as that of a plain form."""
+
+
+class TooLargeError(InvalidRequestError):
+    """The body has more bytes than any change takes."""
 
 
 def name_of(host_header: str) -> str:
@@ -56,19 +72,20 @@ class Guard:
                 ) from None
 
     def check_same_origin(self, headers: Headers) -> None:
-        """That a page from here asks, and no other that the user has open. Raises HTTPException
-        403, and 415 for what a plain form could send."""
+        """That a page from here asks, and no other that the user has open. Raises ForeignPageError,
+        and UnsupportedContentError for what a plain form could send."""
         origin, host = headers.get("origin"), headers.get("host", "")
         foreign = origin is not None and origin not in (f"http://{host}", f"https://{host}")
         if foreign or headers.get("sec-fetch-site", "same-origin") != "same-origin":
-            raise HTTPException(403, "another web page asked for this; only this one may.")
+            where = f" ({origin[:MAX_TOLD]})" if origin is not None else ""
+            raise ForeignPageError(f"another web page{where} asked for this; only this one may.")
         given = headers.get("x-tidewright-token", "").encode()
         if not hmac.compare_digest(given, self.page_token.encode()):
-            raise HTTPException(
-                403, "x-tidewright-token is not the page_token of /api/session; load that again."
+            raise ForeignPageError(
+                "x-tidewright-token is not the page_token of /api/session; load that again."
             )
         if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise HTTPException(415, "content-type must be application/json.")
+            raise UnsupportedContentError("content-type must be application/json.")
 
 
 def bearer(headers: Headers) -> str:

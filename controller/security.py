@@ -29,10 +29,6 @@ class Security:
     def credentials(self) -> grpc.ServerCredentials | None:
         return None if self.certificates is None else self.certificates.credentials()
 
-    @property
-    def tls(self) -> TlsFiles | None:
-        return None if self.certificates is None else self.certificates.files
-
     def close(self) -> None:
         self.gate.audit.close()
 

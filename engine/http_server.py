@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,20 +17,21 @@ GRACE_S = 2  # that open answers have when it stops
 
 class HttpServer(uvicorn.Server):
     """uvicorn without its own signal handling, logs and life cycle: the process decides when to
-    stop. `options` are uvicorn's, such as those of TLS."""
+    stop. `tls` is what new connections are met with; without it there is no TLS."""
 
-    def __init__(self, app: Any, **options: Any) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=GRACE_S,
-                **options,
-            )
+    def __init__(self, app: Any, tls: ssl.SSLContext | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
         )
+        super().__init__(config)
+        if tls is not None:
+            config.load()  # which would otherwise set it anew
+            config.ssl = tls
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

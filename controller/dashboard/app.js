@@ -25,6 +25,7 @@ class Page {
     this.controls = new Controls($("controls"), $("dialog"), {
       act: (path, fields, done) => this.act(path, fields, done),
       signIn: (token) => this.signIn(token),
+      look: (path) => this.look(path),
     });
     this.tiles = new Tiles($("now"));
     this.map = new DeviceMap($("devices"));
@@ -34,6 +35,7 @@ class Page {
     this.traffic = new TrafficPanel($("traffic"));
     this.decisions = new DecisionsPanel($("decisions"), (path) => this.session.get(path));
     this.trust = new TrustPanel($("trust"));
+    this.controls.place($("switch"), $("trust"));
     this.addRanges();
     this.olds = [...document.querySelectorAll("section")].map((section) => {
       const old = h("span", { class: "old", hidden: true });
@@ -124,6 +126,16 @@ class Page {
       this.say(typeof done === "function" ? done(told) : done);
     } catch (error) {
       this.say(`That was not done: ${error.message}`, true);
+    }
+  }
+
+  /** What is read at the path; null, and told, when it cannot be. */
+  async look(path) {
+    try {
+      return await this.session.get(path);
+    } catch (error) {
+      this.say(error.message, true);
+      return null;
     }
   }
 

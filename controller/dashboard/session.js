@@ -7,7 +7,7 @@ export class CallError extends Error {}
 export class Session {
   constructor() {
     this.token = sessionStorage.getItem(KEY) ?? "";
-    this.may = { read: false, operate: false };
+    this.may = { read: false, operate: false, admin: false };
     this.pageToken = "";
   }
 

@@ -15,6 +15,7 @@ if not NEEDS_BROWSER:
     pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
 
 from browsing import CHROMIUM, DRIVER, Browser  # noqa: E402
+from dashboard_page import CONTRAST, WIDER, button_named, is_focused, loaded, tab_to  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from watched import CONFIG, Watched, nodes  # noqa: E402
 
@@ -29,60 +30,6 @@ pytestmark = pytest.mark.skipif(
     not HAS_BROWSER and not NEEDS_BROWSER,
     reason="no Chromium: apt-get install chromium chromium-driver",
 )
-CONTRAST = """
-const parse = (text) => {
-  const found = text.match(/[\\d.]+/g).map(Number);
-  return found.length < 4 ? [...found, 1] : found;
-};
-const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
-  .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const ratio = (a, b) => {
-  const [hi, lo] = [light(a), light(b)].sort((x, y) => y - x);
-  return (hi + 0.05) / (lo + 0.05);
-};
-const behind = (element) => {
-  for (let at = element; at; at = at.parentElement) {
-    const colour = parse(getComputedStyle(at).backgroundColor);
-    if (colour[3] === 1) return colour;
-  }
-  return [255, 255, 255, 1];
-};
-const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-const bad = [];
-let number = 0;
-while (walker.nextNode()) {
-  const element = walker.currentNode.parentElement;
-  const text = walker.currentNode.textContent.trim();
-  if (!text || !element.checkVisibility() || element.closest(".hidden, noscript, .skip")) continue;
-  const style = getComputedStyle(element);
-  const svg = element.namespaceURI.endsWith("svg");
-  const ink = parse(svg ? style.fill : style.color);
-  const under = element.classList.contains("span-text")
-    ? parse(getComputedStyle(element.previousElementSibling).fill) : behind(element);
-  number += 1;
-  const found = ratio(ink, under);
-  if (found < 4.5) bad.push([text.slice(0, 30), Math.round(found * 100) / 100]);
-}
-const root = getComputedStyle(document.documentElement);
-const card = behind(document.querySelector("#traffic"));
-for (const name of ["--accent", "--two", "--edge", "--rule", "--good", "--bad"]) {
-  const probe = document.createElement("i");
-  probe.style.color = root.getPropertyValue(name);
-  document.body.append(probe);
-  const found = ratio(parse(getComputedStyle(probe).color), card);
-  probe.remove();
-  if (found < 3) bad.push([name, found]);
-}
-return [number, bad];
-"""
-WIDER = """
-const edge = document.documentElement.clientWidth;
-return [...document.querySelectorAll("body *")]
-  .filter((e) => !e.closest(".scroll > *, .hidden, .skip, svg"))
-  .filter((e) => e.getBoundingClientRect().right > edge + 0.5)
-  .map((e) => `${e.tagName}.${e.className} ${e.textContent.slice(0, 20)}`);
-"""
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +49,6 @@ def watched(synthetic_cluster: ProfiledCluster, browser: Browser) -> Iterator[Wa
     finally:
         browser.driver.get("about:blank")
         found.close()
-
-
-def loaded(browser: Browser, watched: Watched, **options: Any) -> None:
-    browser.complaints()
-    browser.open(watched.base, **options)
-    browser.wait_text("#link", "live")
-    browser.wait(lambda: browser.find("#now strong").text != "–")
-
-
-def is_focused(browser: Browser, css: str) -> bool:
-    return bool(browser.js("return document.activeElement.matches(arguments[0])", css))
-
-
-def tab_to(browser: Browser, css: str, most: int = 40) -> None:
-    for _ in range(most):
-        browser.keys(Keys.TAB)
-        if is_focused(browser, css):
-            return
-    raise AssertionError(f"{css} is not reached by Tab")
 
 
 # ---------------------------------------------------------------- what is shown
@@ -348,6 +276,7 @@ def test_without_the_role_nothing_can_be_changed(
         loaded(browser, found)
         browser.wait_text("#controls", "You may look")
         assert not [b for b in browser.all("[data-mode]") if b.is_enabled()]
+        assert not button_named(browser, "Propose").is_enabled()
         browser.js("[...document.querySelectorAll('header button')].at(-1).click()")
         browser.wait_text("body", "Signed out.")
         browser.js(
@@ -358,6 +287,8 @@ def test_without_the_role_nothing_can_be_changed(
         browser.wait(lambda: browser.find("[data-mode=off]").is_enabled())
         browser.find("[data-mode=off]").click()
         browser.wait(lambda: found.loop.mode is Mode.OFF)
+        assert button_named(browser, "Propose").is_enabled()
+        assert not button_named(browser, "Load policy").is_enabled()  # which is for admins
         kept = browser.js("return [document.cookie, localStorage.length]")
         assert kept == ["", 0]
         browser.js("sessionStorage.clear()")

@@ -159,7 +159,9 @@ def test_roles_decide_what_is_answered_and_changes_are_audited(
                 told = client.post("/api/resume", json={}, headers=bearer | page)
                 assert told.status_code == write
                 may = client.get("/api/session", headers=bearer).json()["may"]
-                assert may == {"read": read == 200, "operate": write == 200}
+                assert may == {"read": read == 200, "operate": write == 200, "admin": False}
+                told = client.post("/api/load", json={"name": "keep"}, headers=bearer | page)
+                assert told.status_code == (403 if name else 401)
             refused = client.get("/api/events")
             assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
             for path in READS:

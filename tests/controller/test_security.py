@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import trustme
 from served import Served
+from watched import Watched
 
 from controller import cli
 from controller.__main__ import main
 from controller.access import AccessFile, issue_token
+from controller.certificates import Certificates, TlsFiles
 from controller.config import ControllerConfig
 from controller.control_channel import ClientAccess, is_loopback
 from controller.remote_control import RemoteControl
@@ -123,6 +125,74 @@ def test_a_certificate_is_exchanged_without_a_restart(
         third = authority.renew()
         assert certificate_of(served.port, authority.ca) == third
         assert state(target, tls_ca=authority.ca) == "MODE_ACTIVE"
+
+
+def test_the_dashboards_certificate_is_exchanged_with_it(
+    synthetic_cluster: ProfiledCluster, authority: Authority
+) -> None:
+    first = authority.renew()
+    certificates = Certificates(TlsFiles(authority.cert, authority.key))
+    found = Watched(synthetic_cluster, certificates=certificates)
+    try:
+        assert certificate_of(found.port, authority.ca) == first
+        open_before = open_to(found.port, authority.ca)
+        second = authority.renew()
+        assert certificate_of(found.port, authority.ca) == second
+        open_before.sendall(b"GET /api/state HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert open_before.recv(100).startswith(b"HTTP/1.1 200")
+        open_before.close()
+        authority.key.write_text("half written")
+        assert certificate_of(found.port, authority.ca) == second
+        third = authority.renew()
+        assert certificate_of(found.port, authority.ca) == third
+        found.stop_front()
+        authority.renew()
+        found.start_front()  # as after the lease came back
+        assert certificate_of(found.port, authority.ca) != third
+    finally:
+        found.close()
+
+
+def test_the_dashboards_clients_are_checked_by_the_authority_as_it_is(
+    synthetic_cluster: ProfiledCluster, authority: Authority, tmp_path: Path
+) -> None:
+    mine = authority.client("alice")
+    other = trustme.CA()
+    issued = other.issue_cert("mallory@example.org", common_name="mallory")
+    theirs = (
+        write(tmp_path / "theirs.pem", *issued.cert_chain_pems),
+        write(tmp_path / "theirs.key", issued.private_key_pem),
+    )
+    trusted = tmp_path / "clients.pem"
+    trusted.write_bytes(authority.ca.read_bytes())
+    certificates = Certificates(TlsFiles(authority.cert, authority.key, trusted))
+    found = Watched(synthetic_cluster, certificates=certificates)
+    try:
+        assert answered(found.port, authority.ca, mine)
+        assert not answered(found.port, authority.ca, theirs)
+        assert not answered(found.port, authority.ca, None)
+        write(trusted, other.cert_pem)
+        assert answered(found.port, authority.ca, theirs)
+        assert not answered(found.port, authority.ca, mine)
+    finally:
+        found.close()
+
+
+def open_to(port: int, ca: Path, client: tuple[Path, Path] | None = None) -> ssl.SSLSocket:
+    context = ssl.create_default_context(cafile=str(ca))
+    if client is not None:
+        context.load_cert_chain(*client)
+    plain = socket.create_connection(("127.0.0.1", port), timeout=10)
+    return context.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def answered(port: int, ca: Path, client: tuple[Path, Path] | None) -> bool:
+    try:
+        with open_to(port, ca, client) as secure:
+            secure.sendall(b"GET /api/session HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            return secure.recv(100).startswith(b"HTTP/1.1 200")
+    except (ssl.SSLError, ConnectionError):
+        return False
 
 
 def test_clients_need_a_certificate_where_the_controller_asks_for_one(

@@ -7,11 +7,13 @@ import json
 import threading
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from served import GRID_S, TYPING, Gated
 
 from controller.build import build_pipeline
+from controller.certificates import Certificates
 from controller.decision import DecisionConfig
 from controller.decision_log import DecisionLog
 from controller.gate import Gate
@@ -21,6 +23,7 @@ from controller.loop import ControlLoop
 from controller.operations import Operations
 from controller.policy_server import PolicyServer
 from controller.records import Mode, TickRecord
+from controller.roster import PolicyRoster
 from controller.sessions import Sessions
 from engine.cluster import (
     ClusterSnapshot,
@@ -77,18 +80,21 @@ class Watched:
         config: DecisionConfig = CONFIG,
         gate: Gate | None = None,
         names: tuple[str, ...] = (),
+        policies: Path | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
         self.cluster, self.late_s = Shared(cluster, key), 0.0
         pipeline = build_pipeline(cluster, typing, config, "ewma2")
         self._typing, self.pipeline = typing, pipeline
         server = PolicyServer(policy or KeepPolicy(), KeepPolicy(), 10.0, deterministic=True)
         self.loop = ControlLoop(self.cluster, pipeline, server, DecisionLog(None, {}), Mode.ACTIVE)
-        self.operations, self.sessions = Operations(self.loop), Sessions(pipeline, 10.0)
+        roster = PolicyRoster(pipeline, policies) if policies is not None else None
+        self.operations, self.sessions = Operations(self.loop, roster), Sessions(pipeline, 10.0)
         self._events = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._events.run_forever, daemon=True)
         self._thread.start()
         self.history = History(self.loop, self.wall_s)
-        self._gate, self._names = gate, names
+        self._gate, self._names, self._certificates = gate, names, certificates
         self.port = 0
         self.front: RunningFront | None = None
         self.start_front()
@@ -99,7 +105,7 @@ class Watched:
         self.front = self._run(
             start_http(
                 *(self.loop, operations, sessions, "127.0.0.1", self.port),
-                *(self._names, self._gate, None, self.history),
+                *(self._names, self._gate, self._certificates, self.history),
             )
         )
         self.port = self.front.port
