@@ -81,22 +81,24 @@ class PolicyRoster:
         """Rules first, then checkpoints by name."""
         checkpoints = sorted(self._checkpoints().items())
         rules = tuple(PolicyInfo(name, "rule") for name in RULES)
-        return rules + tuple(self._info(name, path) for name, path in checkpoints)
+        return rules + tuple(self._listed(name, path) for name, path in checkpoints)
+
+    def _listed(self, name: str, path: Path) -> PolicyInfo:
+        """With what speaks against loading it."""
+        info = self._info(name, path)
+        try:
+            if info.is_compatible:
+                self._gated(path, "")
+        except TidewrightError as error:
+            return replace(info, problem="; ".join(filter(None, (info.problem, str(error)))))
+        return info
 
     def _info(self, name: str, path: Path) -> PolicyInfo:
         try:
             manifest = manifest_of(path)
         except CheckpointError as error:
             return PolicyInfo(name, "checkpoint", "", False, str(error))
-        info = manifest_info(name, manifest, self._pipeline)
-        return info if info.problem else replace(info, problem=self._refusal(path))
-
-    def _refusal(self, path: Path) -> str:
-        try:
-            self._gated(path, "")
-        except TidewrightError as error:
-            return str(error)
-        return ""
+        return manifest_info(name, manifest, self._pipeline)
 
     def _gated(self, path: Path, member: str) -> str:
         """The digest of the policy's files; empty where no gate is asked for."""

@@ -510,6 +510,8 @@ def test_with_a_gate_only_what_passed_it_decides(
         listed = call(served, "ListPolicies").policies
         problems = {p.name: p.problem for p in listed if p.is_compatible}
         assert problems["first"] == problems["keep"] == ""
+        assert "with another min_dwell_s; policy" in problems["second"]
+        assert "may not decide" in problems["second"]
         served.operations.roster.load("second", decides=False)  # as a shadow
     finally:
         served.close()
