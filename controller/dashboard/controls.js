@@ -142,9 +142,10 @@ export class Controls {
   async policyField(none) {
     const told = await this.look("/api/policies");
     if (!told) return null;
-    const name = h("select", { id: "policy-name" }, none ? h("option", { value: "" }, none) : null,
+    const name = h("select", { id: "policy-name" },
       told.policies.map((p) => h("option", { value: p.name, disabled: !p.is_compatible },
-        `${p.name} (${p.kind}${p.is_active ? ", decides now" : p.is_compatible ? "" : ", does not fit"})`)));
+        `${p.name} (${p.kind}${p.is_active ? ", decides now" : p.is_compatible ? "" : ", does not fit"})`)),
+      none ? h("option", { value: "" }, none) : null);
     const about = h("p", { class: "muted", id: "policy-about" });
     const show = () => setText(about, told.policies.find((p) => p.name === name.value)?.problem ?? "");
     name.setAttribute("aria-describedby", "policy-about");
