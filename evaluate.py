@@ -7,6 +7,7 @@ Commands in place of options, each with its own --help:
   compare A B               two policies on the same windows, or two logs
   explain LOG --tick T      why a logged decision was made, and what came of it
   replay --policy P...      policies x traces x loads x seeds on all cores, resumable
+  tune --policy FOLDER      sets rule and guard of a shipped policy by what is best on your traffic
   switchback plan|analyse   an experiment on the running system
 """
 
@@ -24,6 +25,7 @@ from envs.offline.compare_command import run as run_compare
 from envs.offline.explain_command import run as run_explain
 from envs.offline.ope_command import run as run_ope
 from envs.offline.replay_command import run as run_replay
+from envs.offline.tune_command import run as run_tune
 from envs.setting import SettingOptions, build_setting
 from envs.switchback_command import run as run_switchback
 
@@ -33,6 +35,7 @@ COMMANDS = {
     "explain": run_explain,
     "replay": run_replay,
     "switchback": run_switchback,
+    "tune": run_tune,
 }
 
 

@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config import load_config
-from envs.study.config import DEFAULT_STUDY, StudyConfig
+from envs.study.config import POLICY_STUDY, StudyConfig
 from envs.study.results import RESULTS, read_results, run_again
 from envs.study.verdict import figures
 
-CONFIG = DEFAULT_STUDY.with_name("policy.yaml")
 TOLERANCE = 0.02  # of utility: sums may be taken in another order elsewhere
 GOALS = {
     "latency_vs_static_mean": 1.15,
@@ -38,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only score what is committed")
     args = parser.parse_args()
-    config: StudyConfig = load_config(StudyConfig, CONFIG, {})
+    config: StudyConfig = load_config(StudyConfig, POLICY_STUDY, {})
     results = read_results(RESULTS / "policy.json.gz")
     off = 0.0
     if not args.quick:

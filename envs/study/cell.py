@@ -25,9 +25,7 @@ from envs.study.rules import (
     Rule,
     alone,
     guarded_rule,
-    guarded_settings,
     hysteresis_policy,
-    hysteresis_settings,
     ladder,
     rule_pipeline,
     static_pipeline,
@@ -189,7 +187,7 @@ def _statics(world: World, report: Report) -> list[RunScore]:
 def _tune(world: World, report: Report) -> HysteresisConfig:
     """The settings of hysteresis that are best on the tuning windows."""
     found = []
-    for setting in hysteresis_settings(world):
+    for setting in world.config.tuning.rules():
         report(f"tuning hysteresis {setting.horizon_s:g} s, {setting.num_ticks}")
         pipeline = rule_pipeline(world)
         records = run_windows(world, world.training, hysteresis_policy(setting), pipeline)
@@ -200,7 +198,7 @@ def _tune(world: World, report: Report) -> HysteresisConfig:
 
 def _tune_guarded(world: World, tuned: HysteresisConfig, report: Report) -> GuardedConfig:
     """The settings of the guarded policy over the tuned rule that are best on the same windows."""
-    settings = guarded_settings(world)
+    settings = world.config.tuning.guards(world.config.guarded)
     if len(settings) == 1:
         return settings[0]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.adversarial import Adversary
+from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
 from policies.mpc import MpcConfig
 from policies.oracle import BeamConfig
@@ -71,6 +73,18 @@ class Tuning(_Section):
         description="of the guarded policy; none: as `guarded` says. The first of equals",
     )
 
+    def rules(self) -> list[HysteresisConfig]:
+        return [
+            HysteresisConfig(horizon_s, ticks, margin)
+            for horizon_s in self.horizon_s
+            for ticks in self.num_ticks
+            for margin in self.margin
+        ]
+
+    def guards(self, fixed: GuardedConfig) -> list[GuardedConfig]:
+        """The first of those that do equally well is taken."""
+        return [replace(fixed, margin=margin) for margin in self.guarded_margin] or [fixed]
+
 
 class StudyConfig(_Section):
     """One study."""
@@ -101,3 +115,4 @@ class StudyConfig(_Section):
 
 
 DEFAULT_STUDY = Path(__file__).parents[2] / "configs" / "headroom.yaml"
+POLICY_STUDY = DEFAULT_STUDY.with_name("policy.yaml")

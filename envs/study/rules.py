@@ -228,22 +228,6 @@ def guarded_rule(world: World, tuned: HysteresisConfig, config: GuardedConfig) -
     return Rule("guarded", TOGETHER, _trained_pipeline, _of_spec(together))
 
 
-def guarded_settings(world: World) -> list[GuardedConfig]:
-    """The first of those that do equally well is taken."""
-    fixed, margins = world.config.guarded, world.config.tuning.guarded_margin
-    return [replace(fixed, margin=margin) for margin in margins] or [fixed]
-
-
-def hysteresis_settings(world: World) -> list[HysteresisConfig]:
-    tuning = world.config.tuning
-    return [
-        HysteresisConfig(horizon_s, ticks, margin)
-        for horizon_s in tuning.horizon_s
-        for ticks in tuning.num_ticks
-        for margin in tuning.margin
-    ]
-
-
 def hysteresis_policy(tuned: HysteresisConfig) -> MakePolicy:
     return _of_spec(lambda spec: HysteresisPolicy(spec, tuned))
 

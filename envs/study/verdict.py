@@ -163,6 +163,9 @@ def figures(results: Iterable[Result]) -> dict[str, float]:
 
     gain, low, high = interval([gains(c, ["guarded"]) for c in cells])
     alone, alone_low, alone_high = interval([gains(c, seeds_of(c)) for c in cells])
+    over_greedy, greedy_low, greedy_high = interval(
+        [gains(c, ["guarded"], over="greedy") for c in cells]
+    )
     outside = [c for c in everything if c["cell"]["role"] in OUTSIDE]
     guarded = [run for c in cells if (run := run_of(c, "guarded")) is not None]
     hours = sum(float(c["seconds"]) for c in cells) / 3600.0
@@ -181,6 +184,9 @@ def figures(results: Iterable[Result]) -> dict[str, float]:
         "j_alone_vs_hysteresis": round(alone, 5),
         "j_alone_vs_hysteresis_ci_low": round(alone_low, 5),
         "j_alone_vs_hysteresis_ci_high": round(alone_high, 5),
+        "j_vs_greedy": round(over_greedy, 5),
+        "j_vs_greedy_ci_low": round(greedy_low, 5),
+        "j_vs_greedy_ci_high": round(greedy_high, 5),
         "recovered_vs_beam": recovered(worthwhile, lambda c: _utility(c, "beam")),
         "recovered_vs_bound": recovered(worthwhile, lambda c: float(c["bounds"]["utility"])),
         "excluded_share": round(1 - len(worthwhile) / len(hindsight), 4) if hindsight else 1.0,
@@ -196,7 +202,7 @@ def figures(results: Iterable[Result]) -> dict[str, float]:
 HEADER = (
     "cell", "role", "best equal static", "J static", "J OServe", "J greedy", "J hysteresis",
     "J PPO alone", "J guarded", "J beam", "guarded - hysteresis", "95 %", "worth ratio, low",
-    "mean s: static", "hysteresis", "guarded", "switches/h: hysteresis", "guarded",
+    "mean s: static", "hysteresis", "guarded", "beam", "switches/h: hysteresis", "guarded",
 )  # fmt: skip
 
 
@@ -227,6 +233,7 @@ def _row(result: Result) -> list[str]:
         f"{low:+.4f} to {high:+.4f}",
         f"{worth_ratio_low(result):.4f}",
         *(f"{r['latency_s']:.2f}" for r in (static, run("hysteresis"), run("guarded"))),
+        f"{beam['latency_s']:.2f}" if beam else "",
         *(f"{run(rule)['switches'] / hours:.1f}" for rule in ("hysteresis", "guarded")),
     ]
 

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from engine.config import load_config
-from envs.study.config import DEFAULT_STUDY, GENERATED, StudyConfig
+from envs.study.config import DEFAULT_STUDY, GENERATED, POLICY_STUDY, StudyConfig
 from envs.study.report import BEGIN, END
 from envs.study.results import RESULTS, read_results
 from envs.study.verdict import capacity_at, figures, gains, interval, worth_ratio_low, write_verdict
-
-POLICY = DEFAULT_STUDY.with_name("policy.yaml")
 
 
 def run(rule: str, utilities: list[float], latency_s: float, **detail: str) -> dict[str, Any]:
@@ -62,6 +60,8 @@ def test_figures_by_hand() -> None:
     assert found["j_vs_hysteresis_ci_low"] == pytest.approx(0.1)
     assert found["j_alone_vs_hysteresis"] == pytest.approx(0.1)
     assert found["j_alone_vs_hysteresis_ci_low"] < 0.1 < found["j_alone_vs_hysteresis_ci_high"]
+    assert found["j_vs_greedy"] == pytest.approx(0.2)
+    assert found["j_vs_greedy_ci_low"] == pytest.approx(0.2)
     assert found["recovered_vs_beam"] == pytest.approx(0.5)
     assert found["recovered_vs_bound"] == pytest.approx(0.2)
     assert found["excluded_share"] == 0.0
@@ -137,7 +137,7 @@ def test_the_committed_page_is_made_from_the_committed_results(tmp_path: Path) -
 
 def test_the_cells_are_as_they_should_be() -> None:
     """Two families are never seen in training, and Azure's minutes are bursts only."""
-    study: StudyConfig = load_config(StudyConfig, POLICY, {})
+    study: StudyConfig = load_config(StudyConfig, POLICY_STUDY, {})
     unseen = {c.trace for c in study.cells if c.role == "unseen"}
     seen = {c.trace for c in study.cells if c.role == "seen"}
     assert unseen == {"servegen_mm_image.csv.gz", "servegen_m_small.csv.gz", GENERATED}
