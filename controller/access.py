@@ -18,9 +18,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from controller.private_files import check_private, stamp_of
 from controller.roles import Role, parse_role
 from engine.errors import InvalidRequestError
+from engine.private_files import check_private, stamp_of
 
 logger = logging.getLogger(__name__)
 TOKEN_BYTES = 32  # of randomness, so that a fast hash is enough

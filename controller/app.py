@@ -13,6 +13,7 @@ from typing import Any
 
 from controller.build import build_pipeline, load_profiled_cluster, pipeline_from_facts
 from controller.config import ControllerConfig
+from controller.control_channel import ClientAccess
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog, read_tail
 from controller.http_front import RunningFront, start_http
@@ -180,7 +181,7 @@ async def serve(config: ControllerConfig) -> None:
     lease = build_lease(config)
     with (
         contextlib.closing(build_security(config)) as security,
-        RemoteCluster(config.engine, config.engine_timeout_s, leader=lease) as remote,
+        _remote(config, lease) as remote,
     ):
         await _warm(config, remote)
         while not stop.is_set() and await lead(lease, remote, stop):
@@ -195,6 +196,13 @@ async def serve(config: ControllerConfig) -> None:
             finally:
                 if lease is not None:
                     await asyncio.to_thread(lease.release)
+
+
+def _remote(config: ControllerConfig, lease: Lease | None) -> RemoteCluster:
+    access = ClientAccess(
+        config.engine_tls_ca, token_file=config.engine_token_file, prefix="engine-"
+    )
+    return RemoteCluster(config.engine, config.engine_timeout_s, access, leader=lease)
 
 
 async def _warm(config: ControllerConfig, remote: RemoteCluster) -> None:

@@ -15,6 +15,12 @@ class ControllerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     engine: str = Field("127.0.0.1:50051", description="host:port of the engine's gRPC service")
+    engine_tls_ca: Path | None = Field(
+        None, description="PEM authority of the engine's certificate; none: without TLS"
+    )
+    engine_token_file: Path | None = Field(
+        None, description="file of a bearer token that the engine takes (its --control-tokens)"
+    )
     policy: Path = Field(
         Path("policies/artifacts/demo"), description="checkpoint folder that train.py wrote"
     )

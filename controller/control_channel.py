@@ -1,4 +1,5 @@
-"""A channel to a controller, with what it asks of its clients: TLS, a certificate, a token."""
+"""A channel to a controller or an engine, with what it asks of clients: TLS, a certificate, a
+token."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 
 import grpc
 
-from controller.private_files import check_private
 from engine.errors import InvalidRequestError
+from engine.private_files import check_private
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -28,13 +29,15 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ClientAccess:
-    """Files: the authority of the controller's certificate, a certificate of one's own with its
-    key, and a bearer token. All None: a plain channel, as on loopback."""
+    """Files: the authority of the server's certificate, a certificate of one's own with its key,
+    and a bearer token. All None: a plain channel, as on loopback. `prefix` is that of the options
+    which name them."""
 
     tls_ca: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
+    prefix: str = ""
 
     @property
     def has_tls(self) -> bool:
@@ -46,14 +49,19 @@ class ClientAccess:
         if self.token_file is None:
             return ()
         if not self.has_tls and not is_loopback(target.rpartition(":")[0]):
-            raise InvalidRequestError(f"the token would go to {target} unencrypted; give --tls-ca.")
-        check_private(self.token_file, "token file", "--token-file")
+            raise InvalidRequestError(
+                f"the token would go to {target} unencrypted; give --{self.prefix}tls-ca."
+            )
+        check_private(self.token_file, "token file", f"--{self.prefix}token-file")
         token = _read(self.token_file).decode(errors="replace").strip()
         if not token or not token.isascii() or not token.isprintable():
             raise InvalidRequestError(
                 f"token file {self.token_file} must hold one token and nothing else."
             )
         return (("authorization", f"Bearer {token}"),)
+
+
+NO_ACCESS = ClientAccess()
 
 
 def open_channel(target: str, access: ClientAccess, options: Sequence[Any]) -> grpc.Channel:

@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from controller.certificates import Certificates
 from controller.gate import Caller, Credentials, Gate
 from controller.gated_call import GatedCall
 from controller.history import History, Plain, plain
@@ -38,6 +37,7 @@ from controller.operations import Operations
 from controller.roles import CONTROL
 from controller.service import ControlService
 from controller.sessions import Sessions
+from engine.certificates import Certificates
 from engine.errors import (
     CheckpointError,
     InfeasibleError,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from controller.control_channel import NO_ACCESS, ClientAccess, open_channel
 from engine.cluster import (
     ClusterSnapshot,
     ClusterSpec,
@@ -38,13 +39,14 @@ class Leader(Protocol):
 
 class RemoteCluster:
     """Owns one channel to an engine; close it. With a `leader` every call bears its term, and none
-    that changes something is made once its lease is over."""
+    that changes something is made once its lease is over. Raises InvalidRequestError for files of
+    `access` that cannot be used."""
 
     def __init__(
         self,
         target: str,
         timeout_s: float = 5.0,
-        credentials: grpc.ChannelCredentials | None = None,
+        access: ClientAccess = NO_ACCESS,
         leader: Leader | None = None,
     ) -> None:
         options = [
@@ -52,18 +54,15 @@ class RemoteCluster:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted engine is found in a second
         ]
-        self._channel = (
-            grpc.insecure_channel(target, options)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, options)
-        )
+        self._access_metadata = access.metadata(target)
+        self._channel = open_channel(target, access, options)
         self._stub = engine_pb2_grpc.EngineServiceStub(self._channel)
         self._timeout_s, self.leader = timeout_s, leader
         self._description: Any = None
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         term = self.leader.term if self.leader is not None else 0
-        metadata = ((TERM_KEY, str(term)),) if term else None
+        metadata = (*self._access_metadata, *(((TERM_KEY, str(term)),) if term else ()))
         try:
             return method(request, timeout=self._timeout_s, metadata=metadata)
         except grpc.RpcError as error:

@@ -8,11 +8,11 @@ import grpc
 
 from controller.access import AccessFile
 from controller.audit import AuditLog
-from controller.certificates import Certificates, TlsFiles
 from controller.config import ControllerConfig
 from controller.control_channel import is_loopback
 from controller.gate import Gate
 from controller.rate_limits import RateLimits
+from engine.certificates import Certificates, tls_files
 from engine.errors import InvalidRequestError
 from engine.grpc_server import MAX_MESSAGE_BYTES
 
@@ -36,7 +36,7 @@ class Security:
 def build_security(config: ControllerConfig) -> Security:
     """Raises InvalidRequestError for files that cannot be used and for an unsafe address."""
     _check_address(config)
-    files = _tls_files(config)
+    files = tls_files(config.tls_cert, config.tls_key, config.tls_client_ca)
     return Security(
         gate=Gate(
             None if config.access is None else AccessFile(config.access),
@@ -46,16 +46,6 @@ def build_security(config: ControllerConfig) -> Security:
         certificates=None if files is None else Certificates(files),
         max_message_bytes=config.max_message_mb * 10**6,
     )
-
-
-def _tls_files(config: ControllerConfig) -> TlsFiles | None:
-    if config.tls_cert is not None and config.tls_key is not None:
-        return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
-    if any((config.tls_cert, config.tls_key, config.tls_client_ca)):
-        raise InvalidRequestError(
-            "TLS needs both --tls-cert and --tls-key; --tls-client-ca goes with them."
-        )
-    return None
 
 
 def _check_address(config: ControllerConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.api.server import OpenAIServer
 from engine.build import build_runtime, resolve_model
+from engine.certificates import Certificates, tls_files
 from engine.cluster import RequestStatus
 from engine.config import EngineConfig
 from engine.http_server import HttpServer, bind_http
@@ -21,6 +22,7 @@ from engine.metrics import EngineMetrics
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
+from engine.tokens import TokenFile, TokenInterceptor
 from engine.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,32 @@ class Stop:
 
     asked: asyncio.Event
     hurry: asyncio.Event  # asked twice: wait for nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What guards both servers; None: nothing."""
+
+    certificates: Certificates | None = None
+    control_tokens: TokenFile | None = None  # of gRPC
+    api_keys: TokenFile | None = None  # of HTTP
+
+
+NO_GUARD = Ports()
+
+
+def build_ports(config: EngineConfig) -> Ports:
+    """Raises InvalidRequestError for files that cannot be used."""
+    files, tokens, keys = (
+        tls_files(config.tls_cert, config.tls_key),
+        config.control_tokens,
+        config.api_keys,
+    )
+    return Ports(
+        None if files is None else Certificates(files),
+        None if tokens is None else TokenFile(tokens, "--control-tokens"),
+        None if keys is None else TokenFile(keys, "--api-keys"),
+    )
 
 
 def stop_on_signal(loop: asyncio.AbstractEventLoop) -> Stop:
@@ -51,6 +79,7 @@ def stop_on_signal(loop: asyncio.AbstractEventLoop) -> Stop:
 async def serve(config: EngineConfig) -> None:
     """Run until a signal; every started thing is closed on every way out."""
     stop = stop_on_signal(asyncio.get_running_loop())
+    ports = build_ports(config)
     sock = bind_http(config.host, config.port)
     try:
         model_dir = resolve_model(config.model, config.seed)
@@ -61,10 +90,11 @@ async def serve(config: EngineConfig) -> None:
         runtime = build_runtime(config)
         runtime.requests.on_end.append(RequestLog(config.log_format))
         try:
-            async with _traced(runtime, config, name), http_server(runtime, tokenizer, name, sock):
+            http = http_server(runtime, tokenizer, name, sock, ports)
+            async with _traced(runtime, config, name), http:
                 await _until(stop.asked, runtime.start())
                 if not stop.asked.is_set():
-                    await _serve(config, runtime, tokenizer, name, sock, stop)
+                    await _serve(config, runtime, tokenizer, name, sock, stop, ports)
         finally:
             await runtime.close()
     finally:
@@ -97,11 +127,16 @@ async def _traced(runtime: EngineRuntime, config: EngineConfig, name: str) -> As
 
 @asynccontextmanager
 async def http_server(
-    runtime: EngineRuntime, tokenizer: Tokenizer, name: str, sock: socket.socket
+    runtime: EngineRuntime,
+    tokenizer: Tokenizer,
+    name: str,
+    sock: socket.socket,
+    ports: Ports = NO_GUARD,
 ) -> AsyncIterator[None]:
     """The HTTP server answers from the first moment on; /ready tells what for."""
-    api = OpenAIServer(runtime, tokenizer, EngineMetrics(runtime, name), name)
-    server = HttpServer(api.app)
+    api = OpenAIServer(runtime, tokenizer, EngineMetrics(runtime, name), name, ports.api_keys)
+    certificates = ports.certificates
+    server = HttpServer(api.app, None if certificates is None else certificates.context())
     task = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     try:
         yield
@@ -117,14 +152,20 @@ async def _serve(
     name: str,
     sock: socket.socket,
     stop: Stop,
+    ports: Ports,
 ) -> None:
+    certificates, tokens = ports.certificates, ports.control_tokens
     grpc_server, grpc_port = await start_grpc(
-        runtime, tokenizer, name, config.host, config.grpc_port
+        *(runtime, tokenizer, name, config.host, config.grpc_port),
+        None if certificates is None else certificates.credentials(),
+        () if tokens is None else (TokenInterceptor(tokens),),
     )
+    scheme = "http" if certificates is None else "https"
     try:
         port = sock.getsockname()[1]
         print(
-            f"tidewright engine ready: http://{config.host}:{port} grpc {config.host}:{grpc_port} "
+            f"tidewright engine ready: {scheme}://{config.host}:{port} "
+            f"grpc {config.host}:{grpc_port} "
             f"model {name} deployment {runtime.deployment.key}",
             flush=True,
         )

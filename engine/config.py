@@ -74,6 +74,16 @@ class EngineConfig(BaseModel):
     host: str = Field("127.0.0.1", description="address of both servers")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one")
     grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0: any free one")
+    tls_cert: Path | None = Field(None, description="PEM certificate of both servers")
+    tls_key: Path | None = Field(
+        None, description="its private key; both are read when they change"
+    )
+    control_tokens: Path | None = Field(
+        None, description="file of bearer tokens, one a line, that gRPC calls need; none: any may"
+    )
+    api_keys: Path | None = Field(
+        None, description="file of bearer tokens, one a line, that HTTP calls of /v1 need"
+    )
     executor: Literal["local", "ray"] = Field(
         "local", description="where workers run: local processes, or ray for several machines"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -165,7 +165,13 @@ def _trace_headers(context: Any) -> dict[str, str]:
 
 
 async def start_grpc(
-    runtime: EngineRuntime, tokenizer: Tokenizer, model_name: str, host: str, port: int
+    runtime: EngineRuntime,
+    tokenizer: Tokenizer,
+    model_name: str,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> tuple[grpc.aio.Server, int]:
     """Start the service; returns the server and its port. Raises UnavailableError: port in use."""
     servicer = EngineService(runtime, tokenizer, model_name)
@@ -174,4 +180,5 @@ async def start_grpc(
         engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server)
 
     terms = TermInterceptor(Terms(), SERVICE_NAME)
-    return await start_server(add, SERVICE_NAME, host, port, [terms])
+    guards = [*interceptors, terms]
+    return await start_server(add, SERVICE_NAME, host, port, guards, credentials)

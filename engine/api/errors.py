@@ -14,6 +14,7 @@ from engine.errors import (
     NotFoundError,
     OverloadedError,
     TidewrightError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -21,6 +22,7 @@ RETRY_AFTER_S = 1
 _STATUS: tuple[tuple[type[TidewrightError], int], ...] = (
     (InvalidRequestError, 400),
     (InfeasibleError, 400),
+    (UnauthenticatedError, 401),
     (NotFoundError, 404),
     (OverloadedError, 429),
     (UnavailableError, 503),
@@ -46,6 +48,8 @@ def json_of(error: TidewrightError) -> dict[str, Any]:
         param, code = error.param, error.code
     elif isinstance(error, NotFoundError):
         param, code = "model", "model_not_found"
+    elif isinstance(error, UnauthenticatedError):
+        code = "invalid_api_key"
     elif isinstance(error, OverloadedError):
         code = "rate_limit_exceeded"
     return error_json(str(error), status_of(error), param, code)
@@ -54,7 +58,9 @@ def json_of(error: TidewrightError) -> dict[str, Any]:
 async def on_tidewright_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TidewrightError)
     status = status_of(error)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    if status == 401:
+        headers = {"www-authenticate": "Bearer"}
     return JSONResponse(json_of(error), status, headers)
 
 

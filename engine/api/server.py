@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,10 +27,12 @@ from engine.request import SamplingParams
 from engine.runtime import EngineRuntime
 from engine.text_choice import TextChoice, text_chunks
 from engine.tokenizer import Tokenizer
+from engine.tokens import TokenFile
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 Body = TypeVar("Body", bound=GenerationBody)
 T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +59,26 @@ class EventStream(StreamingResponse):
 
 
 class OpenAIServer:
-    """Handlers over one runtime. `app` is the ASGI application."""
+    """Handlers over one runtime. `app` is the ASGI application. With `keys`, calls of /v1 need one
+    of them; health and metrics do not."""
 
     def __init__(
-        self, runtime: EngineRuntime, tokenizer: Tokenizer, metrics: EngineMetrics, model_name: str
+        self,
+        runtime: EngineRuntime,
+        tokenizer: Tokenizer,
+        metrics: EngineMetrics,
+        model_name: str,
+        keys: TokenFile | None = None,
     ) -> None:
         self._runtime, self._tokenizer, self._metrics = runtime, tokenizer, metrics
         self._model_name, self._created_s = model_name, int(time.time())
+        self._keys = keys
         self.app = Starlette(
             routes=[
-                Route("/v1/completions", self.completions, methods=["POST"]),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-                Route("/v1/models", self.models),
-                Route("/v1/models/{name:path}", self.model),
+                Route("/v1/completions", self._keyed(self.completions), methods=["POST"]),
+                Route("/v1/chat/completions", self._keyed(self.chat), methods=["POST"]),
+                Route("/v1/models", self._keyed(self.models)),
+                Route("/v1/models/{name:path}", self._keyed(self.model)),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/metrics", self.metrics),
@@ -80,6 +89,16 @@ class OpenAIServer:
                 Exception: on_bug,
             },
         )
+
+    def _keyed(self, handler: Handler) -> Handler:
+        """Before the body is read."""
+
+        async def keyed(request: Request) -> Response:
+            if self._keys is not None:
+                self._keys.check(request.headers.get("authorization"))
+            return await handler(request)
+
+        return keyed
 
     # ---------------------------------------------------------------- small endpoints
 

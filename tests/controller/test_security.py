@@ -17,12 +17,12 @@ from watched import Watched
 from controller import cli
 from controller.__main__ import main
 from controller.access import AccessFile, issue_token
-from controller.certificates import Certificates, TlsFiles
 from controller.config import ControllerConfig
 from controller.control_channel import ClientAccess, is_loopback
 from controller.remote_control import RemoteControl
 from controller.roles import Role
 from controller.security import build_security
+from engine.certificates import Certificates, TlsFiles
 from engine.errors import InvalidRequestError, TidewrightError, UnavailableError
 from engine.profile import ProfiledCluster
 

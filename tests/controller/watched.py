@@ -13,7 +13,6 @@ from typing import Any
 from served import GRID_S, TYPING, Gated
 
 from controller.build import build_pipeline
-from controller.certificates import Certificates
 from controller.decision import DecisionConfig
 from controller.decision_log import DecisionLog
 from controller.gate import Gate
@@ -25,6 +24,7 @@ from controller.policy_server import PolicyServer
 from controller.records import Mode, TickRecord
 from controller.roster import PolicyRoster
 from controller.sessions import Sessions
+from engine.certificates import Certificates
 from engine.cluster import (
     ClusterSnapshot,
     EventBatch,

@@ -1,4 +1,4 @@
-"""The server's certificate, read again when its files change: no restart, no connection is cut.
+"""The certificate of a server, read again when its files change: no restart, no connection is cut.
 
 A new certificate counts from the next handshake on. Files that do not fit together, as while they
 are being replaced, leave the last good ones in force.
@@ -16,8 +16,8 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from controller.private_files import Stamp, check_private, stamp_of
 from engine.errors import InvalidRequestError
+from engine.private_files import Stamp, check_private, stamp_of
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
@@ -35,6 +35,19 @@ class TlsFiles:
     def stamps(self) -> tuple[Stamp | None, ...]:
         paths = (self.cert, self.key, self.client_ca)
         return tuple(None if path is None else stamp_of(path) for path in paths)
+
+
+def tls_files(
+    cert: Path | None, key: Path | None, client_ca: Path | None = None
+) -> TlsFiles | None:
+    """None without any. Raises InvalidRequestError for half of what it takes."""
+    if cert is not None and key is not None:
+        return TlsFiles(cert, key, client_ca)
+    if any((cert, key, client_ca)):
+        raise InvalidRequestError(
+            "TLS needs both --tls-cert and --tls-key; --tls-client-ca goes with them."
+        )
+    return None
 
 
 class _Reloaded(Generic[Loaded]):

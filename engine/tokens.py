@@ -1,0 +1,117 @@
+"""Bearer tokens that the ports of an engine ask for, over gRPC and HTTP.
+
+A file has one token a line; lines that begin with # are comments. It is read again when it changes,
+so that a token is exchanged by having both in it for a while.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from engine.errors import InvalidRequestError, UnauthenticatedError
+from engine.private_files import check_private, stamp_of
+
+logger = logging.getLogger(__name__)
+LEAST = 16  # characters of a token
+OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+
+
+class TokenFile:
+    """What cannot be read leaves the tokens read before in force; a file that is gone admits
+    nobody. Raises InvalidRequestError at the start; `flag` is the option that names the file."""
+
+    def __init__(self, path: Path, flag: str) -> None:
+        self._path, self._flag, self._lock = path, flag, threading.Lock()
+        self._stamp = stamp_of(path)
+        self._tokens = _read(path, flag)
+
+    def check(self, authorization: str | None) -> None:
+        """Of a header or metadata `Bearer TOKEN`. Raises UnauthenticatedError."""
+        kind, _, token = (authorization or "").partition(" ")
+        given = token.strip().encode(errors="surrogateescape") if kind.lower() == "bearer" else b""
+        fits = [hmac.compare_digest(known, given) for known in self._present()]
+        if not any(fits):
+            raise UnauthenticatedError(
+                "the call has no token that is known here; send `authorization: Bearer TOKEN` with "
+                f"one of the engine's {self._flag}."
+            )
+
+    def _present(self) -> tuple[bytes, ...]:
+        with self._lock:
+            stamp = stamp_of(self._path)
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self._reload()
+            return self._tokens
+
+    def _reload(self) -> None:
+        if self._stamp is None:
+            logger.error("token file %s is gone: nobody is admitted", self._path)
+            self._tokens = ()
+            return
+        try:
+            self._tokens = _read(self._path, self._flag)
+            logger.info("token file %s was read again", self._path)
+        except InvalidRequestError as error:
+            logger.error("the tokens read before stay in force: %s", error)
+
+
+def _read(path: Path, flag: str) -> tuple[bytes, ...]:
+    check_private(path, "token file", flag)
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"token file {path} cannot be read: {error}.") from error
+    tokens = tuple(line.encode() for line in lines if line and not line.startswith("#"))
+    if not tokens or any(len(t) < LEAST or b" " in t for t in tokens):
+        raise InvalidRequestError(
+            f"token file {path} must have a token on each line, of {LEAST} characters or more and "
+            "without spaces, such as `openssl rand -hex 32` prints."
+        )
+    return tokens
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """For every method but health's. The message of a call without a token is not even parsed."""
+
+    def __init__(self, tokens: TokenFile) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or details.method in OPEN:
+            return handler
+        try:
+            self._tokens.check(_authorization(details.invocation_metadata))
+        except UnauthenticatedError as error:
+            return _refusing(handler, error)
+        return handler
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    given = [value for key, value in metadata or () if key == "authorization"]
+    return given[0] if len(given) == 1 and isinstance(given[0], str) else None
+
+
+def _refusing(handler: Any, error: UnauthenticatedError) -> Any:
+    """A handler of the same kind."""
+
+    async def refuse(request: Any, context: Any) -> Any:
+        raise error
+
+    async def refuse_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        raise error
+        yield
+
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(refuse)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(refuse_stream)
+    return grpc.stream_stream_rpc_method_handler(refuse_stream)
