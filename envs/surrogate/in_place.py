@@ -14,6 +14,8 @@ from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from engine.cluster import Deployment, SwitchPhase
 from engine.migration.order import InPlaceStep, default_staging_bytes, in_place_order
 from engine.migration.plan import link_seconds
@@ -92,10 +94,15 @@ class InPlaceSwitch(PhasedSwitch):
         host.commit(target)
         state.start_over(slots)
         work_s = state.work_time(now_s)
-        for slot, row in zip(slots, rows, strict=True):
-            kernel.enqueue(
-                state.seqs, state.replicas, state.lists, state.counts[0], slot, row, work_s
-            )
+        kernel.enqueue_all(
+            state.seqs,
+            state.replicas,
+            state.lists,
+            state.counts[0],
+            np.array(slots, np.int64),
+            np.array(rows, np.int64),
+            work_s,
+        )
         host.route_held(now_s)
         self._end(host, now_s, phase=SwitchPhase.DONE, num_recomputed=len(slots))
 

@@ -49,12 +49,15 @@ def _before(seqs: Any, a: int, b: int) -> Any:
 
 
 @compiled
-def insert(seqs: Any, linked: Any, s: int) -> None:
-    """Put slot `s` into the list record `linked` at its place in arrival order."""
+def insert(seqs: Any, linked: Any, s: int, near: int) -> None:
+    """Put slot `s` into the list record `linked` at its place in arrival order, which is looked
+    for from slot `near` of the list on; NONE: from the head."""
     after = linked.tail
     if after != NONE and _before(seqs, s, after):
-        after = NONE
-        following = linked.head
+        after = near
+        while after != NONE and _before(seqs, s, after):
+            after = seqs[after].prev
+        following = linked.head if after == NONE else seqs[after].next
         while following != NONE and _before(seqs, following, s):
             after = following
             following = seqs[following].next
@@ -70,6 +73,7 @@ def insert(seqs: Any, linked: Any, s: int) -> None:
     else:
         seqs[following].prev = s
     linked.count += 1
+    linked.prompt_tokens += seqs[s].prompt_tokens
 
 
 @compiled
@@ -86,6 +90,17 @@ def remove(seqs: Any, linked: Any, s: int) -> None:
         seqs[after].prev = before
     seqs[s].next = seqs[s].prev = NONE
     linked.count -= 1
+    linked.prompt_tokens -= seqs[s].prompt_tokens
+
+
+@compiled
+def slots_of(seqs: Any, linked: Any) -> tuple[Any, Any]:
+    """The slots of a list in order, and whether they are as many as it counts."""
+    slots, num, s = np.empty(linked.count, np.int64), 0, linked.head
+    while s != NONE and num < len(slots):
+        slots[num] = s
+        num, s = num + 1, seqs[s].next
+    return slots[:num], num == linked.count and s == NONE
 
 
 @compiled
@@ -116,7 +131,7 @@ def preempt(seqs: Any, replica: Any, lists: Any, s: int) -> None:
     seqs[s].computed_tokens = 0
     seqs[s].num_preemptions += 1
     seqs[s].status = IN_WAITING
-    insert(seqs, lists[WAITING], s)
+    insert(seqs, lists[WAITING], s, NONE)
 
 
 @compiled
@@ -211,7 +226,7 @@ def _schedule(
         seqs[s].blocks, seqs[s].computed_tokens = blocks, cached
         remove(seqs, lists[WAITING], s)
         seqs[s].status = IN_RUNNING
-        insert(seqs, lists[RUNNING], s)
+        insert(seqs, lists[RUNNING], s, NONE)
         last = _append_item(seqs, batch, last, s, tokens)
         num_items, budget = num_items + 1, budget - tokens
         context, pairs = context + cached + tokens, pairs + _pairs(cached, tokens)
@@ -732,17 +747,29 @@ def spread(seqs: Any, replicas: Any, rows: Any, block_size: int, slots: Any, cho
 
 @compiled
 def enqueue(
-    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float, near: int
 ) -> None:
-    """Add a sequence that holds no blocks to the waiting list of a row."""
+    """Add a sequence that holds no blocks to the waiting list of a row; `near` as in `insert`."""
     seqs[s].number = counts.numbered
     counts.numbered += 1
     seqs[s].row = row
     seqs[s].computed_tokens = 0
     seqs[s].status = IN_WAITING
-    insert(seqs, lists[row, WAITING], s)
+    insert(seqs, lists[row, WAITING], s, near)
     replicas[row].num_outstanding += 1
     wake(replicas[row], work_s)
+
+
+@compiled
+def enqueue_all(
+    seqs: Any, replicas: Any, lists: Any, counts: Any, slots: Any, rows: Any, work_s: float
+) -> None:
+    """`enqueue` slots[i] to rows[i], one after the other."""
+    near = np.full(len(replicas), NONE)
+    for i in range(len(slots)):
+        s, row = slots[i], rows[i]
+        enqueue(seqs, replicas, lists, counts, s, row, work_s, near[row])
+        near[row] = s
 
 
 @compiled
@@ -754,7 +781,7 @@ def adopt(
     counts.numbered += 1
     seqs[s].row = row
     seqs[s].status = IN_RUNNING
-    insert(seqs, lists[row, RUNNING], s)
+    insert(seqs, lists[row, RUNNING], s, NONE)
     replicas[row].num_outstanding += 1
     wake(replicas[row], work_s)
 
@@ -789,30 +816,35 @@ def route(
     edges: Any,
     limits: Any,
     counts: Any,
-    s: int,
+    slots: Any,
     work_s: float,
 ) -> None:
-    """Send a sequence to the replica the router picks, or hold it while none is open."""
-    row = _row_for(seqs, replicas, rows, shares, edges, limits, s)
-    send(seqs, replicas, lists, counts, s, row, work_s)
+    """Send sequences one after the other to the replica the router picks, or hold them while none
+    is open."""
+    near = np.full(len(lists), NONE)
+    for i in range(len(slots)):
+        s = slots[i]
+        row = _row_for(seqs, replicas, rows, shares, edges, limits, s)
+        send(seqs, replicas, lists, counts, s, row, work_s, near[row])
+        near[row] = s
 
 
 @compiled
 def send(
-    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float
+    seqs: Any, replicas: Any, lists: Any, counts: Any, s: int, row: int, work_s: float, near: int
 ) -> None:
-    """Enqueue a sequence there, or hold it if there is none.
+    """Enqueue a sequence there, or hold it if there is none; `near` as in `insert`.
 
     The last row of `lists` is the list of held sequences.
     """
     if row != NONE:
-        enqueue(seqs, replicas, lists, counts, s, row, work_s)
+        enqueue(seqs, replicas, lists, counts, s, row, work_s, near)
         return
     seqs[s].number = counts.numbered
     counts.numbered += 1
     seqs[s].row = NONE
     seqs[s].status = HELD
-    insert(seqs, lists[len(lists) - 1, WAITING], s)
+    insert(seqs, lists[len(lists) - 1, WAITING], s, near)
 
 
 @inlined
@@ -868,7 +900,7 @@ def advance(
                 _run_replica(
                     seqs, replicas[r], lists[r], batches[r], limits, counts, ended, trace, r, now_s
                 )
-            send(seqs, replicas, lists, counts, s, r, now_s)
+            send(seqs, replicas, lists, counts, s, r, now_s, NONE)
     for j in range(len(rows)):
         replicas[rows[j]].due_s = -np.inf  # none is left behind
     _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, until_s)
@@ -902,20 +934,16 @@ def advance_sharing(
         )
         work_s = work_time(clock, now_s)
         if _admit(seqs, rows, limits, counts, ended, s):
-            route(seqs, replicas, lists, rows, shares, edges, limits, counts, s, work_s)
+            r = _row_for(seqs, replicas, rows, shares, edges, limits, s)
+            send(seqs, replicas, lists, counts, s, r, work_s, NONE)
     _run_sharing(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
 
 
 @compiled
 def load(seqs: Any, lists: Any) -> tuple[Any, Any]:
     """(prompt tokens waiting, context tokens running) of one replica's lists."""
-    waiting = running = 0
-    s = lists[WAITING].head
-    while s != NONE:
-        waiting += seqs[s].prompt_tokens
-        s = seqs[s].next
-    s = lists[RUNNING].head
+    running, s = 0, lists[RUNNING].head
     while s != NONE:
         running += seqs[s].computed_tokens
         s = seqs[s].next
-    return waiting, running
+    return lists[WAITING].prompt_tokens, running

@@ -12,6 +12,8 @@ from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from engine.cluster import Binding, BoundSequence, ModelSpec, Replica, SwitchPlan
 from engine.migration.binding import NEVER, bind_sequence, is_settled
 from engine.migration.kv import link_loads
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
 
 Loads = tuple[tuple[int, int, int], ...]
+# what `bind_sequence` says of those, whatever they cost elsewhere
+NOTHING_COMPUTED = BoundSequence("", Binding.RECOMPUTE, None, None, 0.0)
 
 
 class Here(NamedTuple):
@@ -135,6 +139,9 @@ class KvRounds:
     def _bind(self, host: SurrogateCluster, h: Here, target: Replica, may_drain: bool) -> None:
         if is_settled(self._bound.get(h.key), may_drain):
             return
+        if not h.computed:
+            self._bound[h.key] = NOTHING_COMPUTED
+            return
         model = host.spec.model
         per_token = sum(nbytes for _, _, nbytes in self._loads(model, h.source, target))
         self._bound[h.key] = bind_sequence(
@@ -227,10 +234,15 @@ class KvRounds:
         state = host.state
         kept, self._kept = self._kept, {}
         work_s = state.work_time(now_s)
-        for key in [*kept, *self._recompute]:
-            slot, row = self._slots[key], self._owner[key]
-            state.seqs[slot]["blocks"] = kept[key].blocks if key in kept else 0
-            state.seqs[slot]["copied_blocks"] = 0
-            state.seqs[slot]["num_moves"] += 1
-            add = kernel.adopt if key in kept else kernel.enqueue
-            add(state.seqs, state.replicas, state.lists, state.counts[0], slot, row, work_s)
+        keys = [*kept, *self._recompute]
+        slots = np.array([self._slots[key] for key in keys], np.int64)
+        rows = np.array([self._owner[key] for key in keys], np.int64)
+        num = len(kept)
+        state.seqs["blocks"][slots[:num]] = [k.blocks for k in kept.values()]
+        state.seqs["blocks"][slots[num:]] = 0
+        state.seqs["copied_blocks"][slots] = 0
+        state.seqs["num_moves"][slots] += 1
+        arrays = state.seqs, state.replicas, state.lists, state.counts[0]
+        for slot, row in zip(slots[:num].tolist(), rows[:num].tolist(), strict=True):
+            kernel.adopt(*arrays, slot, row, work_s)
+        kernel.enqueue_all(*arrays, slots[num:], rows[num:], work_s)

@@ -98,7 +98,14 @@ ITEM = np.dtype(  # of the trace: one sequence's part in one step
         ("preemptions", "i8"),  # of the replica until then
     ]
 )
-LIST = np.dtype([("head", "i8"), ("tail", "i8"), ("count", "i8")])
+LIST = np.dtype(
+    [
+        ("head", "i8"),
+        ("tail", "i8"),
+        ("count", "i8"),
+        ("prompt_tokens", "i8"),  # of all in it
+    ]
+)
 LIMITS = np.dtype(
     [
         ("block_size", "i8"),

@@ -72,18 +72,19 @@ class Rows:
         for j in range(len(weights)):  # in the order in which `shares` adds
             self.shares += posterior[:, j, None] * weights[j, columns]
 
-    def route(self, state: SurrogateState, slots: Iterable[int], now_s: float) -> None:
+    def route(self, state: SurrogateState, slots: list[int], now_s: float) -> None:
         """Send requests to the replicas that are open now, or hold them while there is none."""
-        for slot in slots:
-            kernel.route(
-                state.seqs,
-                state.replicas,
-                state.lists,
-                self.order,
-                self.shares,
-                self.edges,
-                state.limits[0],
-                state.counts[0],
-                slot,
-                state.work_time(now_s),
-            )
+        if not slots:
+            return
+        kernel.route(
+            state.seqs,
+            state.replicas,
+            state.lists,
+            self.order,
+            self.shares,
+            self.edges,
+            state.limits[0],
+            state.counts[0],
+            np.array(slots, np.int64),
+            state.work_time(now_s),
+        )

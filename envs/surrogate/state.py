@@ -147,17 +147,17 @@ class SurrogateState:
 
     def linked(self, row: int, column: int) -> list[int]:
         """Slots of one list, in order."""
-        slots, slot, following = [], int(self.lists[row, column]["head"]), self.seqs["next"]
-        while slot != NONE:
-            slots.append(slot)
-            slot = int(following[slot])
-        return slots
+        slots, is_whole = kernel.slots_of(self.seqs, self.lists[row, column])
+        assert is_whole, (row, column)
+        found: list[int] = slots.tolist()
+        return found
 
     def sequences_of(self, row: int) -> list[int]:
         """Running and waiting slots of a replica, in arrival order."""
-        slots = self.linked(row, RUNNING) + self.linked(row, WAITING)
-        key = self.seqs[["arrival_s", "number"]][slots].tolist()
-        return [slot for _, slot in sorted(zip(key, slots, strict=True))]
+        slots = np.array(self.linked(row, RUNNING) + self.linked(row, WAITING), np.int64)
+        found = self.seqs[slots]
+        ordered: list[int] = slots[np.lexsort((found["number"], found["arrival_s"]))].tolist()
+        return ordered
 
     def take_held(self) -> list[int]:
         """Slots of the list of held sequences, which is empty then."""
@@ -191,7 +191,7 @@ class SurrogateState:
 
     def clear_lists(self, row: int) -> None:
         self.lists[row]["head"] = self.lists[row]["tail"] = NONE
-        self.lists[row]["count"] = 0
+        self.lists[row]["count"] = self.lists[row]["prompt_tokens"] = 0
 
     def limit_blocks(self, row: int, max_used: int | None) -> None:
         """`engine.block_manager.BlockManager.limit`."""
@@ -278,7 +278,8 @@ class SurrogateState:
             (running, RUNNING, IN_RUNNING),
             (waiting, WAITING, IN_WAITING),
         ):
-            assert len(slots) == self.lists[row, column]["count"], (row, column)
+            prompt_tokens = seqs["prompt_tokens"][slots].sum()
+            assert prompt_tokens == self.lists[row, column]["prompt_tokens"], (row, column)
             assert (seqs["status"][slots] == status).all(), (row, column)
             assert (seqs["row"][slots] == row).all(), (row, column)
             keys = seqs[["arrival_s", "number"]][slots].tolist()
