@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engine.errors import InvalidRequestError
 from policies.base import Observation, ObservationSpec
+from policies.inference import actor_of
 from policies.networks import Network, NetworkConfig, build_network
 from policies.normalizer import ObservationNormalizer
 
@@ -64,6 +65,7 @@ class PpoPolicy:
     ) -> None:
         self.spec, self.network, self.network_config = spec, network.eval(), network_config
         self.normalizer, self._name = normalizer, name
+        self._forward = actor_of(network)
 
     @property
     def name(self) -> str:
@@ -91,10 +93,8 @@ class PpoPolicy:
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
         """[K] float64; see `policies.base.Policy`."""
         assert observation.mask.any(), "no legal candidate; keep must always be legal"
-        flat = torch.from_numpy(self.normalizer.normalise(observation.flat())[None])
-        with torch.no_grad():
-            logits = self.network.forward_actor(flat)[0].numpy().astype(np.float64)
-        return masked_softmax(logits, observation.mask)
+        logits = self._forward(self.normalizer.normalise(observation.flat()))
+        return masked_softmax(logits.astype(np.float64), observation.mask)
 
     def value(self, observation: Observation) -> float:
         """The critic's estimate, in the (normalised) reward's unit of the training run."""

@@ -142,11 +142,11 @@ def _make_room(
 
     Returns (granted, anything preempted).
     """
+    if tokens <= seqs[s].blocks * block_size:  # nearly always, and sooner known than divided
+        return True, False
     preempted = False
     while True:
         missing = _blocks_needed(tokens, block_size) - seqs[s].blocks
-        if missing <= 0:
-            return True, preempted
         if missing <= replica.free_blocks:
             replica.free_blocks -= missing
             seqs[s].blocks += missing
@@ -434,8 +434,9 @@ def _num_to_coast(seqs: Any, replica: Any, lists: Any, batches: Any, limits: Any
         s = seqs[s].next
     blocks, s = 0, lists[RUNNING].head
     while s != NONE:
-        needed = _blocks_needed(seqs[s].computed_tokens + 1 + least, limits.block_size)
-        blocks += max(0, needed - seqs[s].blocks)
+        needed = seqs[s].computed_tokens + 1 + least
+        if needed > seqs[s].blocks * limits.block_size:
+            blocks += _blocks_needed(needed, limits.block_size) - seqs[s].blocks
         s = seqs[s].next
     return least if blocks <= replica.free_blocks else 0
 
@@ -507,10 +508,11 @@ def _settle(seqs: Any, replica: Any, batches: Any, limits: Any) -> None:
             seqs[s].last_token_s = batch.last_s
             seqs[s].computed_tokens += steps
             seqs[s].output_tokens += steps
-            needed = _blocks_needed(seqs[s].computed_tokens + 1, limits.block_size)
-            missing = max(0, needed - seqs[s].blocks)
-            seqs[s].blocks += missing
-            replica.free_blocks -= missing
+            needed = seqs[s].computed_tokens + 1
+            if needed > seqs[s].blocks * limits.block_size:
+                missing = _blocks_needed(needed, limits.block_size) - seqs[s].blocks
+                seqs[s].blocks += missing
+                replica.free_blocks -= missing
             s = seqs[s].next_in_batch
         replica.generated_total += steps * batch.num_items
 

@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import numpy as np
 
-SEQUENCE = np.dtype(
+SEQUENCE = np.dtype(  # what a step looks at first, in one cache line
     [
-        ("arrival_s", "f8"),
-        ("first_token_s", "f8"),
+        ("next", "i8"),
+        ("in_flight_tokens", "i8"),  # of its step in flight, else 0
+        ("computed_tokens", "i8"),  # whose keys and values are in the cache
+        ("prompt_tokens", "i8"),
+        ("output_tokens", "i8"),  # generated so far
+        ("blocks", "i8"),  # KV blocks held
+        ("status", "i8"),
+        ("next_in_batch", "i8"),
+        ("target_tokens", "i8"),  # output tokens at which it ends
         ("last_token_s", "f8"),
         ("longest_gap_s", "f8"),
-        ("index", "i8"),  # by arrival, from 0; the kernel leaves it alone
+        ("first_token_s", "f8"),
+        ("arrival_s", "f8"),
         ("number", "i8"),  # order among equal arrival times
-        ("prompt_tokens", "i8"),
-        ("target_tokens", "i8"),  # output tokens at which it ends
-        ("output_tokens", "i8"),  # generated so far
-        ("computed_tokens", "i8"),  # whose keys and values are in the cache
-        ("blocks", "i8"),  # KV blocks held
-        ("copied_blocks", "i8"),  # of these, that are being copied elsewhere
-        ("in_flight_tokens", "i8"),  # of its step in flight, else 0
+        ("prev", "i8"),
+        ("index", "i8"),  # by arrival, from 0; the kernel leaves it alone
+        ("copied_blocks", "i8"),  # of those held, that are being copied elsewhere
         ("num_preemptions", "i8"),
         ("num_moves", "i8"),
         ("row", "i8"),  # replica it was routed to, else NONE
-        ("next", "i8"),
-        ("prev", "i8"),
-        ("next_in_batch", "i8"),
-        ("status", "i8"),
     ]
 )
 MAX_KNOTS = 16
