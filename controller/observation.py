@@ -123,7 +123,8 @@ def _bounded(features: Floats) -> Floats:
     """Unknowns as zero, everything within FEATURE_LIMIT. In place."""
     if not np.isfinite(features).all():
         np.nan_to_num(features, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
-    return np.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT, out=features)
+    np.maximum(features, -FEATURE_LIMIT, out=features)
+    return np.minimum(features, FEATURE_LIMIT, out=features)
 
 
 def _ln1(value: float) -> float:

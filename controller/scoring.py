@@ -144,6 +144,7 @@ class Scorer:
         self._centres, self._prior = centres(typing), _floats(prior(typing))
         self._models, self._rates, self._served = Cache(64), Cache(256), Cache(64)
         self._floors = Cache(64)
+        self._last_lengths: tuple[Floats | None, Floats | None, Key] = (None, None, ())
         self._slo_rates = slo_rates if config.capacity == "slo" else None
         if self._slo_rates is not None:
             self._slo_shares = self._slo_rates.shares(cluster, self.configs, config.slo_class)
@@ -156,12 +157,16 @@ class Scorer:
 
     def lengths_key(self, lengths: Floats | None, mixing: Floats | None = None) -> Key:
         """Of mean lengths[J, 2], the centres' by default, and mixing[J, J], if types are not known
-        at arrival."""
+        at arrival. Neither is written to later: a tick asks for the same more than once."""
+        known = self._last_lengths
+        if known[0] is lengths and known[1] is mixing and lengths is not None:
+            return known[2]
         given = _floats(self._centres if lengths is None else lengths)
         key = quantise((max(tokens, 1.0) for tokens in given), self.config.length_step)
-        if mixing is None:
-            return key
-        return key + tuple(round(share / MIXING_STEP) for share in _floats(mixing))
+        if mixing is not None:
+            key += tuple(round(share / MIXING_STEP) for share in _floats(mixing))
+        self._last_lengths = lengths, mixing, key
+        return key
 
     def model(self, lengths_key: Key) -> ServiceModel:
         """Of requests as they are taken at arrival."""

@@ -91,7 +91,7 @@ def to_proto(value: Any, message: Message) -> Any:
 def _set(message: Message, name: str, item: Any) -> None:
     if isinstance(item, StrEnum):
         setattr(message, name, _number(message, name, item))
-    elif dataclasses.is_dataclass(item):
+    elif type(item) in _NAMES or dataclasses.is_dataclass(item):
         target = getattr(message, name)
         target.SetInParent()
         to_proto(item, target)
@@ -110,18 +110,21 @@ def _number(message: Message, name: str, item: StrEnum) -> int:
 
 
 def _extend(repeated: Any, items: Any) -> None:
-    for item in items:
-        if type(item) in _PLAIN:
-            repeated.extend(items)  # all are alike
-            return
-        if dataclasses.is_dataclass(item):
+    """Items of one kind."""
+    if not items:
+        return
+    first = items[0]
+    if type(first) in _NAMES or dataclasses.is_dataclass(first):
+        for item in items:
             to_proto(item, repeated.add())
-        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            repeated.add(phase=item[0], duration_s=item[1])
-        elif isinstance(item, tuple):
+    elif not isinstance(first, tuple):
+        repeated.extend(items)
+    elif len(first) == 2 and isinstance(first[0], str):
+        for phase, duration_s in items:
+            repeated.add(phase=phase, duration_s=duration_s)
+    else:
+        for item in items:
             repeated.add(values=item)
-        else:
-            repeated.append(item)
 
 
 def _enum_prefix(kind: type[StrEnum]) -> str:
