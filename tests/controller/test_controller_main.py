@@ -354,6 +354,15 @@ def test_a_checkpoint_of_other_features_is_refused(
     assert "was trained on observation" in refused(*target, "--policy", str(other))
 
 
+def test_it_does_not_start_with_a_policy_that_passed_no_gate(
+    engine: ServedEngine, checkpoint: Path, tmp_path: Path
+) -> None:
+    target = ("--engine", f"127.0.0.1:{engine.port}", "--grpc-port", "0")
+    told = refused(*target, "--policy", str(checkpoint), "--require-gate", str(tmp_path))
+    assert "may not decide: 0 verdicts in" in told
+    assert "python evaluate.py ope LOG" in told
+
+
 def test_a_taken_port_and_an_unwritable_log_are_refused(
     engine: ServedEngine, checkpoint: Path, tmp_path: Path
 ) -> None:
