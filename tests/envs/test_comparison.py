@@ -45,7 +45,7 @@ def test_policies_are_judged_on_a_real_engine(
     before = ranks()
     out, engine = tmp_path / "found.json", ["--env", "tidewright/Engine-v0"]
     engine += ["--env-kwargs", f"model:{tiny_model_dir}"]
-    traffic = ["--windows", "1", "--window-s", "6", "--load", "0.1", "--no-progress"]
+    traffic = ["--windows", "1", "--window-s", "3", "--load", "0.1", "--no-progress"]
     assert evaluate.main(["--policy", str(DEMO), *traffic, *engine, "--json", str(out)]) == 0
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert "on the surrogate" in printed
