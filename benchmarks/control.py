@@ -26,11 +26,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from controlling import restart, ticks
+from controlling.load import decide, fan_out, served
 from rich.console import Console
 from rich.table import Table
-
-from benchmarks.controlling import restart, ticks
-from benchmarks.controlling.load import decide, fan_out, served
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "policies" / "artifacts" / "h100-16"

@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.controlling.setting import ToldEngine, pool
+from controlling.setting import ToldEngine, pool
 from engine.wire import to_proto
 from protos import control_pb2 as pb
 from protos import control_pb2_grpc
 
-ROOT = Path(__file__).parents[2]
+BENCHMARKS = Path(__file__).parents[1]
 TIMEOUT_S, STREAM_S = 60.0, 600.0
 GRID_S = 15.0
 
@@ -54,13 +54,13 @@ class Service:
 
 @contextmanager
 def served(num_devices: int, key: str, policy: Path | None) -> Iterator[Service]:
-    module, folder = "benchmarks.controlling.service", str(policy or "")
+    module, folder = "controlling.service", str(policy.resolve() if policy else "")
     process = subprocess.Popen(
         [sys.executable, "-m", module, str(num_devices), key, folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
+        cwd=BENCHMARKS,
     )
     try:
         assert process.stdout is not None

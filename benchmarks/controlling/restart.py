@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.controlling.setting import pool
 from controller.build import pipeline_from_facts
 from controller.decision_log import DecisionLog
 from controller.loop import ControlLoop
@@ -20,6 +19,7 @@ from controller.operations import Operations
 from controller.policy_server import PolicyServer
 from controller.records import Mode
 from controller.resume import Keeper
+from controlling.setting import pool
 from engine.cluster import Request, dense_deployment, parse_deployment_key
 from envs.served_surrogate import ServedSurrogate
 from envs.surrogate.cluster import SurrogateCluster

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.controlling.service`: a control service over an engine that only tells of
-itself. Each line on its standard input is a tick; it answers with when the tick was published.
+"""`python -m controlling.service`, in benchmarks/: a control service over an engine that only tells
+of itself. Each line on its standard input is a tick; it answers with when the tick was published.
 
 The policy is the folder given, or hysteresis. Ticks come when asked for, so that what is measured
 is the service alone.
@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.controlling.setting import ToldEngine, pipeline_of, pool
 from controller.decision_log import DecisionLog
 from controller.loop import ControlLoop
 from controller.operations import Operations
@@ -21,6 +20,7 @@ from controller.policy_server import PolicyServer
 from controller.records import Mode
 from controller.service import start_grpc
 from controller.sessions import Sessions
+from controlling.setting import ToldEngine, pipeline_of, pool
 from engine.cluster import ClusterSpec, EventBatch, Routing
 from policies.artifact import load_shipped
 from policies.base import Policy

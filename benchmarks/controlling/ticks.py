@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from benchmarks.controlling.setting import ToldEngine, pipeline_of, pool
+from controlling.setting import ToldEngine, pipeline_of, pool
 from policies.baselines import HysteresisPolicy
 
 SWITCH_EVERY = 5  # ticks: then a legal candidate is taken at random, and the switch planned
