@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import os
 import re
 import secrets
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from controller.roles import Role, parse_role
 from engine.errors import InvalidRequestError
-from engine.private_files import check_private, stamp_of
+from engine.private_files import RereadFile, check_private
 
-logger = logging.getLogger(__name__)
 TOKEN_BYTES = 32  # of randomness, so that a fast hash is enough
 NAME = re.compile(r"[\w.@-]{1,64}")
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -79,43 +76,24 @@ class AccessFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
-        self._stamp = stamp_of(path)
-        self._rights = _read(path)
-        self.num_failed_reloads = 0
+        self._file: RereadFile[tuple[Right, ...]] = RereadFile(path, "access file", _read, ())
+
+    @property
+    def num_failed_reloads(self) -> int:
+        return self._file.num_failed
 
     def find(self, token: str | None, certificates: Collection[str]) -> Right | None:
         """Of the token, else of a verified certificate's names. Looks at every right, whichever
         fits, so that the time taken tells nothing."""
         given = hash_of(token) if token is not None else ""
         found = None
-        for right in self._present():
+        for right in self._file.present():
             if token is None:
                 is_it = bool(right.certificate) and right.certificate in certificates
             else:
                 is_it = hmac.compare_digest(right.token_hash, given)
             found = right if is_it and (found is None or right.role > found.role) else found
         return found
-
-    def _present(self) -> tuple[Right, ...]:
-        with self._lock:
-            stamp = stamp_of(self._path)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._reload()
-            return self._rights
-
-    def _reload(self) -> None:
-        if self._stamp is None:
-            logger.error("access file %s is gone: nobody is admitted", self._path)
-            self._rights = ()
-            return
-        try:
-            self._rights = _read(self._path)
-            logger.info("access file %s was read again", self._path)
-        except InvalidRequestError as error:
-            self.num_failed_reloads += 1
-            logger.error("the rights read before stay in force: %s", error)
 
 
 def _read(path: Path) -> tuple[Right, ...]:

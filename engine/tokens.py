@@ -7,8 +7,6 @@ so that a token is exchanged by having both in it for a while.
 from __future__ import annotations
 
 import hmac
-import logging
-import threading
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,8 @@ from typing import Any
 import grpc
 
 from engine.errors import InvalidRequestError, UnauthenticatedError
-from engine.private_files import check_private, stamp_of
+from engine.private_files import RereadFile, check_private
 
-logger = logging.getLogger(__name__)
 LEAST = 16  # characters of a token
 OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 
@@ -28,39 +25,21 @@ class TokenFile:
     nobody. Raises InvalidRequestError at the start; `flag` is the option that names the file."""
 
     def __init__(self, path: Path, flag: str) -> None:
-        self._path, self._flag, self._lock = path, flag, threading.Lock()
-        self._stamp = stamp_of(path)
-        self._tokens = _read(path, flag)
+        self._flag = flag
+        self._file: RereadFile[tuple[bytes, ...]] = RereadFile(
+            path, "token file", lambda p: _read(p, flag), ()
+        )
 
     def check(self, authorization: str | None) -> None:
         """Of a header or metadata `Bearer TOKEN`. Raises UnauthenticatedError."""
         kind, _, token = (authorization or "").partition(" ")
         given = token.strip().encode(errors="surrogateescape") if kind.lower() == "bearer" else b""
-        fits = [hmac.compare_digest(known, given) for known in self._present()]
+        fits = [hmac.compare_digest(known, given) for known in self._file.present()]
         if not any(fits):
             raise UnauthenticatedError(
                 "the call has no token that is known here; send `authorization: Bearer TOKEN` with "
                 f"one of the engine's {self._flag}."
             )
-
-    def _present(self) -> tuple[bytes, ...]:
-        with self._lock:
-            stamp = stamp_of(self._path)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                self._reload()
-            return self._tokens
-
-    def _reload(self) -> None:
-        if self._stamp is None:
-            logger.error("token file %s is gone: nobody is admitted", self._path)
-            self._tokens = ()
-            return
-        try:
-            self._tokens = _read(self._path, self._flag)
-            logger.info("token file %s was read again", self._path)
-        except InvalidRequestError as error:
-            logger.error("the tokens read before stay in force: %s", error)
 
 
 def _read(path: Path, flag: str) -> tuple[bytes, ...]:

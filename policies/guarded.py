@@ -7,6 +7,7 @@ the rule decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class GuardedConfig:
                 "a guarded policy needs a margin of at least 0 and an agreement above 0.5 and up "
                 f"to 1, got {self.margin} and {self.agreement}."
             )
+
+    @property
+    def never_overrules(self) -> bool:
+        """Whether no probability can be so much larger than another that counts."""
+        return self.margin >= -math.log(LEAST)
 
 
 class GuardedPolicy:

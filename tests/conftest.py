@@ -6,7 +6,7 @@ Heavy imports are inside the fixtures, so that tests without an engine do not pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,3 +146,12 @@ def small_cluster() -> ProfiledCluster:
     degrees = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (4, 1))
     steps = tuple(_step_model(tp, pp) for tp, pp in degrees)
     return ProfiledCluster(spec, ServingProfile("small", "synthetic", steps, 2e8, 0.2, 0.03))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A `browsing.Browser`; tests without a Chromium to drive skip themselves."""
+    from browsing import Browser
+
+    with closing(Browser()) as found:
+        yield found

@@ -20,6 +20,7 @@ from envs.offline.report_pages import (
     courses_plots,
     ledger_section,
     plot_timeline,
+    policy_row,
     versions_of,
 )
 
@@ -135,17 +136,9 @@ def _policies_table(told: Mapping[str, Any]) -> Table:
               "SLO %", "switches/h")  # fmt: skip
     rows = []
     for name, f in told["policies"].items():
-        bounds = f["gain_j_interval"]
-        rows.append((
-            name,
-            f"{f['j']:.4f}",
-            f"{f['gain_j']:+.4f}",
-            f"{bounds[0]:+.4f} to {bounds[1]:+.4f}" if bounds else "",
-            *(_with_bounds(f[key], f[f"{key}_interval"]) for key in shown),
-            f"{f['latency_mean_s']:.3f}",
-            f"{100 * f['slo']:.2f}",
-            f"{f['switches_per_hour']:.2f}",
-        ))  # fmt: skip
+        row = policy_row(name, f)
+        regrets = (_with_bounds(f[key], f[f"{key}_interval"]) for key in shown)
+        rows.append((*row[:4], *regrets, *row[4:]))
     return Table(header, tuple(rows))
 
 

@@ -256,7 +256,7 @@ def page_of_policies(
 ) -> Page:
     """Two policies on the same windows; `courses` of the window in which the first did worst."""
     header = ("policy", "J", f"over {told['b']}", "95 %", "mean latency s", "SLO %", "switches/h")
-    rows = tuple(_policy_row(name, told["policies"][name]) for name in (told["a"], told["b"]))
+    rows = tuple(policy_row(name, told["policies"][name]) for name in (told["a"], told["b"]))
     worst = "there is no whole half hour"
     if gain.worst is not None:
         worst = (
@@ -282,7 +282,8 @@ def page_of_policies(
     )
 
 
-def _policy_row(name: str, f: Mapping[str, Any]) -> tuple[str, ...]:
+def policy_row(name: str, f: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name, J, its gain and interval; then latency, service level and switches."""
     bounds = f["gain_j_interval"]
     return (
         name,

@@ -74,8 +74,8 @@ def run(argv: list[str]) -> int:
     rule, tried_rules = _best(with_rules, HYSTERESIS, args)
     with_guards = [replace(rule, guarded=guard) for guard in study.tuning.guards(before.guarded)]
     guarded, tried_guards = _best(with_guards, GUARDED, args)
-    never = guarded.guarded.margin == max(g.guarded.margin for g in with_guards)
-    tuned = replace(guarded, default=HYSTERESIS if never else GUARDED)
+    default = HYSTERESIS if guarded.guarded.never_overrules else GUARDED
+    tuned = replace(guarded, default=default)
     told = {
         "default": tuned.default,
         "hysteresis": asdict(tuned.hysteresis),

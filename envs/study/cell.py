@@ -25,9 +25,8 @@ from envs.study.rules import (
     Rule,
     alone,
     guarded_rule,
-    hysteresis_policy,
+    hysteresis_rule,
     ladder,
-    rule_pipeline,
     static_pipeline,
     static_policy,
 )
@@ -184,31 +183,30 @@ def _statics(world: World, report: Report) -> list[RunScore]:
     return scores
 
 
+def _on_tuning_windows(world: World, rule: Rule) -> RunScore:
+    records = run_windows(world, world.training, rule.policy, rule.pipeline(world))
+    return _score(world, rule.name, records)
+
+
 def _tune(world: World, report: Report) -> HysteresisConfig:
     """The settings of hysteresis that are best on the tuning windows."""
-    found = []
-    for setting in world.config.tuning.rules():
+
+    def badness(setting: HysteresisConfig) -> float:
         report(f"tuning hysteresis {setting.horizon_s:g} s, {setting.num_ticks}")
-        pipeline = rule_pipeline(world)
-        records = run_windows(world, world.training, hysteresis_policy(setting), pipeline)
-        score = _score(world, "", records)
-        found.append((_badness(world, score), setting))
-    return min(found, key=lambda pair: pair[0])[1]
+        return _badness(world, _on_tuning_windows(world, hysteresis_rule(setting)))
+
+    return min(world.config.tuning.rules(), key=badness)
 
 
 def _tune_guarded(world: World, tuned: HysteresisConfig, report: Report) -> GuardedConfig:
     """The settings of the guarded policy over the tuned rule that are best on the same windows."""
     settings = world.config.tuning.guards(world.config.guarded)
-    if len(settings) == 1:
-        return settings[0]
 
-    def badness(config: GuardedConfig) -> float:
-        report(f"tuning guarded {config.margin:g}")
-        rule = guarded_rule(world, tuned, config)
-        records = run_windows(world, world.training, rule.policy, rule.pipeline(world))
-        return _badness(world, _score(world, "", records))
+    def badness(setting: GuardedConfig) -> float:
+        report(f"tuning guarded {setting.margin:g}")
+        return _badness(world, _on_tuning_windows(world, guarded_rule(world, tuned, setting)))
 
-    return min(settings, key=badness)
+    return min(settings, key=badness) if len(settings) > 1 else settings[0]
 
 
 def _badness(world: World, score: RunScore) -> float:
@@ -223,9 +221,8 @@ def _training_headroom(
     world: World, tuned: HysteresisConfig, statics: Sequence[RunScore]
 ) -> dict[str, float]:
     """Utility of hysteresis and of the beam on the tuning windows."""
-    pipeline = rule_pipeline(world)
-    records = run_windows(world, world.training, hysteresis_policy(tuned), pipeline)
-    by_rule, beam = _score(world, "", records), _beam(world, world.training, statics)
+    by_rule = _on_tuning_windows(world, hysteresis_rule(tuned))
+    beam = _beam(world, world.training, statics)
     return {"hysteresis": round(by_rule.utility, 5), "beam": round(beam.utility, 5)}
 
 

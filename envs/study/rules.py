@@ -117,9 +117,6 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
         config = replace(mpc, num_futures=1) if clairvoyant else mpc
         return lambda pipeline, env: MpcPolicy(EnvOutlook(env, clairvoyant, seed), config)
 
-    def breaking_even(spec: ObservationSpec) -> Policy:
-        return HysteresisPolicy(spec, tuned)
-
     fast: dict[str, Any] = {"objective": "latency"}
     slow = fast | {"grid_s": SLOW_GRID_S}
     equal: dict[str, Any] = {"homogeneous": True}
@@ -162,17 +159,12 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
             _pipeline(**fast),
             _of_spec(GreedyPolicy),
         ),
-        Rule(
-            "hysteresis",
-            "break-even, tuned on training days",
-            rule_pipeline,
-            _of_spec(breaking_even),
-        ),
+        hysteresis_rule(tuned),
         Rule(
             "hysteresis_equal",
             "the same over equal replicas only",
             _pipeline(**fast, **equal),
-            _of_spec(breaking_even),
+            hysteresis_policy(tuned),
         ),
         Rule("work_function", "the work function", rule_pipeline, _of_spec(WorkFunctionPolicy)),
     ]
@@ -230,6 +222,11 @@ def guarded_rule(world: World, tuned: HysteresisConfig, config: GuardedConfig) -
 
 def hysteresis_policy(tuned: HysteresisConfig) -> MakePolicy:
     return _of_spec(lambda spec: HysteresisPolicy(spec, tuned))
+
+
+def hysteresis_rule(tuned: HysteresisConfig) -> Rule:
+    meaning = "break-even, tuned on training days"
+    return Rule("hysteresis", meaning, rule_pipeline, hysteresis_policy(tuned))
 
 
 def static_policy() -> MakePolicy:

@@ -32,15 +32,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = Browser()
-    try:
-        yield found
-    finally:
-        found.close()
-
-
 @pytest.fixture
 def watched(synthetic_cluster: ProfiledCluster, browser: Browser) -> Iterator[Watched]:
     found = Watched(synthetic_cluster)

@@ -25,15 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = Browser()
-    try:
-        yield found
-    finally:
-        found.close()
-
-
 @pytest.fixture
 def with_policies(
     synthetic_cluster: ProfiledCluster, browser: Browser, tmp_path: Path

@@ -57,13 +57,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def browser() -> Browser:
-    found = Browser()
-    yield found  # type: ignore[misc]
-    found.close()
-
-
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_stands_alone_and_fits(report: Path, browser: Browser, width: int) -> None:
     browser.open(report.as_uri(), width, 900)

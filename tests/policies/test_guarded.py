@@ -77,6 +77,14 @@ def test_is_the_rule_where_the_members_want_nothing_else() -> None:
     assert row([KEEP, KEEP], rule=to_second) == 0  # sure that it should be kept
 
 
+def test_a_margin_above_all_ratios_never_overrules() -> None:
+    certain = Fixed(0.0, 1.0, 0.0, 0.0)
+    assert GuardedConfig(margin=30.0).never_overrules
+    assert row([certain, certain], margin=30.0) == 0
+    assert not GuardedConfig(margin=27.0).never_overrules
+    assert row([certain, certain], margin=27.0) == 1
+
+
 def test_reset_reaches_everyone() -> None:
     member, rule = Fixed(1.0, 0, 0, 0), Fixed(1.0, 0, 0, 0)
     GuardedPolicy([member], rule).reset()
