@@ -31,11 +31,15 @@ from envs.surrogate.layout import (
     HELD,
     IN_RUNNING,
     IN_WAITING,
+    MAX_BLOCK_SIZE,
+    MAX_GAPS,
     NONE,
     REJECTED,
     RUNNING,
     WAITING,
 )
+
+FAR = np.iinfo(np.int64).max
 
 compiled = numba.njit(cache=True, nogil=True)
 inlined = numba.njit(inline="always")  # where a call would cost a fifth of the speed
@@ -171,6 +175,116 @@ def _cached_tokens(prompt_tokens: int, limits: Any) -> Any:
 
 
 @compiled
+def _begin_cruise(cruise: Any, block_size: int, now_s: float) -> None:
+    """With no sequence in it: those that complete a step join."""
+    cruise.is_on, cruise.step, cruise.num_seqs, cruise.context = 1, 0, 0, 0
+    cruise.next_end_at, cruise.num_gaps, cruise.last_end_s = FAR, 0, now_s
+    for i in range(block_size):
+        cruise.num_need[i] = 0
+
+
+@compiled
+def _try_join(seqs: Any, cruise: Any, limits: Any, s: int) -> None:
+    """Sequence `s`, which has made a token, makes one in every step from now on. If another that
+    does not comes before it, it stays out."""
+    seq, before = seqs[s], seqs[s].prev
+    if before != NONE and seqs[before].ends_at == 0:
+        return
+    if seq.blocks != _blocks_needed(seq.computed_tokens, limits.block_size):
+        return
+    left = min(seq.target_tokens, limits.max_model_len - seq.prompt_tokens) - seq.output_tokens
+    seq.settled_at, seq.ends_at = cruise.step, cruise.step + left
+    cruise.next_end_at = min(cruise.next_end_at, seq.ends_at)
+    cruise.num_seqs += 1
+    cruise.context += seq.computed_tokens
+    cruise.num_need[(cruise.step - seq.computed_tokens) % limits.block_size] += 1
+
+
+@compiled
+def _settle(seqs: Any, cruise: Any, block_size: int, in_flight: int, s: int) -> None:
+    """Give a sequence of the cruise the tokens and blocks of the steps since it was settled."""
+    seq = seqs[s]
+    steps = cruise.step - seq.settled_at
+    if steps > 0:
+        i = 0
+        while cruise.gap_step[i] <= seq.settled_at:
+            i += 1
+        seq.longest_gap_s = max(seq.longest_gap_s, cruise.gap_s[i])
+        seq.last_token_s = cruise.last_end_s
+        seq.computed_tokens += steps
+        seq.output_tokens += steps
+        seq.settled_at = cruise.step
+    seq.in_flight_tokens = in_flight
+    seq.blocks = max(seq.blocks, _blocks_needed(seq.computed_tokens + in_flight, block_size))
+
+
+@compiled
+def _note_gap(seqs: Any, cruise: Any, lists: Any, block_size: int, gap_s: float) -> None:
+    """A step of the cruise ended so long after the one before."""
+    num = cruise.num_gaps
+    while num > 0 and cruise.gap_s[num - 1] <= gap_s:
+        num -= 1
+    cruise.gap_step[num], cruise.gap_s[num] = cruise.step, gap_s
+    cruise.num_gaps = num + 1
+    if cruise.num_gaps == MAX_GAPS:
+        s = lists[RUNNING].head
+        for _ in range(cruise.num_seqs):
+            _settle(seqs, cruise, block_size, 0, s)
+            s = seqs[s].next
+        cruise.num_gaps = 0
+
+
+@compiled
+def _end_cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any) -> None:
+    """Settle all; the batch in flight has all its sequences again."""
+    cruise = replica.cruise
+    cruise.is_on = 0
+    in_flight = replica.num_batches
+    s, left, last, others = lists[RUNNING].head, cruise.num_seqs, NONE, batch.head
+    while left > 0:
+        if seqs[s].ends_at > 0:
+            _settle(seqs, cruise, limits.block_size, in_flight, s)
+            seqs[s].ends_at = 0
+            left -= 1
+            if in_flight:
+                last = _append_item(seqs, batch, last, s, 1)
+        s = seqs[s].next
+    if last != NONE:
+        seqs[last].next_in_batch = others
+
+
+@compiled
+def _first_other(seqs: Any, cruise: Any, lists: Any) -> Any:
+    """The first running sequence that is not in the cruise; those that are come before."""
+    num_others = lists[RUNNING].count - cruise.num_seqs
+    if num_others == 0:
+        return NONE
+    s = lists[RUNNING].tail
+    for _ in range(num_others - 1):
+        s = seqs[s].prev
+    return s
+
+
+@compiled
+def _can_cruise_on(seqs: Any, replica: Any, lists: Any, limits: Any) -> Any:
+    """Whether budget and blocks are enough for the next step of all that run, so that those in the
+    cruise need no look at."""
+    cruise, block_size = replica.cruise, limits.block_size
+    missing = cruise.num_need[cruise.step % block_size]
+    budget = limits.max_num_batched_tokens - cruise.num_seqs
+    if budget < 0:
+        return False
+    s = _first_other(seqs, cruise, lists)
+    while s != NONE and budget > 0:
+        start = seqs[s].computed_tokens
+        tokens = min(seqs[s].prompt_tokens + seqs[s].output_tokens - start, budget)
+        missing += max(0, _blocks_needed(start + tokens, block_size) - seqs[s].blocks)
+        budget -= tokens
+        s = seqs[s].next
+    return missing == 0 or missing <= replica.free_blocks
+
+
+@compiled
 def _schedule(
     seqs: Any,
     replica: Any,
@@ -191,8 +305,16 @@ def _schedule(
     share_of_running = _share(lists[RUNNING].count, replica.depth)
     live = lists[RUNNING].count + lists[WAITING].count
     share_of_all = _share(min(live, limits.max_num_seqs), replica.depth)
+    cruise, is_in_order, s = replica.cruise, True, lists[RUNNING].head
+    if cruise.is_on and not _can_cruise_on(seqs, replica, lists, limits):
+        _end_cruise(seqs, replica, lists, batch, limits)
+    if cruise.is_on:
+        num_items, budget = cruise.num_seqs, budget - cruise.num_seqs
+        context = cruise.context + cruise.num_seqs
+        pairs = float(context)
+        replica.free_blocks -= cruise.num_need[cruise.step % limits.block_size]
+        s = _first_other(seqs, cruise, lists)
     batch.head = NONE
-    s = lists[RUNNING].head
     while s != NONE and budget > 0 and num_items < share_of_running:
         if seqs[s].in_flight_tokens == 0:
             start = seqs[s].computed_tokens
@@ -227,6 +349,8 @@ def _schedule(
         remove(seqs, lists[WAITING], s)
         seqs[s].status = IN_RUNNING
         insert(seqs, lists[RUNNING], s, NONE)
+        following = seqs[s].next
+        is_in_order = is_in_order and (following == NONE or seqs[following].ends_at == 0)
         last = _append_item(seqs, batch, last, s, tokens)
         num_items, budget = num_items + 1, budget - tokens
         context, pairs = context + cached + tokens, pairs + _pairs(cached, tokens)
@@ -237,6 +361,8 @@ def _schedule(
     batch.num_items, batch.num_tokens, batch.context = num_items, num_tokens, context
     step_s = step_seconds(replica.step, num_tokens, num_items, context, pairs, memory)
     _start(replica, batch, now_s, stretch * step_s)
+    if not is_in_order:
+        _end_cruise(seqs, replica, lists, batch, limits)
     return True
 
 
@@ -316,6 +442,52 @@ def _trace_step(
 
 
 @compiled
+def _finish(seqs: Any, replica: Any, lists: Any, counts: Any, ended: Any, s: int) -> None:
+    """A running sequence is complete and leaves."""
+    remove(seqs, lists[RUNNING], s)
+    _let_go(replica, seqs[s])
+    replica.num_outstanding -= 1
+    seqs[s].status = FINISHED
+    ended[counts.ended] = s
+    counts.ended += 1
+    counts.live -= 1
+    counts.finished += 1
+
+
+@compiled
+def _end_step_of_cruise(
+    seqs: Any, replica: Any, lists: Any, limits: Any, counts: Any, ended: Any, now_s: float
+) -> None:
+    """A step has ended at `now_s`: the same as `_finish_step`, for the sequences of the cruise."""
+    cruise = replica.cruise
+    cruise.step += 1
+    gap_s = now_s - cruise.last_end_s
+    cruise.last_end_s = now_s
+    if cruise.num_seqs == 0:
+        return
+    cruise.context += cruise.num_seqs
+    replica.generated_total += cruise.num_seqs
+    _note_gap(seqs, cruise, lists, limits.block_size, gap_s)
+    if cruise.step < cruise.next_end_at:
+        return
+    next_end_at, s = FAR, lists[RUNNING].head
+    for _ in range(cruise.num_seqs):
+        following = seqs[s].next
+        if seqs[s].ends_at > cruise.step:
+            next_end_at = min(next_end_at, seqs[s].ends_at)
+        else:
+            _settle(seqs, cruise, limits.block_size, 0, s)
+            seqs[s].ends_at = 0
+            computed = seqs[s].computed_tokens
+            cruise.num_seqs -= 1
+            cruise.context -= computed
+            cruise.num_need[(cruise.step - computed) % limits.block_size] -= 1
+            _finish(seqs, replica, lists, counts, ended, s)
+        s = following
+    cruise.next_end_at = next_end_at
+
+
+@compiled
 def _finish_step(
     seqs: Any,
     replica: Any,
@@ -328,6 +500,9 @@ def _finish_step(
     now_s: float,
 ) -> None:
     """Take the tokens of a step that has ended at `now_s`; sequences that are complete leave."""
+    cruise = replica.cruise
+    if cruise.is_on:
+        _end_step_of_cruise(seqs, replica, lists, limits, counts, ended, now_s)
     s, item = batch.head, batch.item
     while s != NONE:
         if item < len(trace):
@@ -350,14 +525,9 @@ def _finish_step(
                 seqs[s].output_tokens >= seqs[s].target_tokens
                 or num_tokens + 1 >= limits.max_model_len
             ):
-                remove(seqs, lists[RUNNING], s)
-                _let_go(replica, seqs[s])
-                replica.num_outstanding -= 1
-                seqs[s].status = FINISHED
-                ended[counts.ended] = s
-                counts.ended += 1
-                counts.live -= 1
-                counts.finished += 1
+                _finish(seqs, replica, lists, counts, ended, s)
+            elif cruise.is_on:
+                _try_join(seqs, cruise, limits, s)
         s = following
     replica.first_batch = (replica.first_batch + 1) % replica.depth
     replica.num_batches -= 1
@@ -411,7 +581,7 @@ def _num_to_coast(seqs: Any, replica: Any, lists: Any, batches: Any, limits: Any
     """How often each batch in flight can at least be started anew just as it is: every sequence is
     in one and makes one token a step, none waits, none ends, and there are blocks enough.
 
-    Then the steps are known without a look at the sequences, which `_settle` brings up to date.
+    Then the steps are known without a look at the sequences; `_settle_coasted` does that after.
     """
     if lists[WAITING].count > 0 or replica.is_paused or replica.num_batches == 0:
         return 0
@@ -497,7 +667,7 @@ def _least_seconds(step: Any) -> Any:
 
 
 @compiled
-def _settle(seqs: Any, replica: Any, batches: Any, limits: Any) -> None:
+def _settle_coasted(seqs: Any, replica: Any, batches: Any, limits: Any) -> None:
     """Give the sequences in flight the tokens and blocks of the steps coasted."""
     for i in range(replica.num_batches):
         batch = batches[(replica.first_batch + i) % replica.depth]
@@ -518,6 +688,89 @@ def _settle(seqs: Any, replica: Any, batches: Any, limits: Any) -> None:
 
 
 @compiled
+def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_s: float) -> None:
+    """End and start steps of nothing but the cruise, as `_run_alone` would, as long as no sequence
+    ends, blocks are enough and the next start is before `until_s`."""
+    cruise, num, block_size = replica.cruise, replica.cruise.num_seqs, limits.block_size
+    num_steps = 0
+    while cruise.step + 1 < cruise.next_end_at:
+        end_s = _next_end_alone(replica, batch)
+        start_s = max(replica.ready_s, end_s)
+        missing = cruise.num_need[(cruise.step + 1) % block_size]
+        if start_s >= until_s or end_s > until_s or (missing > 0 and missing > replica.free_blocks):
+            break
+        gap_s = end_s - cruise.last_end_s
+        cruise.step, cruise.last_end_s = cruise.step + 1, end_s
+        cruise.context += num
+        _note_gap(seqs, cruise, lists, block_size, gap_s)
+        replica.free_blocks -= missing
+        context = cruise.context + num
+        step_s = step_seconds(replica.step, num, num, context, float(context), 1.0)
+        replica.num_batches = 0
+        _start(replica, batch, start_s, step_s)
+        replica.wake_s = start_s
+        num_steps += 1
+    if num_steps > 0:
+        replica.generated_total += num * num_steps
+        replica.may_start = 1
+        batch.head, batch.num_items, batch.num_tokens = NONE, num, num
+        batch.context = cruise.context + num
+
+
+@inlined
+def _next_end_alone(replica: Any, batch: Any) -> Any:
+    """`_next_end` of the one step in flight."""
+    return max(batch.end_s, replica.ready_s) if replica.step.leader_computes else batch.end_s
+
+
+@compiled
+def _run_alone(
+    seqs: Any,
+    replica: Any,
+    lists: Any,
+    batch: Any,
+    limits: Any,
+    counts: Any,
+    ended: Any,
+    trace: Any,
+    until_s: float,
+) -> None:
+    """`_run_replica` where one step is in flight at a time and none is traced.
+
+    Nearly all that run make one token in every step. From the first step that ends on these are in
+    a *cruise*: what steps do to them is known from a few counts, and they are looked at when one of
+    them ends, or with the last of the cruise (see `_can_cruise_on`).
+    """
+    cruise = replica.cruise
+    while True:
+        if replica.num_batches > 0:
+            is_quiet = cruise.num_seqs > 0 and lists[RUNNING].count == cruise.num_seqs
+            is_quiet = is_quiet and lists[WAITING].count == 0
+            if cruise.is_on and is_quiet and not replica.is_paused:
+                _cruise(seqs, replica, lists, batch, limits, until_s)
+            end_s = _next_end_alone(replica, batch)
+            if end_s > until_s:
+                replica.due_s = end_s
+                if cruise.is_on and is_quiet:
+                    more = cruise.next_end_at - cruise.step - 1
+                    replica.due_s += more * _least_seconds(replica.step)
+                return
+            batch.end_s = end_s
+            if not cruise.is_on:
+                _begin_cruise(cruise, limits.block_size, end_s)
+            _finish_step(seqs, replica, lists, batch, limits, counts, ended, trace, end_s)
+        else:
+            start_s = np.inf
+            if replica.may_start and not replica.is_paused:
+                start_s = max(replica.ready_s, replica.wake_s)
+            if start_s >= until_s:
+                replica.due_s = start_s
+                return
+            if _schedule(seqs, replica, lists, limits, start_s, batch, 1.0, 1.0):
+                replica.wake_s = start_s
+
+
+@compiled
 def _run_replica(
     seqs: Any,
     replica: Any,
@@ -532,13 +785,16 @@ def _run_replica(
 ) -> None:
     """Steps that end by `until_s`; steps that start before it. `due_s` is when the next one is, or
     a later time before which no sequence ends: so long the router needs to know of none."""
+    if replica.depth == 1 and len(trace) == 0 and limits.block_size <= MAX_BLOCK_SIZE:
+        _run_alone(seqs, replica, lists, batches[0], limits, counts, ended, trace, until_s)
+        return
     while True:
         most = 0
         if len(trace) == 0 and _next_end(replica, batches) <= until_s:
             most = _num_to_coast(seqs, replica, lists, batches, limits)
         if most > 0:
             most = _coast(replica, batches, most, until_s)
-            _settle(seqs, replica, batches, limits)
+            _settle_coasted(seqs, replica, batches, limits)
         end_s, start_s = _next_end(replica, batches), np.inf
         if replica.may_start and not replica.is_paused and replica.num_batches < replica.depth:
             start_s = max(replica.ready_s, replica.wake_s)
@@ -906,6 +1162,10 @@ def advance(
     for j in range(len(rows)):
         replicas[rows[j]].due_s = -np.inf  # none is left behind
     _run_all(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, until_s)
+    for j in range(len(rows)):
+        r = rows[j]
+        if replicas[r].cruise.is_on:
+            _end_cruise(seqs, replicas[r], lists[r], batches[r, 0], limits)
 
 
 @compiled

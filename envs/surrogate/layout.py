@@ -11,6 +11,7 @@ import numpy as np
 SEQUENCE = np.dtype(  # what a step looks at first, in one cache line
     [
         ("next", "i8"),
+        ("ends_at", "i8"),  # step of the cruise after which it ends, in one call; else 0
         ("in_flight_tokens", "i8"),  # of its step in flight, else 0
         ("computed_tokens", "i8"),  # whose keys and values are in the cache
         ("prompt_tokens", "i8"),
@@ -30,6 +31,7 @@ SEQUENCE = np.dtype(  # what a step looks at first, in one cache line
         ("num_preemptions", "i8"),
         ("num_moves", "i8"),
         ("row", "i8"),  # replica it was routed to, else NONE
+        ("settled_at", "i8"),  # step of the cruise that its figures are of, if `ends_at` is set
     ]
 )
 MAX_KNOTS = 16
@@ -47,6 +49,21 @@ STEP = np.dtype(  # `engine.profile.StepTimeModel`; see envs/surrogate/latency.p
         ("num_knots", "i8"),
         ("token_knots", "f8", (MAX_KNOTS,)),
         ("token_s", "f8", (MAX_KNOTS,)),
+    ]
+)
+MAX_BLOCK_SIZE, MAX_GAPS = 64, 32
+CRUISE = np.dtype(  # sequences that make one token in every step; see `kernel._run_alone`
+    [
+        ("is_on", "i8"),
+        ("step", "i8"),  # steps ended so far
+        ("num_seqs", "i8"),
+        ("context", "i8"),  # tokens computed of all of them
+        ("next_end_at", "i8"),  # the least `ends_at`
+        ("last_end_s", "f8"),  # of the last step ended
+        ("num_gaps", "i8"),  # between ends of steps: each that no later one was as long as
+        ("gap_step", "i8", (MAX_GAPS,)),
+        ("gap_s", "f8", (MAX_GAPS,)),
+        ("num_need", "i8", (MAX_BLOCK_SIZE,)),  # sequences that need a block, by step modulo size
     ]
 )
 REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; those of BATCH too
@@ -70,6 +87,7 @@ REPLICA = np.dtype(  # times are on the work clock, see `kernel.work_time`; thos
         ("is_open", "i8"),  # takes new requests
         ("is_paused", "i8"),  # starts no step
         ("may_start", "i8"),  # something changed since a schedule came out empty
+        ("cruise", CRUISE),  # off between calls
     ]
 )
 BATCH = np.dtype(

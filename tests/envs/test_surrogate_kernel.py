@@ -144,9 +144,10 @@ def test_cutting_time_changes_nothing(small_cluster: ProfiledCluster) -> None:
 
 
 @pytest.mark.parametrize("leader_computes", [False, True])
+@pytest.mark.parametrize("rate_per_s", [8.0, 40.0, 200.0])
 @pytest.mark.parametrize("key", ["4xtp1pp1", "1xtp4pp1", "2xtp1pp2", "1xtp1pp4", "1xtp1pp3"])
-def test_coasting_changes_nothing(
-    curved_cluster: ProfiledCluster, key: str, leader_computes: bool
+def test_coasting_and_cruising_change_nothing(
+    curved_cluster: ProfiledCluster, key: str, rate_per_s: float, leader_computes: bool
 ) -> None:
     """To the last bit: a cluster that traces its steps makes every one of them."""
     steps = tuple(replace(s, leader_computes=leader_computes) for s in curved_cluster.profile.steps)
@@ -155,9 +156,9 @@ def test_coasting_changes_nothing(
     rng = np.random.default_rng(7)
     requests = [
         replace(r, output_tokens=int(n))
-        for r, n in zip(draw_requests(rng, 120, 8.0), rng.integers(1, 200, 120), strict=True)
+        for r, n in zip(draw_requests(rng, 120, rate_per_s), rng.integers(1, 200, 120), strict=True)
     ]
-    found, coasted = [], 0
+    found, coasted, cruised = [], 0, 0
     for trace_items in (0, 1):
         surrogate = SurrogateCluster(cluster, deployment, trace_items=trace_items)
         for request in requests:
@@ -166,12 +167,19 @@ def test_coasting_changes_nothing(
             surrogate.advance(cut_s)
             surrogate.check_integrity()
             coasted = max(coasted, int(surrogate.state.batches["coasted"].max()))
+            cruises = surrogate.state.replicas["cruise"]
+            assert not cruises["is_on"].any()
+            cruised = max(cruised, int((cruises["step"] * cruises["num_seqs"]).max()))
             found.append(surrogate.snapshot())
         found.append(surrogate.events(0))
     half = len(found) // 2
     assert found[:half] == found[half:]
     assert surrogate.snapshot().num_finished == len(requests)
-    assert coasted > 1
+    is_pipeline = not key.endswith("pp1")
+    assert is_pipeline or cruised > 10
+    assert not is_pipeline or rate_per_s > 100 or coasted > 1
+    if key == "4xtp1pp1" and rate_per_s > 100:
+        assert sum(e.outcome.num_preemptions for e in found[-1].events if e.outcome) > 0
 
 
 def test_one_request_by_hand(small_cluster: ProfiledCluster) -> None:
