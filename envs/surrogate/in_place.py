@@ -89,7 +89,7 @@ class InPlaceSwitch(PhasedSwitch):
         self._enter(host, SwitchPhase.COMMIT, now_s)
         host.rows.add(host.state, [r for r in self.coming if r in target.replicas])
         slots = list(self._slots)
-        rows = choose_rows(host, target.replicas, (), slots)
+        rows = choose_rows(host, target.replicas, (), np.array(slots, np.int64))
         host.rows.drop(host.state, self.leaving)
         host.commit(target)
         state.start_over(slots)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.cluster import Binding, BoundSequence, ModelSpec, Replica, SwitchPlan
 from engine.migration.binding import NEVER, bind_sequence, is_settled
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from envs.surrogate.cluster import SurrogateCluster
 
 Loads = tuple[tuple[int, int, int], ...]
-# what `bind_sequence` says of those, whatever they cost elsewhere
-NOTHING_COMPUTED = BoundSequence("", Binding.RECOMPUTE, None, None, 0.0)
+Slots = NDArray[np.int64]
 
 
 class Here(NamedTuple):
-    """A sequence on a replica that goes, as it stands when a round begins."""
+    """A sequence on a replica that goes, as it stands when a round begins, with something computed
+    then or before."""
 
     key: int  # its index: slots are used again
     slot: int
@@ -60,7 +61,7 @@ class KvRounds:
         self._plan, self._leaving = plan, leaving
         self.kv_bytes = 0  # across links, copied by the rounds so far
         self._owner: dict[int, int] = {}  # key -> new row
-        self._bound: dict[int, BoundSequence] = {}
+        self._bound: dict[int, BoundSequence] = {}  # others are computed anew, at no cost
         self._kept: dict[int, Kept] = {}
         self._slots: dict[int, int] = {}  # of those seen by the last round
         self._recompute: list[int] = []  # keys
@@ -106,41 +107,46 @@ class KvRounds:
 
     def begin(self, host: SurrogateCluster, now_s: float, is_last: bool) -> Links:
         """Choose, bind and reserve. What goes over which link; it counts as copied."""
-        here = list(self._look(host))
-        self._slots = {h.key: h.slot for h in here}
-        slots: dict[int, list[int]] = {r.replica_id: [] for r in self._leaving}
-        for h in here:
-            slots[h.source.replica_id].append(h.slot)
-        for replica in self._leaving:
-            host.state.hold_copied(host.rows.of(replica), slots[replica.replica_id], now_s)
-        fresh = [h for h in here if h.key not in self._owner]
-        chosen = choose_rows(
-            host, self._plan.target.replicas, self._owner.values(), [h.slot for h in fresh]
-        )
-        self._owner |= {h.key: row for h, row in zip(fresh, chosen, strict=True)}
+        looked = self._look(host)
+        slots = np.concatenate([of_replica for _, of_replica in looked])
+        keys = host.state.seqs["index"][slots].tolist()
+        self._slots = dict(zip(keys, slots.tolist(), strict=True))
+        for replica, of_replica in looked:
+            host.state.hold_copied(host.rows.of(replica), of_replica, now_s)
+        fresh = [i for i, key in enumerate(keys) if key not in self._owner]
+        chosen = choose_rows(host, self._plan.target.replicas, self._owner.values(), slots[fresh])
+        self._owner |= {keys[i]: row for i, row in zip(fresh, chosen, strict=True)}
         targets = {host.rows.of(r): r for r in self._plan.target.replicas}
+        here = [h for replica, of_replica in looked for h in self._here(host, replica, of_replica)]
         for h in here:
             self._bind(host, h, targets[self._owner[h.key]], may_drain=not is_last)
         if is_last:
-            self._owner = {h.key: self._owner[h.key] for h in here}
-        return self._reserve(host, here, targets, now_s)
+            self._owner = {key: self._owner[key] for key in keys}
+        return self._reserve(host, keys, here, targets, now_s)
 
-    def _look(self, host: SurrogateCluster) -> Iterator[Here]:
-        """In the order of the replicas, then of arrival."""
-        state = host.state
-        for replica in self._leaving:
-            slots = state.sequences_of(host.rows.of(replica))
-            found = state.seqs[slots]
-            tokens = (found["prompt_tokens"] + found["output_tokens"]).tolist()
-            computed, lost = found["computed_tokens"].tolist(), found["num_preemptions"].tolist()
-            for i, key in enumerate(found["index"].tolist()):
-                yield Here(key, slots[i], replica, tokens[i], computed[i], lost[i])
+    def _look(self, host: SurrogateCluster) -> list[tuple[Replica, Slots]]:
+        """Slots on each replica that goes, by arrival."""
+        found = [host.state.sequences_of(host.rows.of(r)) for r in self._leaving]
+        return [(r, np.array(s, np.int64)) for r, s in zip(self._leaving, found, strict=True)]
+
+    def _here(self, host: SurrogateCluster, replica: Replica, slots: Slots) -> Iterator[Here]:
+        """In the order of `slots`. Most of a long queue has nothing computed, and is not among
+        them."""
+        found = host.state.seqs[slots]
+        is_among = found["computed_tokens"] > 0
+        if self._bound:
+            is_among |= np.isin(found["index"], list(self._bound))
+        found, slots = found[is_among], slots[is_among]
+        tokens = (found["prompt_tokens"] + found["output_tokens"]).tolist()
+        computed, lost = found["computed_tokens"].tolist(), found["num_preemptions"].tolist()
+        for i, key in enumerate(found["index"].tolist()):
+            yield Here(key, int(slots[i]), replica, tokens[i], computed[i], lost[i])
 
     def _bind(self, host: SurrogateCluster, h: Here, target: Replica, may_drain: bool) -> None:
         if is_settled(self._bound.get(h.key), may_drain):
             return
         if not h.computed:
-            self._bound[h.key] = NOTHING_COMPUTED
+            self._bound.pop(h.key, None)
             return
         model = host.spec.model
         per_token = sum(nbytes for _, _, nbytes in self._loads(model, h.source, target))
@@ -161,13 +167,18 @@ class KvRounds:
         return self._known_loads[ids]
 
     def _reserve(
-        self, host: SurrogateCluster, here: list[Here], targets: dict[int, Replica], now_s: float
+        self,
+        host: SurrogateCluster,
+        keys: list[int],
+        here: list[Here],
+        targets: dict[int, Replica],
+        now_s: float,
     ) -> Links:
         """Blocks for those that migrate, and the copies that fill them."""
-        migrate = [h for h in here if self._bound[h.key].binding is Binding.MIGRATE]
+        migrate = [h for h in here if self.binding(h.key) is Binding.MIGRATE]
         for key in self._kept.keys() - {h.key for h in migrate}:
             self._give_back(host, key, now_s)
-        self._recompute = [h.key for h in here if self._bound[h.key].binding is Binding.RECOMPUTE]
+        self._recompute = [key for key in keys if self.binding(key) is Binding.RECOMPUTE]
         copies = Links()
         for h in migrate:
             row = self._owner[h.key]
@@ -181,6 +192,11 @@ class KvRounds:
                     copies[src, dst] += tokens * per_token
         self.kv_bytes += copies.total()
         return copies
+
+    def binding(self, key: int) -> Binding:
+        """What becomes of a sequence, by its index."""
+        bound = self._bound.get(key)
+        return Binding.RECOMPUTE if bound is None else bound.binding
 
     def _extend(self, host: SurrogateCluster, h: Here, row: int, now_s: float) -> int | None:
         """Keep blocks for what has been computed. How many have to be sent, whole ones always,
@@ -216,7 +232,9 @@ class KvRounds:
     def next_end_s(self, host: SurrogateCluster, now_s: float) -> float | None:
         """When a sequence may end that is waited for, at the earliest; None when all have."""
         draining = self.draining
-        replicas = {h.source for h in self._look(host) if h.key in draining}
+        keys = list(draining)
+        seqs = host.state.seqs
+        replicas = {r for r, s in self._look(host) if np.isin(seqs["index"][s], keys).any()}
         return min([host.state.next_end_s(host.rows.of(r), now_s) for r in replicas], default=None)
 
     def undo(self, host: SurrogateCluster, now_s: float) -> None:

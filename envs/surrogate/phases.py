@@ -15,6 +15,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.cluster import Deployment, Replica, SwitchPhase, SwitchPlan, SwitchTicket
 from engine.errors import InfeasibleError
@@ -204,7 +205,10 @@ class PhasedSwitch(ABC):
 
 
 def choose_rows(
-    host: SurrogateCluster, target: Iterable[Replica], owned: Iterable[int], slots: list[int]
+    host: SurrogateCluster,
+    target: Iterable[Replica],
+    owned: Iterable[int],
+    slots: NDArray[np.int64],
 ) -> list[int]:
     """`engine.migration.sequences.choose_replicas`: a row for each sequence, where `owned` rows
     have been chosen before, one entry for each."""
@@ -214,5 +218,6 @@ def choose_rows(
     np.add.at(replicas["num_outstanding"], list(owned), 1)
     chosen = np.zeros(len(slots), np.int64)
     block_size = host.spec.block_size
-    kernel.spread(host.state.seqs, replicas, rows, block_size, np.array(slots, np.int64), chosen)
-    return [int(row) for row in chosen]
+    kernel.spread(host.state.seqs, replicas, rows, block_size, slots, chosen)
+    found: list[int] = chosen.tolist()
+    return found

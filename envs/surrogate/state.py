@@ -200,7 +200,7 @@ class SurrogateState:
         replica["free_blocks"] += replica["withheld_blocks"] - withheld
         replica["withheld_blocks"] = withheld
 
-    def hold_copied(self, row: int, slots: list[int], now_s: float) -> None:
+    def hold_copied(self, row: int, slots: Slots | list[int], now_s: float) -> None:
         """`engine.migration.arrivals.Departures`: the blocks of the tokens computed so far stay in
         use until the next call, whatever becomes of these sequences."""
         replica, computed = self.replicas[row], self.seqs["computed_tokens"][slots]
