@@ -108,6 +108,7 @@ class ColumnLedger:
         self._arrival_s = trace.arrival_s + start_s
         self._due_s = self._arrival_s + worst_s
         self._is_charged = np.zeros(len(trace), np.bool_)
+        self._first_open = 0  # all before are charged
 
     def settle(
         self,
@@ -122,9 +123,13 @@ class ColumnLedger:
         served = self.parts(traffic)[:, is_new & traffic.finished].sum(axis=1)
         unserved = int((is_new & ~traffic.finished).sum())
         self._is_charged[index] = True
-        overdue = ~self._is_charged & (self._due_s <= now_s)
-        self._is_charged |= overdue
+        arrived = int(np.searchsorted(self._arrival_s, now_s, side="right"))
+        asked = slice(self._first_open, arrived)
+        overdue = ~self._is_charged[asked] & (self._due_s[asked] <= now_s)
+        self._is_charged[asked] |= overdue
         unserved += int(overdue.sum())
+        is_open = ~self._is_charged[asked]
+        self._first_open += int(is_open.argmax()) if is_open.any() else len(is_open)
         return reward_terms(self.config, served, unserved, switched_bytes, device_s)
 
     def loss(self, before: ClusterSnapshot, after: Rollout) -> float:

@@ -116,7 +116,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         self._feed: TrafficFeed = feed(
             self.cluster, self.pipeline, trace, self.start_s, self.parts.reward
         )
-        self._counts = IntervalCounts()
+        self._num_arrived = 0
         self._rewards: list[float] = []
         self._tickets: dict[str, SwitchTicket] = {}
         self._seen = snapshot
@@ -133,10 +133,9 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         decision = self.pipeline.resolve(self.prepared, int(action), probabilities, policy_name)
         ticket = self._apply(self.cluster, decision)
         self._num_steps += 1
-        arrived = self._feed.submit_until(self.end_s)
+        self._num_arrived = self._feed.submit_until(self.end_s)
         self.cluster.advance(self.end_s)
         self._feed.observe(self._take_events(self.cluster))
-        self._counts = self._feed.counts(arrived, self.parts.reward.slo)
         snapshot = self.cluster.snapshot()
         moved = decision.plan.weight_bytes if decision.plan is not None and ticket else 0
         device_s = self.grid_s * len(snapshot.deployment.devices)
@@ -147,7 +146,7 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
         info = self._feed.interval_info() | {
             "decision": decision,
             "ticket": ticket,
-            "arrived": arrived,
+            "arrived": self._num_arrived,
             "reward_terms": {name: getattr(terms, name) for name in TERMS},
             "at_s": snapshot.now_s,
         }
@@ -190,7 +189,10 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
             )
         reward = self._rewards[-1] if self._rewards else 0.0
         snapshot, spec = self.prepared.snapshot, self.pipeline.cluster.spec
-        frame = Frame(snapshot, spec, self._counts, self.grid_s, self.start_s, reward)
+        counts = IntervalCounts()
+        if self._rewards:
+            counts = self._feed.counts(self._num_arrived, self.parts.reward.slo)
+        frame = Frame(snapshot, spec, counts, self.grid_s, self.start_s, reward)
         return show_text(frame) if self.render_mode == "ansi" else draw(frame)
 
     def close(self) -> None:
