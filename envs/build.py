@@ -35,6 +35,7 @@ def surrogate_parts(
     reward: RewardConfig | None = None,
     spread: float | Callable[[np.random.Generator], float] = 0.0,
     columns: bool = False,
+    kind: type[SurrogateCluster] = SurrogateCluster,
 ) -> EnvParts:
     """Parts of an environment over the surrogate of the pipeline's cluster.
 
@@ -47,7 +48,7 @@ def surrogate_parts(
         initial = dense_deployment(parse_deployment_key(_key(initial_key, rng)))
         width = spread(rng) if callable(spread) else spread
         seed = int(rng.integers(2**31))
-        return SurrogateCluster(cluster, initial, seed=seed, spread=width, columns=columns)
+        return kind(cluster, initial, seed=seed, spread=width, columns=columns)
 
     return EnvParts(pipeline, make_cluster, make_trace, reward or default_reward(cluster), columns)
 

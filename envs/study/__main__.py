@@ -34,10 +34,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="results, gzipped JSON (default: benchmarks/results/CONFIG.json.gz)",
     )
     parser.add_argument("--cells", nargs="*", help="names of cells; default: those without results")
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
         "--learned",
         action="store_true",
         help="run just the learned policies, of cells that have results; all else in them stays",
+    )
+    part.add_argument(
+        "--rules",
+        nargs="+",
+        default=(),
+        metavar="RULE",
+        help="run just these rules of the ladder, of cells that have results, in the same way",
     )
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     parser.add_argument(
@@ -52,17 +60,20 @@ def _chosen(args: argparse.Namespace, config: StudyConfig, done: dict[str, Any])
     unknown = sorted(set(args.cells or ()) - set(known))
     if unknown:
         raise SystemExit(f"cells {unknown} are not in {args.config}; it has {', '.join(known)}.")
-    if args.cells and args.learned:
-        lacking = sorted(c for c in args.cells if c not in done or not known[c].policy)
+    if args.cells and (args.learned or args.rules):
+        lacking = sorted(
+            c for c in args.cells if c not in done or (args.learned and not known[c].policy)
+        )
         if lacking:
             raise SystemExit(
-                f"cells {lacking} have no results or no policy; leave out --learned or them."
+                f"cells {lacking} have no results or no policy; leave out --learned and --rules, "
+                "or them."
             )
     if args.cells:
         return [known[name] for name in args.cells]
     ran = [Cell.model_validate(result["cell"]) for result in done.values()]
-    if args.learned:
-        return [cell for cell in config.cells if cell in ran and cell.policy]
+    if args.learned or args.rules:
+        return [c for c in config.cells if c in ran and (c.policy or args.rules)]
     wanted = [cell for cell in config.cells if cell not in ran]
     if args.traces is None:
         skipped = [c.name for c in wanted if c.trace != GENERATED]
@@ -86,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         write(list(results.values()), ROOT / "docs" / f"{args.config.stem}.md")
         return 0
     cells, traces = _chosen(args, config, results), args.traces or Path()
-    run_one = partial(run, config, traces, args.verbose, dict(results) if args.learned else {})
+    before = dict(results) if args.learned or args.rules else {}
+    run_one = partial(run, config, traces, args.verbose, before, tuple(args.rules))
     try:
         done = run_in_processes(run_one, cells, args.jobs)
         for number, (cell, result) in enumerate(done, 1):

@@ -104,6 +104,26 @@ def run_learned(
     }
 
 
+def run_rules(
+    config: StudyConfig,
+    before: Mapping[str, Any],
+    traces: Path,
+    names: Sequence[str],
+    report: Report,
+) -> dict[str, Any]:
+    """The result of a cell with these rules of its ladder run anew. Raises TidewrightErrors."""
+    began_s = time.perf_counter()
+    world = build_world(config, Cell.model_validate(before["cell"]), traces)
+    rules = ladder(world, HysteresisConfig(**before["hysteresis"]))
+    scores = _run_rules(world, [rule for rule in rules if rule.name in names], report)
+    others = [r for r in before["runs"] if r["rule"] not in names]
+    return {
+        **before,
+        "runs": others + [run.to_json() for run in scores],
+        "took_s": round(before["took_s"] + time.perf_counter() - began_s, 1),
+    }
+
+
 def _learned(
     world: World, tuned: HysteresisConfig, report: Report
 ) -> tuple[GuardedConfig, list[RunScore]]:
@@ -117,7 +137,8 @@ def _run_rules(world: World, rules: Sequence[Rule], report: Report) -> list[RunS
     scores = []
     for rule in rules:
         report(rule.name)
-        records = run_windows(world, world.test, rule.policy, rule.pipeline(world))
+        pipeline = rule.pipeline(world)
+        records = run_windows(world, world.test, rule.policy, pipeline, kind=rule.cluster)
         scores.append(_score(world, rule.name, records, {"meaning": rule.meaning}))
     return scores
 

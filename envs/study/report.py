@@ -110,6 +110,7 @@ def _cell_row(result: Result) -> list[str]:
         f"{static['latency_s']:.2f}",
         f"{static['attainment']['interactive']:.3f}",
         "" if unequal_over is None else f"{unequal_over:.3f}",
+        over("llumnix"),
         over("oserve"),
         over("homogeneous_replanned"),
         over("replanned"),
@@ -122,9 +123,9 @@ def _cell_row(result: Result) -> list[str]:
 
 
 HEADER = (
-    "cell", "peak/s", "best static", "its mean s", "its SLO", "unequal static", "OServe's rule",
-    "equal, each minute", "any, each minute", "greedy", "hysteresis", "MPC", "hindsight",
-    "hysteresis, geometric",
+    "cell", "peak/s", "best static", "its mean s", "its SLO", "unequal static", "like Llumnix",
+    "OServe's rule", "equal, each minute", "any, each minute", "greedy", "hysteresis", "MPC",
+    "hindsight", "hysteresis, geometric",
 )  # fmt: skip
 
 

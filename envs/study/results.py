@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.study.cell import run_cell, run_learned
+from envs.study.cell import run_cell, run_learned, run_rules
 from envs.study.config import GENERATED, Cell, StudyConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -37,14 +37,18 @@ def run(
     traces: Path,
     shows: bool,
     before: Mapping[str, Any],
+    rules: Sequence[str],
     cell: Cell,
 ) -> dict[str, Any]:
-    """A cell's result; only its learned policies are run where there is one from `before`."""
+    """A cell's result. Where there is one from `before`, only these rules of the ladder are run, or
+    without any its learned policies."""
 
     def report(what: str) -> None:
         if shows:
             print(f"  {cell.name}: {what}", file=sys.stderr, flush=True)
 
+    if cell.name in before and rules:
+        return run_rules(config, before[cell.name], traces, rules, report)
     if cell.name in before:
         return run_learned(config, before[cell.name], traces, report)
     return run_cell(config, cell, traces, report)
@@ -56,7 +60,7 @@ def run_again(
     """The cell of generated traffic, which needs no file: its name, and of each rule its name and
     the figure now and in the results; infinite where they lack the rule."""
     cell = next(c for c in config.cells if c.trace == GENERATED)
-    again = run(config, Path(), True, {}, cell)
+    again = run(config, Path(), True, {}, (), cell)
     before = {run["rule"]: run[figure] for run in results[cell.name]["runs"]}
     found = [(r["rule"], r[figure], before.get(r["rule"], float("inf"))) for r in again["runs"]]
     return cell.name, found

@@ -13,6 +13,8 @@ from engine.cluster import Routing, SwitchMode, SwitchPlan, parse_deployment_key
 from engine.errors import CheckpointError
 from envs.lookahead import EnvOutlook
 from envs.study.world import PREDICTOR, MakePolicy, World
+from envs.surrogate.cluster import SurrogateCluster
+from envs.surrogate.rebalancing import RebalancingCluster
 from policies.base import ObservationSpec, Policy
 from policies.baselines import (
     GreedyPolicy,
@@ -47,6 +49,7 @@ class Rule:
     meaning: str
     pipeline: Build
     policy: MakePolicy
+    cluster: type[SurrogateCluster] = SurrogateCluster
 
 
 class LoadRouting(DecisionPipeline):
@@ -158,6 +161,14 @@ def ladder(world: World, tuned: HysteresisConfig) -> list[Rule]:
             "like Nitsum: at each decision the fastest that holds",
             _pipeline(**fast),
             _of_spec(GreedyPolicy),
+        ),
+        Rule(
+            "llumnix",
+            "like Llumnix: the first deployment, the least loaded replica first, running requests "
+            "go from full replicas to empty ones",
+            lambda world: static_pipeline(world, by_load=True),
+            static_policy(),
+            RebalancingCluster,
         ),
         hysteresis_rule(tuned),
         Rule(

@@ -25,6 +25,7 @@ from envs.scenarios import DeviceFailure, Disturbances
 from envs.serving_env import ServingEnv
 from envs.study.config import GENERATED, Cell, StudyConfig
 from envs.study.scores import Objectives, WindowRecord
+from envs.surrogate.cluster import SurrogateCluster
 from envs.traces import load_trace
 from envs.traffic import (
     DAY_S,
@@ -211,10 +212,11 @@ def run_windows(
     make_policy: MakePolicy,
     pipeline: DecisionPipeline,
     initial_key: str | None = None,
+    kind: type[SurrogateCluster] = SurrogateCluster,
 ) -> tuple[WindowRecord, ...]:
     """Each window from its start under a fresh policy."""
     return tuple(
-        _run_window(world, window, make_policy, pipeline, initial_key or world.initial_key)
+        _run_window(world, window, make_policy, pipeline, initial_key or world.initial_key, kind)
         for window in windows
         if len(window)
     )
@@ -225,8 +227,14 @@ def lost_at_s(window: Trace) -> float:
     return window.duration_s / 3.0
 
 
-def make_env(world: World, window: Trace, pipeline: DecisionPipeline, key: str) -> ServingEnv:
-    parts = surrogate_parts(pipeline, lambda rng: window, key, columns=True)
+def make_env(
+    world: World,
+    window: Trace,
+    pipeline: DecisionPipeline,
+    key: str,
+    kind: type[SurrogateCluster] = SurrogateCluster,
+) -> ServingEnv:
+    parts = surrogate_parts(pipeline, lambda rng: window, key, columns=True, kind=kind)
     lost = world.cell.lost_devices
     failures = tuple(
         DeviceFailure(lost_at_s(window), device, 2.0 * window.duration_s) for device in range(lost)
@@ -238,9 +246,14 @@ def make_env(world: World, window: Trace, pipeline: DecisionPipeline, key: str) 
 
 
 def _run_window(
-    world: World, window: Trace, make_policy: MakePolicy, pipeline: DecisionPipeline, key: str
+    world: World,
+    window: Trace,
+    make_policy: MakePolicy,
+    pipeline: DecisionPipeline,
+    key: str,
+    kind: type[SurrogateCluster],
 ) -> WindowRecord:
-    env = make_env(world, window, pipeline, key)
+    env = make_env(world, window, pipeline, key, kind)
     env.reset(seed=world.config.seed)
     policy, traffic = make_policy(pipeline, env), []
     outlook = getattr(policy, "outlook", None)
