@@ -6,6 +6,7 @@ counts, so an error of that unit means the same by day and by night.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,8 +61,9 @@ class HorizonErrors:
 
     def reset(self) -> None:
         scale = 1.0 / np.sqrt(self._interval_s)
-        seeds = [np.full(self._num_types, e * scale) for e in NORMAL_ERRORS]
-        self._errors: deque[Floats] = deque(seeds, maxlen=MEMORY_INTERVALS)
+        seeds = np.array(NORMAL_ERRORS)[:, None] * scale
+        self._errors = np.empty((MEMORY_INTERVALS, self._num_types))  # the newest take turns
+        self._errors[: len(seeds)], self._num_errors = seeds, len(seeds)
         self._relative = np.zeros(self._num_types)
         self._correction = np.zeros(self._num_types)  # of q90, in units
         self._pending: deque[tuple[Floats, Floats | None]] = deque()
@@ -82,7 +84,8 @@ class HorizonErrors:
             step = CORRECTION_STEP / np.sqrt(self._interval_s)
             self._correction += step * np.where(missed, 0.9, -0.1)
         error = np.asarray((actual - forecast) / self._unit(forecast))
-        self._errors.append(error)
+        self._errors[self._num_errors % MEMORY_INTERVALS] = error
+        self._num_errors += 1
         floor = 1.0 / self._interval_s
         relative = np.abs(actual - forecast) / np.maximum(actual, floor)
         self._relative += 0.1 * (np.minimum(relative, 10.0) - self._relative)
@@ -90,10 +93,10 @@ class HorizonErrors:
 
     def around(self, mean: Floats, drift: Drift) -> Forecast:
         """The forecast `mean`[J] with its quantiles, never below zero and never crossing."""
-        errors = np.sort(np.array(self._errors), axis=0)
+        errors, unit = np.sort(self._errors[: self._num_errors], axis=0), self._unit(mean)
         last = len(errors) - 1
-        q50 = mean + errors[last // 2] * self._unit(mean)
-        q90 = mean + errors[int(np.ceil(0.9 * last))] * self._unit(mean)
+        q50 = mean + errors[last // 2] * unit
+        q90 = mean + errors[math.ceil(0.9 * last)] * unit
         return self._forecast(mean, q50, q90, drift)
 
     def corrected(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:

@@ -79,7 +79,8 @@ class Optima:
             fast = [self.milp_latency(space, key, lengths_key) for key in rates_keys]
             optima += [counts for counts in fast if counts]
         around = [n for c in dict.fromkeys([live, *optima]) for n in self._neighbours(c, space)]
-        found = dict.fromkeys([*optima, *self.homogeneous(space), *others, *around])
+        alike = map(_counts, self.homogeneous(space))
+        found = dict.fromkeys([*optima, *alike, *others, *around])
         listed = np.array([c for c in found if any(c)], np.float64)
         listed = listed.reshape(-1, len(self.sizes))
         return Search(space, lengths_key, live, listed, listed)
@@ -102,11 +103,11 @@ class Optima:
         few = counts @ np.array(self.sizes) <= space.devices
         return list((few & packs(counts, self.configs, space.nodes)).tolist())
 
-    def homogeneous(self, space: Space) -> tuple[Counts, ...]:
-        """As many replicas of one configuration as fit, for each that fits."""
+    def homogeneous(self, space: Space) -> Floats:
+        """[N, C] as many replicas of one configuration as fit, for each that fits."""
 
-        def build() -> tuple[Counts, ...]:
-            return tuple(map(_counts, list_homogeneous(self.configs, space)))
+        def build() -> Floats:
+            return list_homogeneous(self.configs, space).astype(np.float64)
 
         return self._near.get(("homogeneous", space), build)
 

@@ -117,7 +117,8 @@ class Planner:
         def build() -> PlanEstimate:
             listed = np.array([counts], np.float64)
             (scores,) = self.scorer.score(listed, [rates_key], lengths_key)
-            routing = self._routing(configs, counts, scores.shares[0])
+            (each,) = self._each(listed, scores.shares)
+            routing = self._routing(configs, each)
             return PlanEstimate(float(scores.headroom[0]), float(scores.latency_s[0]), routing)
 
         return self._estimates.get((tuple(configs), rates_key, lengths_key), build)
@@ -249,7 +250,7 @@ class Planner:
         picks = [("optimum", self._best(search, q50, q90))]
         if self.config.objective != "goodput":
             picks.append(("most_headroom", optima.most_headroom(search, mid)))
-        alike = np.array(optima.homogeneous(tick.space), np.float64)
+        alike = optima.homogeneous(tick.space)
         scenarios, share = self._scenarios(tick, mid, high), self.config.worst_share
         budget = Budget(self.config.switch_budget_bytes, self.config.switch_budget_s)
         picks += [
@@ -278,9 +279,14 @@ class Planner:
     def _scenarios(self, tick: _Tick, mid: Floats, high: Floats) -> Floats:
         """[S, J] what the next interval may be like: one type at a time is as high as its forecast
         allows, or the mix is that of a quarter of the last hour."""
-        peaks = np.where(np.eye(mid.shape[1], dtype=np.bool_), np.maximum(high, mid), mid)
-        seen = [self.scorer.rates(key) for key in tick.recent]
-        return np.array([*peaks, *(mid.sum() * rates / rates.sum() for rates in seen)])
+        types = mid.shape[1]
+        found = np.empty((types + len(tick.recent), types))
+        found[:types] = mid
+        np.fill_diagonal(found[:types], np.maximum(high, mid)[0])
+        if tick.recent:
+            seen = np.array([self.scorer.rates(key) for key in tick.recent])
+            found[types:] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
+        return found
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:
         return self._costs.get(
@@ -294,6 +300,9 @@ class Planner:
         listed = np.array([counts for counts, _ in rows], np.float64)
         at50, at90 = self.scorer.score(listed, (tick.q50, tick.q90), tick.lengths_key)
         kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
+        each = self._each(listed, at50.shares)
+        headroom, latency_s = at50.headroom.tolist(), at50.latency_s.tolist()
+        headroom_q90 = at90.headroom.tolist()
         costs, overhead_s = tick.switches, self.cluster.profile.switch_overhead_s
         found = []
         for i, (counts, origins) in enumerate(rows):
@@ -303,10 +312,10 @@ class Planner:
                 Candidate(
                     configs=configs,
                     origin="+".join(origins if i else ["keep", *origins]),
-                    routing=self._routing(configs, counts, at50.shares[i], () if i else tick.dead),
-                    headroom=float(at50.headroom[i]),
-                    headroom_q90=float(at90.headroom[i]),
-                    latency_s=float(at50.latency_s[i]),
+                    routing=self._routing(configs, each[i], () if i else tick.dead),
+                    headroom=headroom[i],
+                    headroom_q90=headroom_q90[i],
+                    latency_s=latency_s[i],
                     kv_capacity_tokens=kv_tokens[i],
                     weight_bytes=cost.weight_bytes if cost else 0,
                     switch_s=cost.seconds + overhead_s if cost else 0.0,
@@ -315,20 +324,24 @@ class Planner:
             )
         return tuple(found)
 
+    def _each(self, listed: Floats, shares: Floats) -> list[list[list[float]]]:
+        """[N][C][J] the share of a configuration, split evenly over its replicas."""
+        split: list[list[list[float]]] = (shares / np.maximum(listed, 1.0)[..., None]).tolist()
+        return split
+
     def _routing(
         self,
         configs: Sequence[ParallelConfig],
-        counts: Counts,
-        shares: Floats,
+        each: list[list[float]],
         dead: Collection[int] = (),
     ) -> Routes:
-        """[type][replica]: the share of a configuration, split evenly over its live replicas."""
-        each = shares / np.maximum(np.array(counts, np.float64), 1.0)[:, None]
-        columns = np.zeros((len(configs), shares.shape[1]))
-        for i, parallel in enumerate(configs):
-            if i not in dead and parallel in self._index:
-                columns[i] = each[self._index[parallel]]
-        return tuple(map(tuple, columns.T.tolist()))
+        """[type][replica] from each[C][J]; the dead get nothing."""
+        index, nothing = self._index, [0.0] * len(each[0])
+        columns = [
+            each[index[parallel]] if i not in dead and parallel in index else nothing
+            for i, parallel in enumerate(configs)
+        ]
+        return tuple(zip(*columns, strict=True)) if columns else ((),) * len(nothing)
 
 
 def dead_replicas(snapshot: ClusterSnapshot) -> frozenset[int]:

@@ -1,5 +1,6 @@
 """PolicyServer: asks the policy within a deadline; on any failure, the fall-back rule. When the
-circuit breaker says so, the rule or the safe plan alone.
+circuit breaker says so, the rule or the safe plan alone. Rules of the fall-back's kind are trusted
+as it is: they are asked at once, and by no other thread.
 
 A policy that raises, is late, or answers with something that is no distribution over legal rows
 never stops the loop: the rule decides, and the reason is recorded and counted.
@@ -59,8 +60,8 @@ def check_distribution(probabilities: Floats, observation: Observation) -> str:
 
 
 class PolicyServer:
-    """Owns one daemon thread that alone calls the policy, so a late call and the next never
-    overlap, and a policy that hangs for ever does not keep the process from ending."""
+    """Owns one daemon thread that alone calls policies under a deadline, so a late call and the
+    next never overlap, and a policy that hangs for ever does not keep the process from ending."""
 
     def __init__(
         self,
@@ -115,6 +116,8 @@ class PolicyServer:
     def ask(self, policy: Policy, observation: Observation) -> tuple[Floats, str]:
         """A policy's answer and what is wrong with it. A question that is late is withdrawn
         unless the policy is at it already."""
+        if type(policy) is type(self._fallback):
+            return _evaluate(policy, observation)
         self._start()
         answer: Future[Floats] = Future()
         self._questions.put(_Question(policy, observation, answer))
@@ -154,6 +157,6 @@ def _evaluate(policy: Policy, observation: Observation) -> tuple[Floats, str]:
     try:
         probabilities = np.asarray(policy.probabilities(observation), np.float64)
     except Exception as error:
-        logger.exception("fall-back rule %s failed", policy.name)
+        logger.exception("rule %s failed", policy.name)
         return np.zeros(0), f"{type(error).__name__}: {error}"
     return probabilities, check_distribution(probabilities, observation)

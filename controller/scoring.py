@@ -116,7 +116,7 @@ class Cache:
 
 
 def quantise(values: Iterable[float], step: float) -> Key:
-    return tuple(round(math.log(value) / step) for value in values)
+    return tuple([round(math.log(value) / step) for value in values])
 
 
 def _floats(values: ArrayLike) -> list[float]:
@@ -162,9 +162,9 @@ class Scorer:
         if known[0] is lengths and known[1] is mixing and lengths is not None:
             return known[2]
         given = _floats(self._centres if lengths is None else lengths)
-        key = quantise((max(tokens, 1.0) for tokens in given), self.config.length_step)
+        key = quantise([max(tokens, 1.0) for tokens in given], self.config.length_step)
         if mixing is not None:
-            key += tuple(round(share / MIXING_STEP) for share in _floats(mixing))
+            key += tuple([round(share / MIXING_STEP) for share in _floats(mixing)])
         self._last_lengths = lengths, mixing, key
         return key
 
@@ -230,15 +230,16 @@ class Scorer:
         total = sum(given)
         if total < self.config.min_rate_per_s:
             total, given = self.config.min_rate_per_s, self._prior
-        share = [max(r / sum(given), self.config.floor_share) for r in given]
+        whole, floor = sum(given), self.config.floor_share
+        share = [max(r / whole, floor) for r in given]
         return quantise([total, *share], self.config.rate_step)
 
     def rates(self, rates_key: Key) -> Floats:
         """[J] requests per second; not to be written to."""
 
         def build() -> Floats:
-            total, *share = np.exp(np.array(rates_key) * self.config.rate_step)
-            return np.asarray(total * np.array(share) / sum(share))
+            told = np.exp(np.array(rates_key) * self.config.rate_step)
+            return np.asarray(told[0] * told[1:] / sum(told[1:].tolist()))
 
         return self._rates.get(rates_key, build)
 
