@@ -30,6 +30,8 @@ REQUEST_FIELDS = (
     "prompt_tokens",
     "output_tokens",
     "replica_id",
+    "request_class",
+    "client_id",
 )
 
 
@@ -130,7 +132,7 @@ def outcome_record(ticket: SwitchTicket) -> dict[str, Any]:
 
 
 def interval_record(from_s: float, snapshot: ClusterSnapshot, batch: EventBatch) -> dict[str, Any]:
-    """Arrivals as [arrival_s, prompt_tokens, class], ended requests as REQUEST_FIELDS."""
+    """Arrivals as [arrival_s, prompt_tokens, class, client], ended requests as REQUEST_FIELDS."""
     events = batch.events
     arrivals = [e.arrival for e in events if e.arrival is not None]
     ended = [e.outcome for e in events if e.outcome is not None]
@@ -141,7 +143,9 @@ def interval_record(from_s: float, snapshot: ClusterSnapshot, batch: EventBatch)
         "num_arrived": snapshot.num_arrived,
         "next_cursor": batch.next_cursor,
         "num_events_lost": batch.num_lost,
-        "arrivals": [[a.arrival_s, a.prompt_tokens, a.request_class] for a in arrivals],
+        "arrivals": [
+            [a.arrival_s, a.prompt_tokens, a.request_class, a.client_id] for a in arrivals
+        ],
         "requests": [[getattr(o, name) for name in REQUEST_FIELDS] for o in ended],
     }
 

@@ -1,7 +1,7 @@
 """The controller's view of the traffic: arrival rates per type, latencies, lengths, freshness.
 
 Fed by the cluster's events and snapshots; time comes from them. An arrival counts with its
-P(type | prompt length), since its output length is unknown until it has finished.
+P(type | prompt length, class, client), since its output length is unknown until it has finished.
 Unknown is not zero: measurements that are missing, NaN or old are reported as stale.
 """
 
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from controller.workload import PromptPosterior, assign, centres
+from controller.posterior import TypePosterior
+from controller.workload import assign, centres
 from engine.cluster import (
     Arrival,
     ClusterEvent,
@@ -68,7 +69,7 @@ class Monitor:
         self._typing, self._stale_after_s = typing, stale_after_s
         self._taus = window_s * np.array(SCALES)
         self._window_s = window_s
-        self.posterior = PromptPosterior(typing)
+        self.posterior = TypePosterior(typing)
         self.reset(0.0)
 
     def reset(self, now_s: float) -> None:
@@ -107,7 +108,11 @@ class Monitor:
             self._last_s = now_s
 
     def _count_arrivals(self, arrivals: list[Arrival]) -> None:
-        rows = self.posterior.rows([a.prompt_tokens for a in arrivals])
+        rows = self.posterior.rows_given(
+            [a.prompt_tokens for a in arrivals],
+            [a.request_class for a in arrivals],
+            [a.client_id for a in arrivals],
+        )
         times = np.array([a.arrival_s for a in arrivals])
         self._decay_to(float(times.max()))
         weight = np.exp(np.minimum(times - self._last_s, 0.0)[None] / self._taus[:, None])
@@ -117,7 +122,12 @@ class Monitor:
     def _count_finished(self, finished: list[RequestOutcome]) -> None:
         lengths = np.array([(o.prompt_tokens, o.output_tokens) for o in finished], np.float64)
         types = assign(self._typing, lengths[:, 0], lengths[:, 1])
-        self.posterior.observe([o.prompt_tokens for o in finished], types)
+        self.posterior.observe_given(
+            [o.prompt_tokens for o in finished],
+            types,
+            [o.request_class for o in finished],
+            [o.client_id for o in finished],
+        )
         keep = 1.0 - 1.0 / LENGTH_MEMORY
         counts = np.bincount(types, minlength=len(self._typing.types))
         faded = keep**counts

@@ -170,12 +170,14 @@ def _observe_again(
 
 
 def _events(record: Mapping[str, Any]) -> list[ClusterEvent]:
-    """What the monitor needs of them; arrivals are logged without the request's name."""
-    arrivals = (Arrival("", at_s, tokens, kind) for at_s, tokens, kind in record["arrivals"])
+    """What the monitor needs of them; arrivals are logged without the request's name, and rows of
+    earlier versions may lack the last fields."""
+    arrivals = (Arrival("", *told) for told in record["arrivals"])
     status = REQUEST_FIELDS.index("status")
     outcomes = (
         RequestOutcome(
-            **dict(zip(REQUEST_FIELDS, told, strict=True)) | {"status": RequestStatus(told[status])}
+            **dict(zip(REQUEST_FIELDS, told, strict=False))
+            | {"status": RequestStatus(told[status])}
         )
         for told in record["requests"]
     )

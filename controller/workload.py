@@ -1,7 +1,7 @@
 """Workload typing: k types of requests, and what a prompt's length tells of its type.
 
 Nobody knows the output length of a request at arrival: types are statistics of finished requests,
-and at arrival only P(type | prompt length) is used.
+and at arrival only P(type | prompt length) is used; `controller.posterior` adds class and client.
 """
 
 from __future__ import annotations
@@ -140,9 +140,13 @@ class PromptPosterior:
         """[bucket][type]; rows sum to 1."""
         return tuple(map(tuple, self.matrix.tolist()))
 
-    def rows(self, prompt_tokens: Sequence[int]) -> Floats:
+    def buckets(self, prompt_tokens: ArrayLike) -> NDArray[np.intp]:
+        """[N] row of `matrix` for each prompt length."""
+        return np.asarray(np.searchsorted(self._edges, prompt_tokens, side="left"))
+
+    def rows(self, prompt_tokens: ArrayLike) -> Floats:
         """[N, J] P(type | prompt) of arrivals."""
-        return self.matrix[np.searchsorted(self._edges, prompt_tokens, side="left")]
+        return self.matrix[self.buckets(prompt_tokens)]
 
     @property
     def mixing(self) -> Floats:
@@ -158,6 +162,5 @@ class PromptPosterior:
         if not len(types):
             return
         self._counts *= math.pow(self._decay, len(types))
-        buckets = np.searchsorted(self._edges, prompt_tokens, side="left")
-        np.add.at(self._counts, (buckets, types), 1.0)
+        np.add.at(self._counts, (self.buckets(prompt_tokens), types), 1.0)
         self._refresh()

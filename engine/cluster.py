@@ -574,6 +574,9 @@ class EventKind(StrEnum):
     DEVICE_JOINED = "device_joined"
 
 
+LABEL_CHARS = 128  # at most, of a request's class or client
+
+
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """What is known of a request when it arrives: never its output length."""

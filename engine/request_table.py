@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from engine.cluster import (
+    LABEL_CHARS,
     Arrival,
     ClusterSpec,
     Deployment,
@@ -115,6 +116,11 @@ class RequestTable:
         if arrival.request_id in self._in_use:
             raise InvalidRequestError(
                 f"request id {arrival.request_id!r} is in use; choose another or leave it out."
+            )
+        if max(len(arrival.request_class), len(arrival.client_id)) > LABEL_CHARS:
+            raise InvalidRequestError(
+                f"request class and client id have at most {LABEL_CHARS} characters, got "
+                f"{len(arrival.request_class)} and {len(arrival.client_id)}; shorten them."
             )
         self.counts["arrived"] += 1
         self._log.append(self._host.now_s(), EventKind.ARRIVED, arrival=arrival)

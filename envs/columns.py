@@ -47,7 +47,7 @@ class ColumnDrivable(Drivable, Protocol):
 
 
 class ColumnMonitor(Monitor):
-    """`Monitor` that can also be told of traffic by columns."""
+    """`Monitor` that can also be told of traffic by columns, which have no classes or clients."""
 
     @classmethod
     def like(cls, monitor: Monitor) -> ColumnMonitor:
@@ -64,9 +64,7 @@ class ColumnMonitor(Monitor):
             self._count_finished_columns(traffic)
 
     def _count_arrival_columns(self, traffic: TrafficColumns) -> None:
-        rows = self.posterior.matrix[
-            np.searchsorted(self.posterior.edges, traffic.arrival_prompt_tokens, side="left")
-        ]
+        rows = self.posterior.rows(traffic.arrival_prompt_tokens)
         times = traffic.arrival_s
         self._decay_to(float(times.max()))
         weight = np.exp(np.minimum(times - self._last_s, 0.0)[None] / self._taus[:, None])

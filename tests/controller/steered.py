@@ -83,7 +83,8 @@ def drive(cluster: SurrogateCluster, loop: ControlLoop, ticks: int, per_tick: in
         now_s = cluster.snapshot().now_s
         for i in range(per_tick):
             at_s = now_s + GRID_S * i / per_tick
-            cluster.submit(Request(f"r{at_s}", at_s, 60 + 60 * (i % 3), 30))
+            labels = ("chat", "batch", "")[i % 3], ("ann", "", "bob", "ann")[i % 4]
+            cluster.submit(Request(f"r{at_s}", at_s, 60 + 60 * (i % 3), 30, *labels))
         cluster.advance(now_s + GRID_S)
         assert isinstance(loop.clock, Clock)
         loop.clock.now_s += GRID_S

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,9 @@ def test_nan_is_refused_rather_than_written_as_no_json(tmp_path: Path) -> None:
 
 def test_an_interval_lists_every_arrival_and_every_end() -> None:
     outcome = RequestOutcome("a", RequestStatus.FINISHED, 1.0, 1.5, 4.0, 10, 6, 2)
+    outcome = replace(outcome, request_class="chat", client_id="ann")
     events = (
-        ClusterEvent(0, 1.0, EventKind.ARRIVED, arrival=Arrival("a", 1.0, 10, "chat")),
+        ClusterEvent(0, 1.0, EventKind.ARRIVED, arrival=Arrival("a", 1.0, 10, "chat", "ann")),
         ClusterEvent(1, 4.0, EventKind.ENDED, outcome=outcome),
         ClusterEvent(2, 4.5, EventKind.DEVICE_LOST, device=3),
     )
@@ -117,8 +119,9 @@ def test_an_interval_lists_every_arrival_and_every_end() -> None:
     snapshot = ClusterSnapshot(5.0, 3, replicas, Routing((0,)), (), None, num_arrived=9)
     record = interval_record(0.0, snapshot, EventBatch(events, 11, 7))
     assert (record["epoch"], record["num_arrived"], record["next_cursor"]) == (3, 9, 11)
-    assert record["arrivals"] == [[1.0, 10, "chat"]]
-    assert record["requests"] == [["a", RequestStatus.FINISHED, 1.0, 1.5, 4.0, 10, 6, 2]]
+    assert record["arrivals"] == [[1.0, 10, "chat", "ann"]]
+    ended = ["a", RequestStatus.FINISHED, 1.0, 1.5, 4.0, 10, 6, 2, "chat", "ann"]
+    assert record["requests"] == [ended]
     assert (record["from_s"], record["to_s"], record["num_events_lost"]) == (0.0, 5.0, 7)
 
 

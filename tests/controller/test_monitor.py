@@ -68,6 +68,24 @@ def test_arrivals_count_with_the_posterior(four_types: WorkloadTyping) -> None:
     assert monitor.take_interval(10.0) == pytest.approx(monitor.posterior.rows([900])[0])
 
 
+def test_arrivals_count_as_their_client_has_it(four_types: WorkloadTyping) -> None:
+    """Prompts of 50 tokens look like types 0 and 1; one client's turn out to be of type 1."""
+    monitor = Monitor(four_types, 30.0, 5.0)
+    outcome = RequestOutcome(
+        "r", RequestStatus.FINISHED, 0.0, 0.5, 1.0, 50, 250, request_class="chat", client_id="ann"
+    )
+    monitor.observe([ClusterEvent(0, 1.0, EventKind.ENDED, outcome=outcome)] * 40)
+    found: list[np.ndarray] = []
+    for name, client in (("chat", "ann"), ("batch", "ann"), ("", "")):
+        arrival = Arrival("r", 1.0, 50, name, client)
+        monitor.observe([ClusterEvent(0, 1.0, EventKind.ARRIVED, arrival=arrival)])
+        found.append(monitor.take_interval(2.0 + len(found)))
+    by_prompt = monitor.posterior.rows([50])[0]
+    assert found[0][1] / 0.5 > 0.98 > 0.96 > by_prompt[1]
+    assert found[1] == pytest.approx(by_prompt)
+    assert found[2] == pytest.approx(by_prompt)
+
+
 def test_latencies_and_lengths_of_finished_requests(four_types: WorkloadTyping) -> None:
     monitor = Monitor(four_types, 30.0, 5.0)
     monitor.observe([_end(5.0, 40, 16, 2.0)] * 20)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.cluster import (
+    LABEL_CHARS,
     Arrival,
     ClusterSpec,
     Deployment,
@@ -97,6 +98,15 @@ def test_an_id_may_be_used_again_and_old_tokens_are_not_taken_for_new(engine: En
     chunk = second.take()
     assert chunk is not None
     assert chunk.token_ids == [66]
+
+
+def test_endless_names_are_refused_and_leave_no_trace(engine: Engine) -> None:
+    for labels in (("x" * (LABEL_CHARS + 1), ""), ("", "x" * 10**6)):
+        arrival = Arrival("a", 0.0, 3, *labels)
+        with pytest.raises(InvalidRequestError, match=f"at most {LABEL_CHARS} characters"):
+            engine.table.add(arrival, [1] * 3, PARAMS, {}, None)
+    assert engine.log.since(0).events == ()
+    engine.table.add(Arrival("a", 0.0, 3, "x" * LABEL_CHARS), [1] * 3, PARAMS, {}, None)
 
 
 def test_stale_and_foreign_tokens_are_dropped(engine: Engine) -> None:
