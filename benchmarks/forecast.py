@@ -14,6 +14,9 @@ that reads the last 50 minutes. Its two ablations are `moving_average`, over as 
 `untyped_lstm`, one LSTM of all requests times the mean share of each type. `pooled_lstm` is ours.
 `floor` is sqrt(mean) over the root mean square: what remains of the RRMSE for one who knows every
 minute's rate, if arrivals are Poisson. Without --trace a generated trace is used.
+
+Beside it, what arrivals are counted by: the log loss of P(type | prompt length) and of
+P(type | prompt length, class, client), on generated clients of two classes, or on --services.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from forecasting.arriving import LogLoss, generated, log_loss
 from rich.console import Console
 from rich.table import Table
 
@@ -45,12 +49,13 @@ from envs.lstm_training import TrainingConfig, train_per_type, train_pooled, typ
 from envs.traces import load_trace
 from envs.workload import Trace, WorkloadConfig, generate
 
-INTERVAL_S, DAY = 60.0, 1440  # seconds, intervals
+INTERVAL_S, DAY, DAY_S = 60.0, 1440, 86_400.0  # seconds, intervals, seconds
 HORIZONS = (1, 5, 15)
 NUM_TYPES, TRAINING_SHARE, MAX_FITTED = 4, 0.7, 50_000
 LEAST_TRAINING = 200  # intervals
+GENERATED_CLIENTS_S = 2 * DAY_S
 NAIVE = ("last_value", "seasonal_naive")
-GENERATED = WorkloadConfig(mean_rate_per_s=0.6, cycle_s=86_400.0, regime_s=3_600.0)
+GENERATED = WorkloadConfig(mean_rate_per_s=0.6, cycle_s=DAY_S, regime_s=3_600.0)
 Build = Callable[[Floats], Predictor]  # from the training counts[T, J]
 
 
@@ -207,7 +212,7 @@ def show(found: Scored, console: Console) -> None:
     console.print(table)
 
 
-def summarise(everything: Sequence[Scored]) -> dict[str, object]:
+def summarise(everything: Sequence[Scored], loss: LogLoss) -> dict[str, object]:
     """Medians over types and traces; milliseconds of the slowest forecaster."""
     names = list(everything[0].scores)
 
@@ -228,6 +233,8 @@ def summarise(everything: Sequence[Scored]) -> dict[str, object]:
         "coverage_q90_median": round(cover[best], 4),
         "forecast_ms_p99": round(float(max(ms.values())), 3),
         "rrmse_floor_median": round(floor, 4),
+        "posterior_log_loss_prompt": round(loss.prompt, 4),
+        "posterior_log_loss_full": round(loss.full, 4),
         "models": {
             name: {
                 "rrmse_median": round(rrmse[name], 4),
@@ -249,6 +256,13 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="less training; 4 generated days, not 10"
     )
+    parser.add_argument(
+        "--services",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="traces whose requests share a pool, each a class of its own, for the log loss",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     builds = builders(steps=200 if args.quick else 800)
@@ -257,7 +271,7 @@ def main() -> None:
     for path in args.trace or [None]:
         if path is None:
             name = f"generated, {days} days"
-            trace = generate(GENERATED, days * 86_400.0, np.random.default_rng(0))
+            trace = generate(GENERATED, days * DAY_S, np.random.default_rng(0))
         else:
             name, trace = path.name.split(".")[0], load_trace(path)
         found = score(name, trace, builds)
@@ -266,7 +280,14 @@ def main() -> None:
             everything.append(found)
     if not everything:
         parser.error("no trace is long enough")
-    print(json.dumps(summarise(everything)))
+    services = {(path.name.split(".")[0], ""): load_trace(path) for path in args.services}
+    arriving = services or generated(GENERATED, GENERATED_CLIENTS_S, seed=0)
+    loss = log_loss(arriving, NUM_TYPES, TRAINING_SHARE, MAX_FITTED)
+    print(
+        f"type of {loss.requests} requests as they arrive: log loss {loss.prompt:.4f} by prompt "
+        f"length, {loss.full:.4f} by class and client too"
+    )
+    print(json.dumps(summarise(everything, loss)))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from controller.loop import ControlLoop
 from controller.operations import Operations
 from controller.oversight import Oversight, OversightConfig
 from controller.records import Mode, TickRecord
-from controller.resume import TAIL_BYTES, Keeper, resume
+from controller.resume import TAIL_BYTES, Keeper, _events, resume
 from controller.roster import PolicyRoster
 from controller.service import ControlService
 from controller.sessions import Sessions
 from controller.switch_watch import Undo
+from engine.cluster import Arrival, RequestOutcome, RequestStatus
 from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
 from envs.surrogate.cluster import SurrogateCluster
@@ -127,6 +128,16 @@ def test_ticks_forecasts_and_observations_are_those_of_one_that_never_stopped(
                 assert a[name] == b[name], (kind, name)
     assert [r["seq"] for r in theirs if r["record"] == "decision"] == list(range(1, 13))
     assert read_log(parts.log).skipped == ()
+
+
+def test_rows_of_earlier_versions_lack_the_last_fields() -> None:
+    ended = ["a", "finished", 1.0, 1.5, 4.0, 10, 6, 2]
+    record = {"arrivals": [[1.0, 10, "chat"]], "requests": [ended, [*ended, "chat", "ann"]]}
+    arrival, *ends = _events(record)
+    assert arrival.arrival == Arrival("", 1.0, 10, "chat")
+    plain = RequestOutcome("a", RequestStatus.FINISHED, 1.0, 1.5, 4.0, 10, 6, 2)
+    named = replace(plain, request_class="chat", client_id="ann")
+    assert [e.outcome for e in ends] == [plain, named]
 
 
 def test_dwell_and_budget_are_kept_though_the_engine_tells_of_one_switch_only(
