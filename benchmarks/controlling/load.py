@@ -77,33 +77,32 @@ class Client:
     def __init__(self, channel: Any, name: str, num_devices: int, key: str, seed: int) -> None:
         self._stub = control_pb2_grpc.ControlServiceStub(channel)
         self._name, self._engine = name, ToldEngine(pool(num_devices), key, seed)
-        self._seed, self._requests = seed, list[Any]()
+        self._seed, self._requests = seed, list[tuple[Any, Any]]()
 
-    def _request(self, with_events: bool) -> Any:
-        events = self._engine.events(GRID_S)
-        request = pb.DecideRequest(session=self._name)
-        to_proto(self._engine.snapshot(), request.snapshot)
-        for event in events if with_events else ():
-            to_proto(event, request.events.add())
-        return request
-
-    async def report(self) -> None:
-        """A first interval of traffic."""
-        request = pb.ReportMetricsRequest(session=self._name)
+    def _pair(self, with_events: bool) -> tuple[Any, Any]:
+        """What tells the traffic of an interval, and what asks for the decision at its end. With
+        events the latter tells all of it."""
+        report, request = (
+            pb.ReportMetricsRequest(session=self._name),
+            pb.DecideRequest(session=self._name),
+        )
         for event in self._engine.events(GRID_S):
-            to_proto(event, request.events.add())
-        await self._stub.ReportMetrics(request, timeout=TIMEOUT_S)
+            to_proto(event, (request if with_events else report).events.add())
+        to_proto(self._engine.snapshot(), request.snapshot)
+        return report, request
 
     def prepare(self, num: int, with_events: bool) -> None:
         """The requests to come, so that making them takes no time between calls."""
-        self._requests = [self._request(with_events) for _ in range(num)]
+        self._requests = [self._pair(with_events) for _ in range(num)]
 
     async def decide(self, pause_s: float) -> list[float]:
-        """Milliseconds of each call; `pause_s` is the mean of a pause before it, 0: none."""
+        """Milliseconds of each Decide; `pause_s` is the mean of a pause before it, 0: none."""
         rng, took = np.random.default_rng(self._seed), []
-        for request in self._requests:
+        for report, request in self._requests:
             if pause_s:
                 await asyncio.sleep(float(rng.exponential(pause_s)))
+            if report.events:
+                await self._stub.ReportMetrics(report, timeout=TIMEOUT_S)
             begun_s = time.perf_counter()
             await self._stub.Decide(request, timeout=TIMEOUT_S)
             took.append(1000.0 * (time.perf_counter() - begun_s))
@@ -120,7 +119,6 @@ async def decide(
             for i in range(clients)
         ]
         for client in every:
-            await client.report()
             client.prepare(1, with_events)
             await client.decide(0.0)
             client.prepare(num, with_events)

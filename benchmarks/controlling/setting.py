@@ -84,6 +84,7 @@ class ToldEngine:
 
     def snapshot(self) -> ClusterSnapshot:
         replicas = self._deployment.replicas
+        load = self._rng.poisson((12.0, 1.0), (len(replicas), 2)).tolist()
         return ClusterSnapshot(
             now_s=self.now_s,
             epoch=self._epoch,
@@ -93,17 +94,17 @@ class ToldEngine:
                 ReplicaStats(
                     replica_id=r.replica_id,
                     alive=True,
-                    num_running=12,
-                    num_waiting=1,
-                    waiting_prompt_tokens=300,
-                    running_context_tokens=9000,
+                    num_running=running,
+                    num_waiting=waiting,
+                    waiting_prompt_tokens=300 * waiting,
+                    running_context_tokens=750 * running,
                     kv_blocks_total=4000,
-                    kv_blocks_used=900,
+                    kv_blocks_used=75 * running,
                     measured_at_s=self.now_s,
                     generated_tokens_total=1000,
                     num_preemptions_total=0,
                 )
-                for r in replicas
+                for r, (running, waiting) in zip(replicas, load, strict=True)
             ),
             switch=self._ticket,
             num_arrived=self._num,
