@@ -84,7 +84,9 @@ class Planner:
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
         self._estimates, self._plans = Cache(), Cache()
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
-        if self.config.planner == "exhaustive" and not has_library(self.configs, self._space(())):
+        listed = has_library(self.configs, self._space(()))
+        self.is_quick = listed and self.config.planner == "exact"  # solves no MILP
+        if self.config.planner == "exhaustive" and not listed:
             raise InvalidRequestError(
                 f"planner 'exhaustive' is for at most {LIBRARY_DEVICES} devices and "
                 f"{MAX_DEPLOYMENTS} deployments, and the pool of {cluster.spec.num_devices} "

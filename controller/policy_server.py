@@ -116,7 +116,7 @@ class PolicyServer:
     def ask(self, policy: Policy, observation: Observation) -> tuple[Floats, str]:
         """A policy's answer and what is wrong with it. A question that is late is withdrawn
         unless the policy is at it already."""
-        if type(policy) is type(self._fallback):
+        if self.answers_at_once(policy):
             return _evaluate(policy, observation)
         self._start()
         answer: Future[Floats] = Future()
@@ -130,6 +130,10 @@ class PolicyServer:
         except Exception as error:
             logger.exception("policy %s failed", policy.name)
             return np.zeros(0), f"{type(error).__name__}: {error}"
+
+    def answers_at_once(self, policy: Policy) -> bool:
+        """Whether it is a rule of the fall-back's kind."""
+        return type(policy) is type(self._fallback)
 
     def _start(self) -> None:
         if self._thread is None:

@@ -1,6 +1,6 @@
 """ControlService over gRPC: check, call, convert back; no logic.
 
-What may wait for a tick or for the engine runs off the event loop.
+What may wait for a tick or for the engine, or takes long, runs off the event loop.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -295,16 +296,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             raise InvalidRequestError("snapshot is missing; it must be given.", "snapshot")
         snapshot = from_proto(ClusterSnapshot, request.snapshot)
         events = tuple(from_proto(ClusterEvent, e) for e in request.events)
-        found, routing = await asyncio.get_running_loop().run_in_executor(
-            self._sessions.worker,
-            self._sessions.decide,
-            request.session,
-            self._loop.policy_server.policy,
-            snapshot,
-            events,
-            request.num_events_lost,
-            request.seed if request.HasField("seed") else None,
-        )
+        sessions, name, policy = self._sessions, request.session, self._loop.policy_server.policy
+        seed = request.seed if request.HasField("seed") else None
+        arguments = (name, policy, snapshot, events, request.num_events_lost, seed)
+        if sessions.is_brief(name, policy, snapshot, len(events)):
+            found, routing = sessions.decide(*arguments)
+        else:
+            found, routing = await asyncio.get_running_loop().run_in_executor(
+                sessions.worker, partial(sessions.decide, *arguments)
+            )
         return replies.decided(found, routing, self._loop.pipeline.typing.types)
 
     async def ReportMetrics(self, request: Any, context: Any) -> Any:

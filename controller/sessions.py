@@ -23,6 +23,7 @@ from policies.baselines import HysteresisPolicy
 MAX_SESSIONS = 64
 MAX_NAME = 200  # characters
 MAX_TIME_S, MAX_TOKENS = 1e12, 1e9  # of an event; more would drown all others
+FEW_EVENTS = 16
 
 
 @dataclass(slots=True)
@@ -71,6 +72,21 @@ class Sessions:
         rule, own = HysteresisPolicy(pipeline.observation_spec), copy.deepcopy(policy)
         own.reset()
         return PolicyServer(own, rule, self._deadline_s, deterministic=True)
+
+    def is_brief(self, name: str, policy: Policy, snapshot: ClusterSnapshot, events: int) -> bool:
+        """Whether `decide` takes about as long as it would to hand it to another thread: it waits
+        for nobody, its policy is a rule, and its deployments are listed by now."""
+        with self._lock:
+            session = self._sessions.get(name)
+        return (
+            session is not None
+            and session.last is not None
+            and not session.lock.locked()
+            and session.server.answers_at_once(policy)
+            and session.pipeline.planner.is_quick
+            and not snapshot.dead_devices
+            and events <= FEW_EVENTS
+        )
 
     def report(
         self, name: str, policy: Policy, events: Sequence[ClusterEvent], num_lost: int

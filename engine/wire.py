@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from itertools import groupby
 from operator import attrgetter
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -135,8 +136,8 @@ def _enum_prefix(kind: type[StrEnum]) -> str:
 
 # -------------------------------------------------------------------------------- in
 
-Reader = Callable[[Any], Any]  # a message -> the value of one field
-_READERS: dict[Any, tuple[tuple[str, Reader], ...]] = {}  # by dataclass
+Reader = Callable[[Any], Any]  # a message -> the value of one field, or of a run of plain ones
+_READERS: dict[Any, tuple[tuple[bool, Reader], ...]] = {}  # by dataclass; whether it is of a run
 
 
 def from_proto(kind: type[T], message: Any) -> T:
@@ -147,15 +148,34 @@ def from_proto(kind: type[T], message: Any) -> T:
     """
     readers = _READERS.get(kind)
     if readers is None:
-        hints = get_type_hints(kind)
-        readers = _READERS[kind] = tuple(
-            (name, _reader(name, hint, f"{kind.__name__}.{name}")) for name, hint in hints.items()
-        )
-    values = {name: read(message) for name, read in readers}
+        readers = _READERS[kind] = tuple(_readers(kind, message))
+    values: list[Any] = []
+    for is_run, read in readers:
+        if is_run:
+            values += read(message)
+        else:
+            values.append(read(message))
     try:
-        return kind(**values)
+        return kind(*values)
     except (TidewrightError, ValueError) as error:
         raise InvalidRequestError(f"{kind.__name__}: {error}") from error
+
+
+def _readers(kind: Any, message: Any) -> Iterator[tuple[bool, Reader]]:
+    """In the order of the fields. Neighbours that a message gives just as they are wanted, plain
+    and always there, are read at once."""
+    hints = get_type_hints(kind)
+
+    def is_plain(name: str) -> bool:
+        return hints[name] in _PLAIN and type(getattr(message, name)) is hints[name]
+
+    for plain, run in groupby(hints, is_plain):
+        names = tuple(run)
+        if plain and len(names) > 1:
+            yield True, attrgetter(*names)
+        else:
+            for name in names:
+                yield False, _reader(name, hints[name], f"{kind.__name__}.{name}")
 
 
 def _reader(name: str, hint: Any, where: str) -> Reader:
