@@ -68,10 +68,15 @@ class ControllerConfig(BaseModel):
     lease: str = Field(
         "",
         description="of several controllers the holder of this file acts, or of this etcd key "
-        "(http://HOST:2379/KEY); default: beside the log, else a file per engine; off: no lease",
+        "(http://HOST:2379/KEY), or Lease of Kubernetes (kubernetes://NAMESPACE/NAME); default: "
+        "beside the log, else a file per engine; off: no lease",
     )
     lease_s: float = Field(
         10.0, ge=1, description="seconds after which a holder that hangs is succeeded"
+    )
+    lease_account: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        description="folder with token and ca.crt, for a Lease of Kubernetes",
     )
     log_mb: int = Field(64, ge=1, description="megabytes at which the log is put aside as .1")
     log_files: int = Field(16, ge=1, description="files that are kept of it")

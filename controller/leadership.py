@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import tempfile
 import uuid
@@ -15,11 +16,13 @@ from controller.config import ControllerConfig
 from controller.lease import Lease, LeaseStore
 from controller.lease_etcd import EtcdLease
 from controller.lease_file import FileLease
+from controller.lease_kubernetes import KubernetesLease, server_url
 from controller.remote import RemoteCluster
 from engine.errors import InvalidRequestError, UnavailableError
 
 logger = logging.getLogger(__name__)
 TRIES = 5  # per lease, of one who waits for it
+DNS_NAME = "[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
 
 
 def build_lease(config: ControllerConfig) -> Lease | None:
@@ -37,6 +40,15 @@ def build_lease(config: ControllerConfig) -> Lease | None:
                 "http://127.0.0.1:2379/tidewright/pool1."
             )
         store = EtcdLease(f"{parts.scheme}://{parts.netloc}", key, holder, config.lease_s)
+    elif told.startswith("kubernetes://"):
+        namespace, _, name = told.removeprefix("kubernetes://").partition("/")
+        if not all(re.fullmatch(DNS_NAME, part) for part in (namespace, name)):
+            raise InvalidRequestError(
+                f"lease {told!r} names no object; expected one such as "
+                "kubernetes://NAMESPACE/NAME, both of lower-case letters, digits, - and ."
+            )
+        where = (server_url(), config.lease_account, namespace, name)
+        store = KubernetesLease(*where, holder, config.lease_s)
     else:
         store = FileLease(Path(told) if told else _default_path(config), holder, config.lease_s)
     return Lease(store)

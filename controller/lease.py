@@ -4,8 +4,8 @@ Whoever holds it has an epoch that only rises, its term. A holder renews it and 
 could not for so long that another may have it (`check`, on the holder's own monotonic clock, which
 goes on while the process is stopped). A holder that wakes up between that check and its call is
 refused by the engine, which knows of the higher term: `engine.terms`. Where leases are kept is
-behind `LeaseStore`: a file on one machine (`controller.lease_file`), or etcd for several
-(`controller.lease_etcd`).
+behind `LeaseStore`: a file on one machine (`controller.lease_file`), or for several etcd
+(`controller.lease_etcd`) or Kubernetes (`controller.lease_kubernetes`).
 """
 
 from __future__ import annotations

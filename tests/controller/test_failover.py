@@ -31,6 +31,7 @@ from engine.migration.plan import plan_switch
 from engine.profile import ProfiledCluster
 from engine.terms import Terms
 from envs.served_surrogate import ServedSurrogate
+from tests.controller import small_kubernetes
 from tests.controller.small_etcd import serve
 
 ROOT = Path(__file__).parents[2]
@@ -118,11 +119,20 @@ def engine(synthetic_cluster: ProfiledCluster) -> Iterator[ServedSurrogate]:
         yield served
 
 
-@pytest.fixture(params=["file", "etcd"])
-def lease(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
+@pytest.fixture(params=["file", "etcd", "kubernetes"])
+def lease(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, ...]]:
     """Arguments; the file is the default, beside the log that both write."""
     if request.param == "file":
         yield ()
+        return
+    if request.param == "kubernetes":
+        with small_kubernetes.serve(tmp_path) as api:
+            host, _, port = api.url.removeprefix("https://").partition(":")
+            monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+            monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+            yield ("--lease", "kubernetes://serving/test", "--lease-account", str(tmp_path))
         return
     with serve() as url:
         yield ("--lease", f"{url}/tidewright/test")

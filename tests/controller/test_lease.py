@@ -1,6 +1,7 @@
 """Of several who want a lease one has it, with an epoch that only rises; and knows when it is over.
 
-The etcd lease runs against a small server of etcd's semantics, and against etcd where there is one.
+The etcd lease runs against a small server of etcd's semantics, and against etcd where there is one;
+that of Kubernetes against a small server of its API's.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import pytest
 from controller.lease import Lease, LeaseStore
 from controller.lease_etcd import EtcdLease
 from controller.lease_file import FileLease
+from controller.lease_kubernetes import KubernetesLease
 from engine.errors import InvalidRequestError, StaleEpochError, UnavailableError
+from tests.controller import small_kubernetes
 from tests.controller.small_etcd import serve
+from tests.controller.small_kubernetes import SmallKubernetes
 
 ROOT = Path(__file__).parents[2]
 TTL_S = 2.0
@@ -33,6 +37,12 @@ MakeStore = Callable[[str], LeaseStore]
 def small_etcd() -> Iterator[str]:
     with serve() as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallKubernetes]:
+    with small_kubernetes.serve(tmp_path_factory.mktemp("account")) as api:
+        yield api
 
 
 def free_port() -> int:
@@ -77,10 +87,14 @@ def until(condition: Callable[[], object], problem: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(params=["file", "small_etcd", "real_etcd"])
+@pytest.fixture(params=["file", "kubernetes", "small_etcd", "real_etcd"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
     if request.param == "file":
         return lambda holder: FileLease(tmp_path / "new" / "lease", holder, TTL_S)
+    if request.param == "kubernetes":
+        api, name = request.getfixturevalue("kubernetes"), tmp_path.name.replace("_", "-")
+        where = (api.url, api.account, "tests", name)
+        return lambda holder: KubernetesLease(*where, holder, TTL_S)
     url = request.getfixturevalue(request.param)
     return lambda holder: EtcdLease(url, f"tests/{tmp_path.name}", holder, TTL_S)
 
