@@ -2,17 +2,17 @@
 
 The pool is 16 H100s that serve Llama-2-70B. Service and clients are processes of their own, and
 talk over gRPC on loopback; engines only tell of themselves. The policy is the shipped one of
-`policies/artifacts/h100-16`, which decides by hysteresis; `learned`: its first member, in torch.
+`policies/artifacts/h100-16`, which decides by hysteresis; `learned`: its first member.
 
-- decide_ms_p50: one client asks one decision after the other, each for a grid interval later,
-  events reported before; `_events`: with the 300 events of the interval in the request.
+- decide_ms_p50: one client asks one decision after the other, each for a grid interval later, the
+  interval's events reported just before; `_events`: with those 300 events in the request.
 - decide_ms_p99_64: 64 clients at once, each with pauses of half a second on average, which is 30
   times as often as the grid; `_closed`: without pauses, which tells of throughput (decide_per_s).
 - tick_ms_*: all pure steps of a tick at 10 requests/s per 16 devices: events, forecast, candidates,
   masks, rule, and every fifth tick the plan of a switch; `_cpu`: processor time of the same.
 - fanout_ms_200_p99: from a tick's publication until each of 200 watchers has it.
 - restart_s: from the start of `python -m controller` after a SIGKILL, with the log of an hour, to
-  its first decision, by a rule; restart_learned_s: by the trained policy, which needs torch.
+  its first decision, by a rule; restart_learned_s: by the trained policy.
 
 On a machine with other work wall-clock figures say more of that work: the load average is told.
 """

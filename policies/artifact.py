@@ -17,6 +17,7 @@ from policies.base import Policy
 from policies.baselines import HysteresisConfig, HysteresisPolicy
 from policies.guarded import GuardedConfig, GuardedPolicy
 from policies.manifest import MANIFEST, check_hash, load_manifest, spec_from_json
+from policies.trained import load_trained
 
 FILE, SCHEMA = "artifact.json", 1
 GUARDED, HYSTERESIS = "guarded", "hysteresis"
@@ -90,7 +91,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def load_shipped(folder: Path, expected_spec_hash: str | None = None, name: str = "") -> Policy:
     """The policy of a checkpoint, or of an artifact the one that `name` says (GUARDED, HYSTERESIS
-    or a member), its default unless given. torch is imported where weights are needed.
+    or a member), its default unless given.
 
     Raises CheckpointError.
     """
@@ -99,11 +100,11 @@ def load_shipped(folder: Path, expected_spec_hash: str | None = None, name: str 
             raise CheckpointError(
                 f"{folder} is a single checkpoint ({MANIFEST}), it has no {name!r}; leave it out."
             )
-        return _learned(folder, expected_spec_hash)
+        return load_trained(folder, expected_spec_hash)
     artifact = read_artifact(folder)
     chosen = name or artifact.default
     if chosen in artifact.members:
-        return _learned(folder / chosen, expected_spec_hash)
+        return load_trained(folder / chosen, expected_spec_hash)
     if chosen not in (GUARDED, HYSTERESIS):
         known = ", ".join(names_of(folder))
         raise CheckpointError(f"artifact {folder} has no policy {chosen!r}; it has {known}.")
@@ -112,11 +113,5 @@ def load_shipped(folder: Path, expected_spec_hash: str | None = None, name: str 
     if chosen == HYSTERESIS:
         check_hash(folder, spec.hash, expected_spec_hash or spec.hash, "this controller")
         return rule
-    members = [_learned(folder / m, expected_spec_hash) for m in artifact.members]
+    members = [load_trained(folder / m, expected_spec_hash) for m in artifact.members]
     return GuardedPolicy(members, rule, artifact.guarded)
-
-
-def _learned(folder: Path, expected_spec_hash: str | None) -> Policy:
-    from policies.checkpoint import load_policy
-
-    return load_policy(folder, expected_spec_hash)

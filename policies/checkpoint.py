@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
@@ -30,13 +30,11 @@ from policies.manifest import (
     OPTIMIZER,
     SCHEMA,
     WEIGHTS,
-    check_hash,
     load_manifest,
-    spec_from_json,
 )
-from policies.networks import NetworkConfig, build_network
-from policies.normalizer import ObservationNormalizer
+from policies.networks import build_network
 from policies.ppo import PpoPolicy
+from policies.trained import describe, read_tensors
 
 _LIBRARIES = ("torch", "numpy", "stable-baselines3", "sb3-contrib")
 
@@ -116,38 +114,22 @@ def _digest(path: Path) -> str:
 
 
 def _load_tensors(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    path = Path(folder) / name
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {folder} lacks {name}; copy the whole folder again.")
-    if _digest(path) != manifest["files"].get(name):
-        raise CheckpointError(
-            f"{path} is truncated or was changed: its SHA-256 is not the manifest's; copy the "
-            "checkpoint again."
-        )
+    data = read_tensors(folder, manifest, name)
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}.") from error
+        raise CheckpointError(
+            f"{name} of {folder} cannot be read as safetensors: {error}."
+        ) from error
     return tensors
 
 
 def load_policy(folder: Path, expected_spec_hash: str | None = None) -> PpoPolicy:
-    """The policy of a checkpoint. Sets torch to one thread: its forward pass takes microseconds.
-
-    Raises CheckpointError in one sentence: missing file, truncated file, another schema, or an
-    observation other than `expected_spec_hash` says.
-    """
+    """The policy of a checkpoint, with its network. Sets torch to one thread. To decide by it,
+    `policies.trained.load_trained` is enough, and raises the same."""
     torch.set_num_threads(1)
     manifest = load_manifest(folder)
-    try:
-        spec = spec_from_json(manifest["observation"])
-        config = NetworkConfig(**manifest["network"])
-        normalizer = ObservationNormalizer.from_json(manifest["normalizer"], spec)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the manifest of {folder} is malformed: {error}.") from error
-    check_hash(folder, spec.hash, manifest["spec_hash"], "its own manifest")
-    if expected_spec_hash is not None:
-        check_hash(folder, spec.hash, expected_spec_hash, "this controller")
+    spec, config, normalizer, name = describe(folder, manifest, expected_spec_hash)
     network = build_network(spec, config)
     try:
         network.load_state_dict(_load_tensors(folder, manifest, WEIGHTS))
@@ -155,7 +137,7 @@ def load_policy(folder: Path, expected_spec_hash: str | None = None) -> PpoPolic
         raise CheckpointError(
             f"{WEIGHTS} of {folder} does not fit its manifest: {error}"
         ) from error
-    return PpoPolicy(spec, network, config, normalizer, str(manifest.get("name", "ppo")))
+    return PpoPolicy(spec, network, config, normalizer, name)
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

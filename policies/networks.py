@@ -5,8 +5,7 @@ Shapes: B observations, K candidate rows, S state features, C candidate features
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,22 +15,10 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
 from policies.base import ObservationSpec
+from policies.inference import Actor, NetworkConfig, build_actor
 from policies.normalizer import FlatLayout
 
 KEEP_FEATURE = "is_keep"
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkConfig:
-    """Size and start of the network. Stored in the checkpoint."""
-
-    hidden_size: int = 64  # H of every layer
-    keep_weight: float = 1.0  # initial weight of the (normalised) keep marker in the logit: the
-    # untrained policy then mostly keeps, instead of switching at random
-    kind: Literal["candidates", "mlp"] = (
-        "candidates"  # mlp: over the flat observation, with weights
-    )
-    # of its own for each row: what is not known there is that rows are alike
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
@@ -158,6 +145,12 @@ Network = CandidateNetwork | PlainNetwork
 def build_network(spec: ObservationSpec, config: NetworkConfig) -> Network:
     """The network that the config names."""
     return (CandidateNetwork if config.kind == "candidates" else PlainNetwork)(spec, config)
+
+
+def actor_in(network: Network, config: NetworkConfig) -> Actor:
+    """The forward pass of one on the CPU in numpy, on views of its weights."""
+    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    return build_actor(config, network.layout, weights)
 
 
 class CandidatePolicy(MaskableActorCriticPolicy):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from engine.errors import InvalidRequestError
 from policies.base import Observation, ObservationSpec
-from policies.inference import actor_of
-from policies.networks import Network, NetworkConfig, build_network
+from policies.inference import NetworkConfig, TrainedPolicy
+from policies.networks import Network, actor_in, build_network
 from policies.normalizer import ObservationNormalizer
 
 
@@ -52,8 +50,8 @@ class PpoConfig:
         return NetworkConfig(self.hidden_size, self.keep_weight, self.network_kind)
 
 
-class PpoPolicy:
-    """A trained network as a `Policy`: normalise, score, masked softmax."""
+class PpoPolicy(TrainedPolicy):
+    """With the network itself, which can be trained further."""
 
     def __init__(
         self,
@@ -63,13 +61,9 @@ class PpoPolicy:
         normalizer: ObservationNormalizer,
         name: str = "ppo",
     ) -> None:
-        self.spec, self.network, self.network_config = spec, network.eval(), network_config
-        self.normalizer, self._name = normalizer, name
-        self._forward = actor_of(network)
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self.network = network.eval()
+        actor = actor_in(network, network_config)
+        super().__init__(spec, actor, network_config, normalizer, name)
 
     def with_max_candidates(self, number: int) -> PpoPolicy:
         """The same weights and statistics for another number of rows: neither depends on it.
@@ -87,24 +81,8 @@ class PpoPolicy:
         normalizer = ObservationNormalizer.from_json(self.normalizer.to_json(), spec)
         return PpoPolicy(spec, network, self.network_config, normalizer, self._name)
 
-    def reset(self) -> None:
-        """Nothing to clear: history is part of the observation."""
-
-    def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        """[K] float64; see `policies.base.Policy`."""
-        assert observation.mask.any(), "no legal candidate; keep must always be legal"
-        logits = self._forward(self.normalizer.normalise(observation.flat()))
-        return masked_softmax(logits.astype(np.float64), observation.mask)
-
     def value(self, observation: Observation) -> float:
         """The critic's estimate, in the (normalised) reward's unit of the training run."""
         flat = torch.from_numpy(self.normalizer.normalise(observation.flat())[None])
         with torch.no_grad():
             return float(self.network.forward_critic(flat)[0, 0])
-
-
-def masked_softmax(logits: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Softmax over the rows where mask is True, exactly zero elsewhere."""
-    weights = np.where(mask, np.exp(logits - logits[mask].max()), 0.0)
-    share: NDArray[np.float64] = weights / weights.sum()
-    return share

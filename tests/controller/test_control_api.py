@@ -33,7 +33,8 @@ from engine.profile import ProfiledCluster
 from engine.wire import error_of, from_proto, to_proto
 from policies.baselines import HysteresisPolicy, KeepPolicy
 from policies.checkpoint import save_checkpoint
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.inference import NetworkConfig
+from policies.networks import CandidateNetwork
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
 from policies.verdicts import policy_digest, sealed

@@ -46,7 +46,8 @@ from engine.profile import ProfiledCluster
 from engine.wire import from_proto, to_proto
 from envs.surrogate.cluster import SurrogateCluster
 from policies.checkpoint import save_checkpoint
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.inference import NetworkConfig
+from policies.networks import CandidateNetwork
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
 from protos import engine_pb2, engine_pb2_grpc

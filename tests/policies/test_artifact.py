@@ -25,7 +25,8 @@ from policies.base import Observation, ObservationSpec
 from policies.baselines import HysteresisConfig
 from policies.checkpoint import save_checkpoint
 from policies.guarded import GuardedConfig, GuardedPolicy
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.inference import NetworkConfig
+from policies.networks import CandidateNetwork
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
 

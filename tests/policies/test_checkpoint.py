@@ -1,6 +1,7 @@
 """A checkpoint gives the same probabilities back, or one clear sentence."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,17 @@ import torch
 from engine.errors import CheckpointError
 from policies.base import Observation, ObservationSpec
 from policies.checkpoint import load_manifest, load_optimizer, load_policy, save_checkpoint
-from policies.networks import CandidateNetwork, NetworkConfig
+from policies.inference import NetworkConfig, TrainedPolicy
+from policies.networks import CandidateNetwork
 from policies.normalizer import ObservationNormalizer
 from policies.ppo import PpoPolicy
+from policies.trained import load_trained
 
 SPEC = ObservationSpec(("rate", "queue"), ("is_keep", "headroom"), 3, 15.0)
+
+
+Load = Callable[..., TrainedPolicy]
+LOADERS = pytest.mark.parametrize("load", [load_policy, load_trained])
 
 
 def trained() -> tuple[PpoPolicy, torch.optim.Optimizer]:
@@ -49,11 +56,11 @@ def observations() -> list[Observation]:
 
 def test_round_trip_is_exact(folder: Path) -> None:
     policy, adam = trained()
-    loaded = load_policy(folder, SPEC.hash)
+    loaded, decides = load_policy(folder, SPEC.hash), load_trained(folder, SPEC.hash)
     for observation in observations():
-        np.testing.assert_array_equal(
-            loaded.probabilities(observation), policy.probabilities(observation)
-        )
+        wanted = policy.probabilities(observation)
+        np.testing.assert_array_equal(loaded.probabilities(observation), wanted)
+        np.testing.assert_array_equal(decides.probabilities(observation), wanted)
     assert load_manifest(folder)["seed"] == 7
     fresh = torch.optim.Adam(loaded.network.parameters(), lr=1.0)
     fresh.load_state_dict(load_optimizer(folder))
@@ -78,30 +85,35 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder: Path) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+@LOADERS
+def test_missing_folder(load: Load, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no policy checkpoint at .*nowhere"):
-        load_policy(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
 
 
+@LOADERS
 @pytest.mark.parametrize("name", ["policy.safetensors", "optimizer.safetensors"])
-def test_missing_file(folder: Path, name: str) -> None:
+def test_missing_file(load: Load, folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=f"lacks {name}"):
-        load_policy(folder) if name.startswith("policy") else load_optimizer(folder)
+        load(folder) if name.startswith("policy") else load_optimizer(folder)
 
 
-def test_truncated_file(folder: Path) -> None:
+@LOADERS
+def test_truncated_file(load: Load, folder: Path) -> None:
     path = folder / "policy.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="truncated"):
-        load_policy(folder)
+        load(folder)
 
 
-def test_other_observation(folder: Path) -> None:
+@LOADERS
+def test_other_observation(load: Load, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=f"trained on observation {SPEC.hash}"):
-        load_policy(folder, "0123456789abcdef")
+        load(folder, "0123456789abcdef")
 
 
+@LOADERS
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -111,20 +123,21 @@ def test_other_observation(folder: Path) -> None:
         ({"network": {"hidden_size": 4}}, "does not fit"),
     ],
 )
-def test_changed_manifest(folder: Path, change: dict[str, object], words: str) -> None:
+def test_changed_manifest(load: Load, folder: Path, change: dict[str, object], words: str) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=words):
-        load_policy(folder)
+        load(folder)
 
 
-def test_incomplete_and_broken_manifest(folder: Path) -> None:
+@LOADERS
+def test_incomplete_and_broken_manifest(load: Load, folder: Path) -> None:
     path = folder / "manifest.json"
     full = json.loads(path.read_text())
     del full["normalizer"]
     path.write_text(json.dumps(full))
     with pytest.raises(CheckpointError, match="lacks normalizer"):
-        load_policy(folder)
+        load(folder)
     path.write_text('{"schema": ')
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        load_policy(folder)
+        load(folder)

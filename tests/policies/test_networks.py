@@ -6,9 +6,10 @@ import torch
 
 from engine.errors import CheckpointError, InvalidRequestError
 from policies.base import Observation, ObservationSpec
-from policies.networks import CandidateNetwork, NetworkConfig, build_network
+from policies.inference import NetworkConfig, masked_softmax
+from policies.networks import CandidateNetwork, build_network
 from policies.normalizer import ObservationNormalizer
-from policies.ppo import PpoPolicy, masked_softmax
+from policies.ppo import PpoPolicy
 
 SPEC = ObservationSpec(("rate", "queue"), ("is_keep", "headroom", "switch_s"), 5, 15.0)
 

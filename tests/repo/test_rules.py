@@ -118,7 +118,9 @@ def test_engine_process_imports_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["policies.base", "controller.build", "envs.replay"])
+@pytest.mark.parametrize(
+    "module", ["policies.base", "policies.artifact", "controller.app", "envs.replay"]
+)
 def test_torch_free_imports(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
