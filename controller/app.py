@@ -200,7 +200,9 @@ async def serve(config: ControllerConfig) -> None:
 
 def _remote(config: ControllerConfig, lease: Lease | None) -> RemoteCluster:
     access = ClientAccess(
-        config.engine_tls_ca, token_file=config.engine_token_file, prefix="engine-"
+        *(config.engine_tls_ca, config.engine_tls_cert, config.engine_tls_key),
+        config.engine_token_file,
+        prefix="engine-",
     )
     return RemoteCluster(config.engine, config.engine_timeout_s, access, leader=lease)
 

@@ -18,6 +18,12 @@ class ControllerConfig(BaseModel):
     engine_tls_ca: Path | None = Field(
         None, description="PEM authority of the engine's certificate; none: without TLS"
     )
+    engine_tls_cert: Path | None = Field(
+        None,
+        description="PEM certificate of the controller's own (the engine's authority of it: "
+        "--control-client-ca)",
+    )
+    engine_tls_key: Path | None = Field(None, description="its private key")
     engine_token_file: Path | None = Field(
         None, description="file of a bearer token that the engine takes (its --control-tokens)"
     )

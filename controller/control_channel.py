@@ -67,10 +67,13 @@ NO_ACCESS = ClientAccess()
 def open_channel(target: str, access: ClientAccess, options: Sequence[Any]) -> grpc.Channel:
     """Raises InvalidRequestError for files that cannot be read."""
     if (access.tls_cert is None) != (access.tls_key is None):
-        raise InvalidRequestError("a client certificate needs both --tls-cert and --tls-key.")
+        raise InvalidRequestError(
+            f"a client certificate needs both --{access.prefix}tls-cert and "
+            f"--{access.prefix}tls-key."
+        )
     if not access.has_tls:
         if access.tls_cert is not None:
-            raise InvalidRequestError("a client certificate needs --tls-ca too.")
+            raise InvalidRequestError(f"a client certificate needs --{access.prefix}tls-ca too.")
         return grpc.insecure_channel(target, options)
     parts = (access.tls_ca, access.tls_key, access.tls_cert)
     pem = [None if path is None else _read(path) for path in parts]

@@ -40,7 +40,8 @@ class Stop:
 class Ports:
     """What guards both servers; None: nothing."""
 
-    certificates: Certificates | None = None
+    certificates: Certificates | None = None  # of HTTP
+    control_certificates: Certificates | None = None  # of gRPC, which may ask clients for theirs
     control_tokens: TokenFile | None = None  # of gRPC
     api_keys: TokenFile | None = None  # of HTTP
 
@@ -50,13 +51,12 @@ NO_GUARD = Ports()
 
 def build_ports(config: EngineConfig) -> Ports:
     """Raises InvalidRequestError for files that cannot be used."""
-    files, tokens, keys = (
-        tls_files(config.tls_cert, config.tls_key),
-        config.control_tokens,
-        config.api_keys,
-    )
+    files = tls_files(config.tls_cert, config.tls_key)
+    control_files = tls_files(config.tls_cert, config.tls_key, config.control_client_ca)
+    tokens, keys = config.control_tokens, config.api_keys
     return Ports(
         None if files is None else Certificates(files),
+        None if control_files is None else Certificates(control_files),
         None if tokens is None else TokenFile(tokens, "--control-tokens"),
         None if keys is None else TokenFile(keys, "--api-keys"),
     )
@@ -154,7 +154,7 @@ async def _serve(
     stop: Stop,
     ports: Ports,
 ) -> None:
-    certificates, tokens = ports.certificates, ports.control_tokens
+    certificates, tokens = ports.control_certificates, ports.control_tokens
     grpc_server, grpc_port = await start_grpc(
         *(runtime, tokenizer, name, config.host, config.grpc_port),
         None if certificates is None else certificates.credentials(),

@@ -45,7 +45,7 @@ def tls_files(
         return TlsFiles(cert, key, client_ca)
     if any((cert, key, client_ca)):
         raise InvalidRequestError(
-            "TLS needs both --tls-cert and --tls-key; --tls-client-ca goes with them."
+            "TLS needs both --tls-cert and --tls-key; an authority of clients goes with them."
         )
     return None
 

@@ -78,6 +78,9 @@ class EngineConfig(BaseModel):
     tls_key: Path | None = Field(
         None, description="its private key; both are read when they change"
     )
+    control_client_ca: Path | None = Field(
+        None, description="PEM authority of which gRPC clients must have a certificate"
+    )
     control_tokens: Path | None = Field(
         None, description="file of bearer tokens, one a line, that gRPC calls need; none: any may"
     )

@@ -7,6 +7,7 @@ so that a token is exchanged by having both in it for a while.
 from __future__ import annotations
 
 import hmac
+import secrets
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ from engine.private_files import RereadFile, check_private
 
 LEAST = 16  # characters of a token
 OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+
+
+def write_token(path: Path) -> str:
+    """A file with a new token, its owner's alone: what a server asks for and a client sends."""
+    token = secrets.token_hex(32)
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(f"{token}\n")
+    return token
 
 
 class TokenFile:

@@ -117,8 +117,8 @@ class ChatReplay(Replay):
 
 
 def build_chat_replay(
-    base_url: str, model: str, chat: ChatTrace, timeout_s: float = 120.0
+    base_url: str, model: str, chat: ChatTrace, timeout_s: float = 120.0, api_key: str = "none"
 ) -> ChatReplay:
     """A replay against `base_url` (ending in /v1). The caller closes `replay.client`."""
-    client = AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=timeout_s)
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=timeout_s)
     return ChatReplay(client, model, chat.trace, [], questions=chat.questions)

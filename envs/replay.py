@@ -213,7 +213,8 @@ def build_replay(
     seed: int = 0,
     timeout_s: float = 120.0,
     on_record: Callable[[ReplayRecord], None] | None = None,
+    api_key: str = "none",
 ) -> Replay:
     """A replay against `base_url` (ending in /v1). The caller closes `replay.client`."""
-    client = AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=timeout_s)
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=timeout_s)
     return Replay(client, model, trace, random_prompts(trace, vocab_size, seed), on_record)

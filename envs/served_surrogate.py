@@ -34,6 +34,7 @@ from engine.profile import ProfiledCluster
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
+from engine.tokens import TokenFile, TokenInterceptor
 from envs.surrogate.cluster import SurrogateCluster
 
 T = TypeVar("T")
@@ -140,7 +141,9 @@ class ServedSurrogate:
         rate_per_s: float = 10.0,
         seed: int = 0,
         regime_s: float = 60.0,
+        control_tokens: TokenFile | None = None,
     ) -> None:
+        self._guards = () if control_tokens is None else (TokenInterceptor(control_tokens),)
         self.cluster, self.key, self.rate_per_s = cluster, key, rate_per_s
         self.seed, self.regime_s = seed, regime_s
         self.port, self.num_lives = 0, 0
@@ -168,7 +171,10 @@ class ServedSurrogate:
         self.num_lives += 1
         served, prompts = cast(EngineRuntime, self.runtime), cast(Tokenizer, _NoPrompts())
         self._server, self.port = self.run(
-            start_grpc(served, prompts, "surrogate", "127.0.0.1", self.port)
+            start_grpc(
+                *(served, prompts, "surrogate", "127.0.0.1", self.port),
+                interceptors=self._guards,
+            )
         )
 
     def stop(self) -> None:

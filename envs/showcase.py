@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from controller.build import load_profiled_cluster
+from controller.control_channel import ClientAccess
 from controller.records import TickRecord
 from controller.remote import RemoteCluster
 from controller.remote_control import RemoteControl
 from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
 from engine.errors import CheckpointError, InvalidRequestError, UnavailableError
+from engine.tokens import write_token
 from envs.chat import ChatReplay, ChatTrace, build_chat_replay
 from envs.processes import ServerProcess, start_server
 from envs.replay import Replay, ReplaySummary, build_replay
@@ -165,9 +167,10 @@ def cut_window(
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The doors of a running engine and controller."""
+    """The doors of a running engine and controller, and the key to the first."""
 
     url: str
+    api_key: str
     model: str
     cluster: RemoteCluster
     control: RemoteControl
@@ -184,25 +187,34 @@ def running_server(name: str, arguments: list[str], log_path: Path) -> Iterator[
 
 @contextlib.asynccontextmanager
 async def running_pool(config: ShowcaseConfig, mode: str) -> AsyncIterator[Pool]:
-    """Engine, then controller in `mode` (active or off); afterwards none of their processes."""
+    """Engine, then controller in `mode` (active or off); afterwards none of their processes. Both
+    doors of the engine ask for tokens of this run, so that nobody else of the machine gets in."""
     run_dir = config.run_dir / mode
+    run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "decisions.jsonl").unlink(missing_ok=True)
+    control, keys = run_dir / "control-token", run_dir / "api-key"
+    write_token(control)
+    api_key, access = write_token(keys), ClientAccess(token_file=control, prefix="engine-")
     with contextlib.ExitStack() as stack:
-        arguments = ["engine", "--port", "0", "--grpc-port", "0", *config.engine_args]
+        arguments = [
+            *("engine", "--port", "0", "--grpc-port", "0", "--control-tokens", str(control)),
+            *("--api-keys", str(keys), *config.engine_args),
+        ]
         engine = stack.enter_context(running_server("engine", arguments, run_dir / "engine.log"))
         ready = await asyncio.to_thread(engine.wait_ready, ENGINE_READY, START_TIMEOUT_S)
         arguments = [
             *("controller", "--engine", ready["grpc"], "--grpc-port", "0", "--mode", mode),
             *("--policy", str(config.policy), "--log", str(run_dir / "decisions.jsonl")),
+            *("--engine-token-file", str(control)),
             *config.controller_args,
         ]
         controller = stack.enter_context(
             running_server("controller", arguments, run_dir / "controller.log")
         )
         steering = await asyncio.to_thread(controller.wait_ready, CONTROLLER_READY, START_TIMEOUT_S)
-        cluster = stack.enter_context(RemoteCluster(ready["grpc"]))
-        control = stack.enter_context(RemoteControl(steering["grpc"]))
-        yield Pool(ready["url"], ready["model"], cluster, control)
+        cluster = stack.enter_context(RemoteCluster(ready["grpc"], access=access))
+        steered = stack.enter_context(RemoteControl(steering["grpc"]))
+        yield Pool(ready["url"], api_key, ready["model"], cluster, steered)
 
 
 @dataclass(slots=True)
@@ -261,8 +273,8 @@ class Observer:
 def _build_replay(pool: Pool, traffic: Trace | ChatTrace, seed: int) -> Replay:
     url = f"{pool.url}/v1"
     if isinstance(traffic, ChatTrace):
-        return build_chat_replay(url, pool.model, traffic)
-    return build_replay(url, pool.model, traffic, NUM_BYTE_TOKENS, seed)
+        return build_chat_replay(url, pool.model, traffic, api_key=pool.api_key)
+    return build_replay(url, pool.model, traffic, NUM_BYTE_TOKENS, seed, api_key=pool.api_key)
 
 
 async def run_once(

@@ -26,8 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from controller.build import load_profiled_cluster
+from controller.control_channel import ClientAccess
 from controller.remote import RemoteCluster
 from engine.errors import UnavailableError
+from engine.tokens import TokenFile, write_token
 from envs.processes import ServerProcess, start_server
 from envs.soak.checks import MAX_FD_GROWTH, MAX_RSS_GROWTH, FollowedLog, Footprint, Watch
 from envs.soak.controller import HANG, RAISE
@@ -64,7 +66,12 @@ class Soak:
     def __init__(self, config: SoakConfig, folder: Path) -> None:
         self.config, self._folder = config, folder
         cluster = load_profiled_cluster(PROFILE)
-        self.engine = FaultyEngine(cluster, "4xtp1pp1", config.rate_per_s, config.seed, 60.0)
+        self._token_file = folder / "control-token"
+        write_token(self._token_file)
+        tokens = TokenFile(self._token_file, "--control-tokens")
+        self.engine = FaultyEngine(
+            cluster, "4xtp1pp1", config.rate_per_s, config.seed, 60.0, tokens
+        )
         self._rng = np.random.default_rng(config.seed)
         self._policy_fault = folder / "fault"
         self._policy_fault.write_text("")
@@ -73,7 +80,8 @@ class Soak:
         self._starts = 0
         logs = (FollowedLog(folder / f"{name}.log") for name in ("steering", "watching"))
         self.log, self.watched_log = logs
-        self.remote = RemoteCluster(self.engine.target)
+        access = ClientAccess(token_file=self._token_file, prefix="engine-")
+        self.remote = RemoteCluster(self.engine.target, access=access)
         self.watch = Watch(self.engine, self.log, config.dwell_s, config.stale_s, self.remote)
         self.footprints = {"soak": Footprint(os.getpid())}
         self.steering = self._controller("steering", "--mode", "active")
@@ -82,7 +90,8 @@ class Soak:
     def _controller(self, name: str, *arguments: str) -> ServerProcess:
         config, self._starts = self.config, self._starts + 1
         own = ("--grid-s", config.grid_s, "--dwell-s", config.dwell_s, "--stale-s", config.stale_s)
-        given = ("--faults", self._policy_fault, "--engine", self.engine.target, "--rule", "keep")
+        engine = ("--engine", self.engine.target, "--engine-token-file", self._token_file)
+        given = ("--faults", self._policy_fault, *engine, "--rule", "keep")
         limits = ("--engine-timeout-s", ENGINE_TIMEOUT_S, "--policy-deadline-s", POLICY_DEADLINE_S)
         log = ("--log", self._folder / f"{name}.log", "--log-mb", 8, "--log-files", 3)
         rest = ("--grpc-port", 0, "--http-port", 0, "--no-deterministic", "--seed", config.seed)

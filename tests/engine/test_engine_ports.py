@@ -27,7 +27,7 @@ from engine.errors import (
 from engine.http_server import bind_http
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
-from engine.tokens import TokenFile, TokenInterceptor
+from engine.tokens import TokenFile, TokenInterceptor, write_token
 
 TOKEN, OTHER, KEY = "c" * 32, "d" * 32, "k" * 32
 
@@ -46,6 +46,12 @@ class Files:
         self.renew()
         self.control = write(folder / "control", f"# of controllers\n{TOKEN}\n")
         self.keys = write(folder / "keys", KEY)
+        mine = self._ca.issue_cert("controller@example.org", common_name="controller")
+        self.own_cert = write(folder / "own.pem", *(p.bytes() for p in mine.cert_chain_pems))
+        self.own_key = write(folder / "own.key", mine.private_key_pem.bytes())
+        other = trustme.CA().issue_cert("controller@example.org", common_name="controller")
+        self.other_cert = write(folder / "o.pem", *(p.bytes() for p in other.cert_chain_pems))
+        self.other_key = write(folder / "o.key", other.private_key_pem.bytes())
         self.mine = write(folder / "mine", TOKEN)
         self.wrong = write(folder / "wrong", OTHER)
 
@@ -71,7 +77,7 @@ def with_engine(tiny_model_dir: Path, ask: Asked, **options: Any) -> Any:
 
     async def run() -> Any:
         sock = bind_http("127.0.0.1", 0)
-        certificates, tokens = ports.certificates, ports.control_tokens
+        certificates, tokens = ports.control_certificates, ports.control_tokens
         async with http_server(runtime, tokenizer, "tiny", sock, ports):
             server, port = await start_grpc(
                 *(runtime, tokenizer, "tiny", "127.0.0.1", 0),
@@ -117,6 +123,39 @@ def test_controllers_need_tls_and_a_token(tiny_model_dir: Path, files: Files) ->
         *("tiny", UnauthenticatedError, UnauthenticatedError, UnavailableError),
         "tiny",
     ]
+
+
+def test_controllers_may_need_a_certificate_and_prompts_do_not(
+    tiny_model_dir: Path, files: Files
+) -> None:
+    def ask(url: str, target: str) -> Any:
+        tls = {"tls_ca": files.ca}
+        context = ssl.create_default_context(cafile=str(files.ca))
+        return [
+            described(target, **tls, tls_cert=files.own_cert, tls_key=files.own_key),
+            described(target, **tls, tls_cert=files.other_cert, tls_key=files.other_key),
+            described(target, **tls),
+            httpx.get(f"{url}/v1/models", verify=context, trust_env=False).status_code,
+        ]
+
+    guards = {"tls_cert": files.cert, "tls_key": files.key, "control_client_ca": files.ca}
+    assert with_engine(tiny_model_dir, ask, **guards) == [
+        *("tiny", UnavailableError, UnavailableError, 200)
+    ]
+
+
+def test_an_authority_of_clients_needs_a_certificate(tiny_model_dir: Path, files: Files) -> None:
+    with pytest.raises(InvalidRequestError, match="an authority of clients goes with them"):
+        build_ports(EngineConfig(model=str(tiny_model_dir), control_client_ca=files.ca))
+
+
+def test_a_token_that_is_written_is_one_that_is_taken(tmp_path: Path) -> None:
+    token = write_token(tmp_path / "token")
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    TokenFile(tmp_path / "token", "--control-tokens").check(f"Bearer {token}")
+    access = ClientAccess(token_file=tmp_path / "token")
+    assert access.metadata("127.0.0.1:1") == (("authorization", f"Bearer {token}"),)
+    assert write_token(tmp_path / "token") != token
 
 
 def test_prompts_need_tls_and_a_key(tiny_model_dir: Path, files: Files) -> None:
