@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -529,9 +530,15 @@ def _asked(snapshot: ClusterSnapshot, events: tuple[ClusterEvent, ...], session:
     return request
 
 
-def test_decide_does_what_the_loop_does(served: Served) -> None:
-    """The loop's own snapshots and events, told to Decide: the same candidates, masks, choice."""
-    loop = served.loop
+@pytest.mark.parametrize("is_pushed", [False, True])
+def test_decide_does_what_the_loop_does(
+    served: Served, is_pushed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own snapshots and events, told to Decide: the same candidates, masks, choice. With
+    the events pushed before, all but the first decision are brief."""
+    loop, worker, handed_over = served.loop, served.sessions.worker, []
+    submit = worker.submit
+    monkeypatch.setattr(worker, "submit", lambda *a: handed_over.append(a) or submit(*a))
     loop.policy_server.policy = HysteresisPolicy(loop.pipeline.observation_spec)
     loop.pipeline.reset(0.0)
     cursor = 0
@@ -540,7 +547,14 @@ def test_decide_does_what_the_loop_does(served: Served) -> None:
         batch = served.cluster.events(cursor)
         cursor = batch.next_cursor
         assert loop.snapshot is not None
-        reply = served.stub.Decide(_asked(loop.snapshot, batch.events), timeout=WAIT_S)
+        events = batch.events
+        if is_pushed:
+            report = pb.ReportMetricsRequest(session="a")
+            for event in events:
+                to_proto(event, report.events.add())
+            served.stub.ReportMetrics(report, timeout=WAIT_S)
+            events = ()
+        reply = served.stub.Decide(_asked(loop.snapshot, events), timeout=WAIT_S)
         record = loop.records[-1]
         assert (reply.executed_key, reply.chosen_key) == (record.executed_key, record.chosen_key)
         told = [(c.key, c.probability, c.mask_reason, c.headroom) for c in reply.candidates]
@@ -553,6 +567,24 @@ def test_decide_does_what_the_loop_does(served: Served) -> None:
             assert plan.target.key == record.executed_key
             assert plan.expected_epoch == record.epoch
     assert loop.counters.num_switches_started > 0
+    assert len(handed_over) == (1 if is_pushed else 12)
+
+
+def test_only_brief_decisions_are_made_on_the_event_loop(served: Served) -> None:
+    served.step()
+    sessions, snapshot = served.sessions, served.cluster.snapshot()
+    rule, other = HysteresisPolicy(served.loop.pipeline.observation_spec), KeepPolicy()
+    assert not sessions.is_brief("a", rule, snapshot, 0), "nothing is known of the session"
+    sessions.report("a", rule, (), 0)
+    assert not sessions.is_brief("a", rule, snapshot, 0), "its deployments are not listed yet"
+    sessions.decide("a", rule, snapshot, (), 0, None)
+    assert sessions.is_brief("a", rule, snapshot, 0)
+    assert not sessions.is_brief("a", other, snapshot, 0), "it may take up to its deadline"
+    assert not sessions.is_brief("a", rule, snapshot, 1000), "events are many"
+    lost = replace(snapshot, dead_devices=(0,))
+    assert not sessions.is_brief("a", rule, lost, 0), "another list of deployments"
+    with sessions._sessions["a"].lock:
+        assert not sessions.is_brief("a", rule, snapshot, 0), "its turn comes later"
 
 
 def test_sessions_have_histories_of_their_own(served: Served) -> None:
