@@ -14,7 +14,7 @@ MODEL ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow fuzz test-ray check bench headroom ablations results soak protos \
+.PHONY: help setup demo test test-slow fuzz test-ray check bench headroom ablations demo-policy results soak protos \
   check-protos lint-protos format model \
   train-quick clean
 
@@ -71,6 +71,9 @@ headroom: $(STAMP) ## the study of what switching can win, TRACES=FOLDER, an hou
 
 ablations: $(STAMP) ## train without one ingredient at a time, docs/ablations.md; an hour or two
 	$(BIN)/python -m envs.ablations $(ARGS)
+
+demo-policy: $(STAMP) ## train, tune and score the policy of the demo, half an hour; policies/artifacts/demo
+	$(BIN)/python -m envs.demo_policy $(ARGS)
 
 results: $(STAMP) ## train every policy and score all, TRACES=FOLDER, hours; goes on where it was stopped
 	$(BIN)/python -m envs.results $(if $(TRACES),--traces $(TRACES)) $(ARGS)

@@ -40,6 +40,7 @@ class AblationsConfig(BaseModel):
 
     base: str = Field(description="file of configs/")
     seeds: tuple[int, ...] = Field(min_length=1)
+    score_windows: int = Field(24, ge=1, description="that nothing is chosen by")
     common: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
 
@@ -52,6 +53,7 @@ class Job:
     variant: str
     settings: Mapping[str, Any]
     seed: int
+    score_windows: int
     out: Path
 
 
@@ -61,16 +63,18 @@ def run(job: Job) -> dict[str, Any]:
     if done.is_file():
         return dict(json.loads(done.read_text()))
     config = read_config(job.base, dict(job.settings) | {"seed": job.seed})
-    trained = run_training(config, RunOptions(job.out, compare=False))
-    experiment = build_experiment(config)
+    if not (job.out / "result.json").is_file():
+        run_training(config, RunOptions(job.out, compare=False))
     policy, manifest = load_policy(job.out / BEST), load_manifest(job.out / BEST)
+    more = config.evaluation.model_copy(update={"num_windows": job.score_windows})
+    experiment = build_experiment(config.model_copy(update={"evaluation": more}))
     found = {
         "variant": job.variant,
         "seed": job.seed,
         "reward": scorer(experiment, experiment.validation_windows())(policy),
-        "train_s": trained.summary["train_s"],
+        "train_s": manifest["wall_s"],
         "reward_curve": manifest["reward_curve"],
-        "validation_curve": trained.state.validation_curve,
+        "validation_curve": manifest["validation_curve"],
     }
     done.write_text(json.dumps(found) + "\n")
     return found
@@ -144,6 +148,7 @@ def make(args: argparse.Namespace) -> None:
                 name,
                 config.common | settings,
                 seed,
+                config.score_windows,
                 args.runs / f"{name.replace(' ', '-')}-seed{seed}",
             )
             for name, settings in config.variants.items()

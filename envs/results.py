@@ -17,7 +17,7 @@ from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.experiment_config import read_config
 from envs.pool import run_in_processes
-from envs.shipping import decide_default, ship_seeds, write_card
+from envs.shipping import decide_default, ship_seeds, verdict_of_cells, write_card
 from envs.study.__main__ import main as run_study
 from envs.study.config import StudyConfig
 from envs.study.results import RESULTS, read_results
@@ -70,7 +70,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _train_all(jobs: list[Job], number: int) -> None:
+def train_all(jobs: list[Job], number: int) -> None:
     """Raises TidewrightErrors."""
     left = [job for job in jobs if not job.is_done]
     for count, (job, _) in enumerate(run_in_processes(train_seed, left, number), 1):
@@ -98,7 +98,7 @@ def make(args: argparse.Namespace) -> int:
         jobs = [
             Job(name, seed, args.traces, args.runs / f"{name}-seed{seed}") for seed in config.seeds
         ]
-        _train_all(jobs, args.jobs)
+        train_all(jobs, args.jobs)
         ship_seeds({f"seed{job.seed}": job.out / BEST for job in jobs}, ARTIFACTS / name, study)
     code = _score_left(config.study, [c.name for c in study.cells if c.policy in chosen], args)
     if code:
@@ -106,7 +106,11 @@ def make(args: argparse.Namespace) -> int:
     results = list(read_results(RESULTS / f"{config.study}.json.gz").values())
     for name in chosen:
         decide_default(results, ARTIFACTS / name)
-        write_card(results, ARTIFACTS / name)
+        how = (
+            f"`make results TRACES=FOLDER`, or one seed with\n`python train.py --config "
+            f"configs/{name}.yaml --traces FOLDER --seed 0`."
+        )
+        write_card(ARTIFACTS / name, verdict_of_cells(ARTIFACTS / name, results), how)
     return run_study(["--config", str(study_path), "--report"])
 
 

@@ -19,6 +19,11 @@ from policies.manifest import MANIFEST, WEIGHTS, load_manifest
 
 Result = Mapping[str, Any]
 CARD, CURVES = "README.md", "learning_curve.png"
+LIMITS = """**Limits.** It has met simulated engines only: step times are fitted to published
+operator timings, no GPU engine was measured. It knows pools of the size and kind it was trained on;
+of others it only knows that the features mean the same. Loads beyond what any deployment holds are
+an overload for it as for every rule. Where traffic is unlike the training families' the members may
+disagree; then the rule decides."""
 
 
 def ship_seeds(runs: Mapping[str, Path], folder: Path, study: StudyConfig) -> Artifact:
@@ -70,46 +75,48 @@ def _most_often(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 # The card
 
 
-def write_card(results: Sequence[Result], folder: Path) -> None:
+def write_card(folder: Path, verdict: str, how: str, limits: str = LIMITS) -> None:
     """What it was trained on, what it is good for, its limits, and how to make it again."""
     artifact, manifest = read_artifact(folder), load_manifest(folder / _first(folder))
-    cells = cells_of(results, folder.name)
-    (folder / CARD).write_text(
-        "\n\n".join([_training(folder, artifact, manifest), _verdict(artifact, cells), LIMITS])
-        + "\n"
-    )
+    parts = [*_training(folder, artifact, manifest), f"**Make it again:** {how}", verdict, limits]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n")
 
 
 def _first(folder: Path) -> str:
     return read_artifact(folder).members[0]
 
 
-def _training(folder: Path, artifact: Artifact, manifest: Mapping[str, Any]) -> str:
+def _chosen_at(manifest: Mapping[str, Any]) -> str:
+    """After how many decisions validation liked the policy best; without any, at the end."""
+    curve = manifest.get("validation_curve") or [[manifest["num_timesteps"], 0.0]]
+    return str(max(curve, key=lambda point: float(point[1]))[0])
+
+
+def _training(folder: Path, artifact: Artifact, manifest: Mapping[str, Any]) -> list[str]:
     config, cluster = manifest["config"], manifest["cluster"]
     spec, workload = cluster["spec"], config["workload"]
-    minutes = [load_manifest(folder / m).get("wall_s", 0.0) / 60.0 for m in artifact.members]
+    chosen = [_chosen_at(load_manifest(folder / m)) for m in artifact.members]
     traffic = ", ".join(map(str, workload.get("traces", ()))) or str(
         workload["trace"] or "the generator"
     )
     days = f", days {workload['days'][0]} to {workload['days'][1]}" if workload["days"] else ""
     low, high = workload["load"]
-    return f"""# {folder.name}
-
-Decides when {spec["num_devices"]} devices ({cluster["profile"]["device"]}) that serve
+    return [
+        f"# {folder.name}",
+        f"""Decides when {spec["num_devices"]} devices ({cluster["profile"]["device"]}) that serve
 {spec["model"]["name"]} switch, and to what. {len(artifact.members)} policies that differ in their
-seed, guarded by hysteresis; by default **{artifact.default}** decides (`artifact.json`).
-
-**Trained on** {traffic}{days}, at mean loads of {low:g} to {high:g} of the best static
-capacity, on the surrogate: {manifest["num_timesteps"]} decisions in {min(minutes):.0f} to
-{max(minutes):.0f} minutes a seed, chosen by validation on days of its own.
-
-![Learning curves]({CURVES})
-
-**Make it again:** `make results TRACES=FOLDER`, or one seed with
-`python train.py --config configs/{folder.name}.yaml --traces FOLDER --seed 0`."""
+seed, guarded by hysteresis; by default **{artifact.default}** decides (`artifact.json`).""",
+        f"""**Trained on** {traffic}{days}, at mean loads of {low:g} to {high:g} of the best static
+capacity, on the surrogate: {config["cloning"]["num_decisions"]} demonstrations, then PPO over
+{config["ppo"]["n_timesteps"]} decisions. Validation, on traffic of its own, chose what seeds were
+after {", ".join(chosen)} of them (0: as they came from the demonstrations).""",
+        f"![Learning curves]({CURVES})",
+    ]
 
 
-def _verdict(artifact: Artifact, cells: Sequence[Result]) -> str:
+def verdict_of_cells(folder: Path, results: Sequence[Result]) -> str:
+    """A line for each cell that the artifact was scored in, and what they say together."""
+    artifact, cells = read_artifact(folder), cells_of(results, folder.name)
     if not cells:
         return "**Not scored yet**: hysteresis decides until it is."
     rows = []
@@ -141,10 +148,3 @@ def _verdict(artifact: Artifact, cells: Sequence[Result]) -> str:
     return f"**What it is worth** (docs/policy.md says how it was scored). {said}\n\n" + table(
         rows, header
     )
-
-
-LIMITS = """**Limits.** It has met simulated engines only: step times are fitted to published
-operator timings, no GPU engine was measured. It knows pools of the size and kind it was trained on;
-of others it only knows that the features mean the same. Loads beyond what any deployment holds are
-an overload for it as for every rule. Where traffic is unlike the training families' the members may
-disagree; then the rule decides."""

@@ -35,6 +35,7 @@ from policies.artifact import (
     read_artifact,
     write_artifact,
 )
+from policies.guarded import GuardedConfig
 from policies.manifest import MANIFEST, WEIGHTS
 
 TUNING = "tuning.json"
@@ -53,6 +54,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--load", type=float, help="share of best static capacity (default: trained)")
     add("--seed", type=int, default=0, help="of the resampling (default: 0)")
     add("--processes", type=int, default=0, help="at a time (default: one per core)")
+    add(
+        "--margins",
+        type=float,
+        nargs="+",
+        help="of members over the rule, to try (default: 30 2 0.5; 30 is never)",
+    )
+    add(
+        "--agreements",
+        type=float,
+        nargs="+",
+        help="shares of the members that must agree, to try (default: the policy's)",
+    )
     add_windows(parser)
     return parser.parse_args(argv)
 
@@ -72,7 +85,8 @@ def run(argv: list[str]) -> int:
     study: StudyConfig = load_config(StudyConfig, POLICY_STUDY, {})
     with_rules = [replace(before, hysteresis=rule) for rule in study.tuning.rules()]
     rule, tried_rules = _best(with_rules, HYSTERESIS, args)
-    with_guards = [replace(rule, guarded=guard) for guard in study.tuning.guards(before.guarded)]
+    guards = _guards(args, before.guarded, study)
+    with_guards = [replace(rule, guarded=guard) for guard in guards]
     guarded, tried_guards = _best(with_guards, GUARDED, args)
     default = HYSTERESIS if guarded.guarded.never_overrules else GUARDED
     tuned = replace(guarded, default=default)
@@ -86,6 +100,15 @@ def run(argv: list[str]) -> int:
     _show(told["tried"], tuned, args.out)
     print(json.dumps({k: told[k] for k in ("default", "hysteresis", "guarded")}))
     return 0
+
+
+def _guards(
+    args: argparse.Namespace, before: GuardedConfig, study: StudyConfig
+) -> list[GuardedConfig]:
+    """Settings to try, by margin and then by agreement. Raises InvalidRequestError."""
+    margins = args.margins or [g.margin for g in study.tuning.guards(before)]
+    agreements = args.agreements or [before.agreement]
+    return [GuardedConfig(margin, share) for margin in margins for share in agreements]
 
 
 def _best(

@@ -15,7 +15,7 @@ from envs.study.config import DEFAULT_STUDY, StudyConfig
 from policies.checkpoint import add_facts, load_manifest
 from policies.guarded import GuardedPolicy
 
-DEMO = DEFAULT_STUDY.parents[1] / "policies" / "artifacts" / "demo"
+DEMO = DEFAULT_STUDY.parents[1] / "policies" / "artifacts" / "demo" / "seed0"
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def roster(tmp_path: Path) -> PolicyRoster:
 
 
 def test_rules_first_then_what_the_folder_holds(roster: PolicyRoster) -> None:
-    assert [info.name for info in roster.infos()] == [*RULES, "demo", "pool"]
+    assert [info.name for info in roster.infos()] == [*RULES, "pool", DEMO.name]
     assert all(info.is_compatible for info in roster.infos())
 
 
@@ -41,5 +41,5 @@ def test_an_artifact_gives_its_default_or_one_by_name(roster: PolicyRoster) -> N
     assert guarded.info.name == "pool/guarded"
     with pytest.raises(CheckpointError, match="has no policy 'seed9'"):
         roster.load("pool/seed9")
-    with pytest.raises(NotFoundError, match="there are keep, myopic, hysteresis, demo, pool"):
+    with pytest.raises(NotFoundError, match="there are keep, myopic, hysteresis, pool, seed0"):
         roster.load("notes")

@@ -24,7 +24,7 @@ from envs.offline.verdict import pending_verdict
 from policies.baselines import HysteresisPolicy
 from policies.verdicts import policy_digest, require_passed
 
-DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo"
+DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo" / "seed0"
 TICKS = 160  # of 5 s
 SHORT = ["--effect-s", "50", "--block-s", "100", "--draws", "40", "--no-progress"]
 

@@ -20,7 +20,7 @@ from envs.offline.replay_page import window_gains
 from envs.offline.replays import Plan, run_all
 from envs.setting import SettingOptions
 
-DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo"
+DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo" / "seed0"
 QUICK = ["--windows", "2", "--window-s", "150", "--no-progress"]
 
 

@@ -20,7 +20,7 @@ from policies.artifact import (
 from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
 
-DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo"
+DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo" / "seed0"
 SHORT = ["--windows", "1", "--window-s", "120", "--load", "0.5", "--no-progress"]
 
 
@@ -65,3 +65,21 @@ def test_a_single_checkpoint_has_nothing_to_set(
     assert evaluate.main(arguments) == 2
     assert "is no shipped policy" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_guards_to_try_may_be_given(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    given = ["--margins", "30", "0.2", "--agreements", "0.6", "1", *SHORT]
+    assert evaluate.main(["tune", "--policy", str(shipped), "--out", str(out), *given]) == 0
+    tried = json.loads((out / "tuning.json").read_text())["tried"]
+    found = [(row["margin"], row["agreement"]) for row in tried if row["policy"] == GUARDED]
+    assert found == [(30.0, 0.6), (30.0, 1.0), (0.2, 0.6), (0.2, 1.0)]
+    capsys.readouterr()
+
+    wrong = [*SHORT, "--agreements", "0.4"]
+    other = tmp_path / "other"
+    assert evaluate.main(["tune", "--policy", str(shipped), "--out", str(other), *wrong]) == 2
+    assert "an agreement above 0.5" in capsys.readouterr().err
+    assert not other.exists()

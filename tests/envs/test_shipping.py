@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from engine.config import load_config
-from envs.shipping import CARD, CURVES, decide_default, ship_seeds, write_card
+from envs.shipping import CARD, CURVES, decide_default, ship_seeds, verdict_of_cells, write_card
 from envs.study.config import DEFAULT_STUDY, StudyConfig
 from policies.artifact import GUARDED, HYSTERESIS, load_shipped, read_artifact
 from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
 
-DEMO = DEFAULT_STUDY.parents[1] / "policies" / "artifacts" / "demo"
+DEMO = DEFAULT_STUDY.parents[1] / "policies" / "artifacts" / "demo" / "seed0"
 
 
 def run(rule: str, utility: float) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def test_the_stop_rule(folder: Path) -> None:
 
 
 def test_the_card_says_what_it_is_worth(folder: Path) -> None:
-    write_card([], folder)
+    write_card(folder, verdict_of_cells(folder, []), "`make results`")
     assert "Not scored yet" in (folder / CARD).read_text()
     results = [cell(0.45)]
     decide_default(results, folder)
-    write_card(results, folder)
+    write_card(folder, verdict_of_cells(folder, results), "`make results TRACES=FOLDER`")
     text = (folder / CARD).read_text()
     assert "by default **guarded** decides" in text
     assert "The gain" in text or "the gain in J is +0.0500" in text

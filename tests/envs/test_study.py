@@ -80,7 +80,7 @@ def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
     """At a margin that no member reaches the guarded policy is hysteresis, request for request.
     Run anew, the learned policies come out as they did, and nothing else is touched."""
     for seed in ("seed0", "seed1"):
-        shutil.copytree(rules.ARTIFACTS / "demo", tmp_path / "pool" / seed)
+        shutil.copytree(rules.ARTIFACTS / "demo" / "seed0", tmp_path / "pool" / seed)
     monkeypatch.setattr(rules, "ARTIFACTS", tmp_path)
     cell = SMALL_CELL.model_copy(update={"ladder": "policy", "policy": "pool"})
     world, tuned = build_world(config, cell, Path()), HysteresisConfig()

@@ -18,7 +18,7 @@ ARTIFACTS = Path(__file__).parents[2] / "policies" / "artifacts"
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
-    shutil.copytree(ARTIFACTS / "demo", tmp_path / "demo")
+    shutil.copytree(ARTIFACTS / "demo" / "seed0", tmp_path / "demo")
     (tmp_path / "verdicts").mkdir()
     return tmp_path / "demo"
 
@@ -48,7 +48,7 @@ def test_a_digest_by_hand(policy: Path) -> None:
     hashes = [[f, hashlib.sha256((policy / f).read_bytes()).hexdigest()] for f in files]
     expected = hashlib.sha256(json.dumps(["", hashes]).encode()).hexdigest()
     assert policy_digest(policy) == expected
-    (policy / "optimizer.safetensors").unlink()
+    (policy / "optimizer.safetensors").write_bytes(b"not one of them")
     assert policy_digest(policy) == expected
     (policy / "policy.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is incomplete"):
