@@ -101,15 +101,16 @@ def _training(folder: Path, artifact: Artifact, manifest: Mapping[str, Any]) -> 
     )
     days = f", days {workload['days'][0]} to {workload['days'][1]}" if workload["days"] else ""
     low, high = workload["load"]
+    shown = config.get("cloning", {}).get("num_decisions", 0)
+    start = f"{shown} demonstrations, then " if shown else ""
     return [
         f"# {folder.name}",
         f"""Decides when {spec["num_devices"]} devices ({cluster["profile"]["device"]}) that serve
 {spec["model"]["name"]} switch, and to what. {len(artifact.members)} policies that differ in their
 seed, guarded by hysteresis; by default **{artifact.default}** decides (`artifact.json`).""",
         f"""**Trained on** {traffic}{days}, at mean loads of {low:g} to {high:g} of the best static
-capacity, on the surrogate: {config["cloning"]["num_decisions"]} demonstrations, then PPO over
-{config["ppo"]["n_timesteps"]} decisions. Validation, on traffic of its own, chose what seeds were
-after {", ".join(chosen)} of them (0: as they came from the demonstrations).""",
+capacity, on the surrogate: {start}PPO over {config["ppo"]["n_timesteps"]} decisions. Validation,
+on traffic of its own, chose what the seeds were after {", ".join(chosen)} of them.""",
         f"![Learning curves]({CURVES})",
     ]
 
