@@ -16,7 +16,7 @@ from policies.ope_interval import Estimate, interval, standard_errors
 from policies.ope_replay import Calibration, calibrate
 
 MIN_EXPLAINED = 0.2  # share of the log's changes below which a model says nothing
-MAX_UNKNOWN = 0.5  # share of a replay in deployments that the log hardly has, above which as well
+MAX_UNTRIED = 0.5  # share of a replay in parallel configurations that the log hardly has, as well
 
 
 def estimate(
@@ -95,9 +95,10 @@ def _model_refusal(found: Calibration) -> str:
             f"the model explains {found.explained:.0%} of how the log's rewards change, of the "
             f"{MIN_EXPLAINED:.0%} needed: calibrate it on a profile measured on this system."
         )
-    if found.unknown_share > MAX_UNKNOWN:
+    if found.untried_share > MAX_UNTRIED:
         return (
-            f"{found.unknown_share:.0%} of the replay is spent in deployments that the log hardly "
-            "has: log some time in those that the target goes to."
+            f"{found.untried_share:.0%} of the replay is spent in deployments with parallel "
+            "configurations that the log hardly has: log some time in those that the target goes "
+            "to."
         )
     return ""

@@ -63,6 +63,7 @@ class Evidence:
     target: TargetDecisions
     logged_run: ModelRun | None = None
     target_runs: tuple[ModelRun, ...] = ()
+    drawn_runs: tuple[tuple[ModelRun, ModelRun], ...] = ()  # of both, in other models
 
     @property
     def replay(self) -> ReplayEvidence:
@@ -71,7 +72,7 @@ class Evidence:
                 "this estimator needs a replay of the logged arrivals: give a model's run with the "
                 "decisions as logged, and at least one under the target."
             )
-        return ReplayEvidence(self.log.reward, self.logged_run, self.target_runs)
+        return ReplayEvidence(self.log.reward, self.logged_run, self.target_runs, self.drawn_runs)
 
 
 # --------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ e is the model's error as a ridge regression on what the model went through, fit
 weights are products of ratios over the effect window. The value is right when model and e are, or
 when the weights are; e keeps the second term, and so its variance, small. The window is cut to as
 many decisions as the overlap carries; with none, the second term is zero.
+
+A model that was fitted to the log leaves something open. Pairs of runs, as logged and under the
+target, in other models that the log allows show how much of the difference hangs on that.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ class ReplayEvidence:
     reward: Floats  # [T] as logged
     logged: ModelRun
     target: tuple[ModelRun, ...]
+    drawn: tuple[tuple[ModelRun, ModelRun], ...] = ()  # logged and target, in other models
 
     @property
     def target_reward(self) -> Floats:
@@ -58,11 +62,37 @@ class ReplayEvidence:
 
         return of(self.logged), np.asarray(np.mean([of(run) for run in self.target], axis=0))
 
+    @property
+    def known(self) -> frozenset[str]:
+        """Deployments that the log went through for more than a few intervals."""
+        keys, counts = np.unique(self.logged.keys, return_counts=True)
+        return frozenset(keys[counts >= FEW_VISITS].tolist())
+
     def unknown_share(self) -> float:
         """Of the target's intervals, those in deployments that the log hardly went through."""
-        keys, counts = np.unique(self.logged.keys, return_counts=True)
-        known = set(keys[counts >= FEW_VISITS].tolist())
+        known = self.known
         return float(np.mean([key not in known for run in self.target for key in run.keys]))
+
+    def untried_share(self) -> float:
+        """Of the target's intervals, those in deployments with a parallel configuration that no
+        known one has."""
+        tried = frozenset().union(*map(configurations_of, self.known))
+        return float(
+            np.mean([not configurations_of(k) <= tried for run in self.target for k in run.keys])
+        )
+
+    def model_error(self) -> float:
+        """Root mean square of how far the model's difference is from that of the drawn ones."""
+        if not self.drawn:
+            return 0.0
+        middle = float((self.target_reward - self.logged.reward).mean())
+        found = [float((target.reward - logged.reward).mean()) for logged, target in self.drawn]
+        return float(np.sqrt(np.mean(np.square(np.array(found) - middle))))
+
+
+def configurations_of(key: str) -> frozenset[str]:
+    """Of a deployment's replicas, without their number: "2xtp1pp2+1xtp4pp1" -> tp1pp2, tp4pp1."""
+    return frozenset(part.partition("x")[2] or part for part in key.split("+"))
 
 
 def replay_difference(evidence: ReplayEvidence) -> Statistic:
@@ -115,11 +145,13 @@ class Calibration:
     explained: float  # share of the variance of block means that model and fitted error explain
     unknown_share: float  # of the target's intervals, in deployments that the log lacks
     unknown_error: float  # typical error in a deployment whose error was not fitted
+    untried_share: float = 0.0  # of them, in parallel configurations that it lacks
+    model_error: float = 0.0  # of the replay's value, by what the log leaves open in the model
 
     @property
     def error(self) -> float:
         """Standard error of a replay's value that no resampling of the log shows."""
-        return self.unknown_share * self.unknown_error
+        return float(np.hypot(self.unknown_share * self.unknown_error, self.model_error))
 
 
 def calibrate(evidence: ReplayEvidence, block: int) -> Calibration:
@@ -127,17 +159,20 @@ def calibrate(evidence: ReplayEvidence, block: int) -> Calibration:
     error = evidence.reward - evidence.logged.reward
     logged, _ = evidence.error_features()
     fit = ridge(logged, error)
-    left, actual = (_block_means(x, block) for x in (error - fit(logged), evidence.reward))
+    left, actual = (block_means(x, block) for x in (error - fit(logged), evidence.reward))
     spread = float(actual.var())
     return Calibration(
         bias=float(error.mean()),
         explained=1.0 - float((left**2).mean()) / spread if spread > 0 else 0.0,
         unknown_share=evidence.unknown_share(),
         unknown_error=_unseen_error(evidence.logged.keys, logged, error),
+        untried_share=evidence.untried_share(),
+        model_error=evidence.model_error(),
     )
 
 
-def _block_means(values: Floats, block: int) -> Floats:
+def block_means(values: Floats, block: int) -> Floats:
+    """[T] -> [T // block], without what is left over."""
     whole = len(values) // block
     return np.asarray(values[: whole * block].reshape(whole, block).mean(axis=1))
 

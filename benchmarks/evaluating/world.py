@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ from controller.build import build_pipeline, load_profiled_cluster
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.slo import read_slo
 from engine.cluster import dense_deployment, parse_deployment_key
-from engine.profile import ProfiledCluster
+from engine.profile import ProfiledCluster, StepTimeModel
 from envs.build import DEFAULT_PROFILE
 from envs.logged import row_features
 from envs.logged_replay import replay_logged, replay_policy
+from envs.recalibration import Recalibration, recalibrate
 from envs.reward import reward_config
 from envs.serving_env import EnvParts, ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
@@ -29,10 +31,16 @@ from envs.traffic import (
     measure_stretch,
 )
 from envs.workload import Trace, WorkloadConfig
-from policies.base import Observation, Policy, choose
-from policies.baselines import GreedyPolicy, MyopicPolicy, StaticPolicy
-from policies.ope_data import LoggedDecisions, decide_on
-from policies.ope_estimators import Evidence
+from policies.base import Observation, ObservationSpec, Policy, choose
+from policies.baselines import (
+    GreedyPolicy,
+    HysteresisPolicy,
+    MyopicPolicy,
+    ScalingPolicy,
+    StaticPolicy,
+)
+from policies.exploration import Exploration, ExplorationConfig
+from policies.ope_data import LoggedDecisions, TargetDecisions, decide_on
 from policies.ope_replay import ModelRun
 
 Floats = NDArray[np.float64]
@@ -44,36 +52,37 @@ INITIAL = "2xtp1pp2"
 # What the model has wrong: steps take that many times as long as in truth, by what is split.
 PLAIN_FACTOR, TP_FACTOR, PP_FACTOR = 1.1, 1.25, 0.9
 SWITCH_FACTOR = 2.0
+# And what no factor of steps or switches sets right: the arithmetic of a step beside its memory.
+TOKEN_FACTOR = 1.2
 
-
-POLICIES = {
-    "uneven": ("1xtp1pp3+1xtp1pp1", 0.1),
-    "uneven, exploring": ("1xtp1pp3+1xtp1pp1", 0.4),
-    "one tp4": ("1xtp4pp1", 0.1),
-    "two pp2": ("2xtp1pp2", 0.3),
-    "four": ("4xtp1pp1", 0.1),
-    "one pp4": ("1xtp1pp4", 0.1),
-    "myopic": ("myopic", 0.2),
-    "greedy": ("greedy", 0.3),
-    "even": (INITIAL, 1.0),
+STATICS = {
+    "uneven": "1xtp1pp3+1xtp1pp1",
+    "one tp4": "1xtp4pp1",
+    "four": "4xtp1pp1",
+    "one pp4": "1xtp1pp4",
 }
-"""Name -> (a rule, or the deployment it goes to; probability of a row drawn evenly)."""
+
+
+RULES: dict[str, Callable[[ObservationSpec], Policy]] = {
+    "scaling": ScalingPolicy,
+    "myopic": MyopicPolicy,
+    "greedy": GreedyPolicy,
+    "hysteresis": HysteresisPolicy,
+}
 
 
 class Exploring:
-    """A rule that draws a legal row evenly with probability epsilon."""
+    """A rule that explores as the controller does with --explore EPSILON."""
 
-    def __init__(self, rule: Policy, epsilon: float) -> None:
-        self.rule, self.epsilon = rule, epsilon
-        self.name = f"{rule.name}, {epsilon:.0%} drawn"
+    def __init__(self, rule: Policy, spec: ObservationSpec, epsilon: float) -> None:
+        self.rule, self._exploration = rule, Exploration(spec, ExplorationConfig(epsilon))
+        self.name = f"{rule.name}, exploring {epsilon:.0%}"
 
     def reset(self) -> None:
         self.rule.reset()
 
     def probabilities(self, observation: Observation) -> Floats:
-        mask = observation.mask
-        mixed: Floats = (1 - self.epsilon) * self.rule.probabilities(observation)
-        return mixed + self.epsilon * mask / mask.sum()
+        return self._exploration.mix(self.rule.probabilities(observation), observation)
 
 
 def wrong_about(cluster: ProfiledCluster) -> ProfiledCluster:
@@ -83,7 +92,9 @@ def wrong_about(cluster: ProfiledCluster) -> ProfiledCluster:
         return PLAIN_FACTOR * (TP_FACTOR if tp > 1 else 1.0) * (PP_FACTOR if pp > 1 else 1.0)
 
     profile = cluster.profile
-    steps = tuple(s.scaled(factor(s.parallel.tp, s.parallel.pp)) for s in profile.steps)
+    steps = tuple(
+        _more_arithmetic(s.scaled(factor(s.parallel.tp, s.parallel.pp))) for s in profile.steps
+    )
     return replace(
         cluster,
         profile=replace(
@@ -95,6 +106,15 @@ def wrong_about(cluster: ProfiledCluster) -> ProfiledCluster:
     )
 
 
+def _more_arithmetic(steps: StepTimeModel) -> StepTimeModel:
+    return replace(
+        steps,
+        per_token_s=TOKEN_FACTOR * steps.per_token_s,
+        per_pair_s=TOKEN_FACTOR * steps.per_pair_s,
+        token_s=tuple(TOKEN_FACTOR * t for t in steps.token_s),
+    )
+
+
 @dataclass(frozen=True)
 class Log:
     """A window of traffic under a policy of the true system."""
@@ -103,6 +123,10 @@ class Log:
     decisions: LoggedDecisions
     observations: tuple[Observation, ...]
     switches: tuple[str, ...]  # key switched to at each decision, or ""
+
+    def target(self, policy: Policy) -> TargetDecisions:
+        decisions = self.decisions
+        return decide_on(policy, self.observations, decisions.segment, decisions.generator)
 
 
 class World:
@@ -143,16 +167,11 @@ class World:
         return found
 
     def policy(self, name: str) -> Policy:
-        """Of POLICIES."""
-        rule, epsilon = POLICIES[name]
+        """A rule or one of STATICS; "RULE, exploring P %" explores with probability P."""
+        base, _, share = name.partition(", exploring ")
         spec = self.pipeline.observation_spec
-        match rule:
-            case "myopic":
-                return Exploring(MyopicPolicy(spec), epsilon)
-            case "greedy":
-                return Exploring(GreedyPolicy(spec), epsilon)
-            case _:
-                return Exploring(StaticPolicy(rule), epsilon)
+        rule = StaticPolicy(STATICS[base]) if base in STATICS else RULES[base](spec)
+        return Exploring(rule, spec, float(share.removesuffix(" %")) / 100) if share else rule
 
     def trace(self, *seed: int) -> Trace:
         rate_per_s = LOAD * self.capacity.rate_per_s
@@ -175,19 +194,23 @@ class World:
         run = replay_policy(self.env(trace, self.truth), policy, rng, deterministic=False)
         return float(run.reward.mean())
 
-    def model_runs(self, log: Log, policy: Policy, number: int) -> tuple[ModelRun, ...]:
-        return tuple(
-            replay_policy(self.env(log.trace, self.model), policy, np.random.default_rng(i), False)
-            for i in range(number)
+    def logged_run(self, log: Log, model: ProfiledCluster) -> ModelRun:
+        return replay_logged(self.env(log.trace, model), log.switches)
+
+    def target_run(
+        self, log: Log, policy: Policy, model: ProfiledCluster, rng: np.random.Generator
+    ) -> ModelRun:
+        return replay_policy(self.env(log.trace, model), policy, rng, deterministic=False)
+
+    def recalibration(self, log: Log, block: int) -> Recalibration:
+        """Of the wrong profile, by the log."""
+        return recalibrate(
+            self.model,
+            lambda cluster: self.logged_run(log, cluster).reward,
+            [o.keys[0] for o in log.observations],
+            log.decisions.reward,
+            block,
         )
-
-    def evidence(self, log: Log, policy: Policy, logged: ModelRun, runs: int) -> Evidence:
-        decisions = log.decisions
-        target = decide_on(policy, log.observations, decisions.segment, decisions.generator)
-        return Evidence(decisions, target, logged, self.model_runs(log, policy, runs))
-
-    def logged_run(self, log: Log) -> ModelRun:
-        return replay_logged(self.env(log.trace, self.model), log.switches)
 
     def log(self, policy: Policy, *seed: int) -> Log:
         trace, rng = self.trace(*seed), np.random.default_rng(seed)

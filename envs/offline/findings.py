@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InvalidRequestError
+from engine.profile import ProfiledCluster
 from envs.logged import LoggedRun, Part, logged_run, read_parts
 from envs.logged_replay import replay_logged, replay_policy
 from envs.offline.course import (
@@ -22,15 +23,17 @@ from envs.offline.course import (
     worst_block,
 )
 from envs.offline.target import Target, load_target
+from envs.recalibration import Recalibration, recalibrate
 from envs.serving_env import ServingEnv
 from policies.ope import diagnose, estimate
-from policies.ope_data import Floats, Overlap, decide_on, generator_refusal
+from policies.ope_data import Floats, Ints, Overlap, decide_on, generator_refusal
 from policies.ope_estimators import ESTIMATORS, Evidence, OpeConfig
 from policies.ope_interval import Estimate
 from policies.ope_replay import Calibration, ModelRun
 
 Report = Callable[[str], None]
 SAMPLED_RUNS = 3  # of the model under a target that draws
+DRAWN_MODELS = 3  # that the log allows as well, for the model's error
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Question:
     level: float = 0.95
     draws: int = 200
     seed: int = 0
+    recalibrate: bool = True  # whether the profile is first set right by the log
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
@@ -71,6 +75,7 @@ class Findings:
     estimates: tuple[Estimate, ...]
     overlap: Overlap | None
     calibration: Calibration | None
+    recalibration: Recalibration | None  # None: the model is as profiled
     per_request: float
     generator_refusal: str
     logged: Course
@@ -119,6 +124,7 @@ class Findings:
             "overlap": self.overlap
             and asdict(self.overlap) | {"effective_windows": self.overlap.effective_windows},
             "calibration": self.calibration and asdict(self.calibration),
+            "recalibration": self.recalibration and self.recalibration.to_json(),
             "generator_refusal": self.generator_refusal,
             "switches_per_hour": {
                 "logged": round(self.logged.switches_per_hour, 4),
@@ -158,22 +164,37 @@ def find(question: Question, report: Report = lambda what: None) -> Findings:
     parts, skipped = read_parts(question.logs)
     target = load_target(question.policy, question.profile, question.sampled, parts)
     run = logged_run(parts, skipped, target.reward)
+    config, replays = question.config(run.grid_s), [_PartReplay(target, part) for part in parts]
+    recalibration = None
+    if question.recalibrate:
+        report(f"fitting the model to {len(run.decisions)} decisions")
+        keys = [str(d["deployment_key"]) for part in parts for d, _ in part.steps]
+        recalibration = recalibrate(
+            target.pipeline.cluster,
+            lambda cluster: _joined([r.as_logged(cluster)[0] for r in replays]).reward,
+            keys,
+            run.decisions.reward,
+            config.window,
+        )
     report(f"replaying {len(run.decisions)} decisions in the model")
-    replayed = [_replay(target, part, question) for part in parts]
+    cluster = recalibration.cluster if recalibration else target.pipeline.cluster
+    replayed = [_replayed(replay, cluster, question) for replay in replays]
     evidence = Evidence(
         run.decisions,
         decide_on(target.policy, run.observations, run.decisions.segment, target.generator),
         _joined([r.logged for r in replayed]),
         tuple(_joined(list(runs)) for runs in zip(*(r.target for r in replayed), strict=True)),
+        _drawn(replays, recalibration, question) if recalibration else (),
     )
-    config = question.config(run.grid_s)
     report("estimating")
     estimates = tuple(
         estimate(name, evidence, config, np.random.default_rng(question.seed))
         for name in ESTIMATORS
     )
     overlap, calibration = diagnose(evidence, config)
-    return _findings(question, target, run, evidence, replayed, estimates, overlap, calibration)
+    return _findings(
+        question, target, run, evidence, replayed, estimates, overlap, calibration, recalibration
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,29 +206,67 @@ class _Replayed:
     courses: tuple[Course, Course]  # as logged, and the first one under the target
 
 
-def _replay(target: Target, part: Part, question: Question) -> _Replayed:
-    env = target.model(part)
-    grid_s, start_s = env.grid_s, part.traffic.start_s
-    number = max(1, round(part.traffic.trace.duration_s / grid_s))
-    at_s = np.array([float(d["at_s"]) for d, _ in part.steps])
-    rows = np.clip(np.round((at_s - start_s) / grid_s).astype(np.int64), 0, number - 1)
-    switches = [""] * number
-    for (decision, _), row in zip(part.steps, rows.tolist(), strict=True):
-        if decision["executed_key"] != decision["deployment_key"]:
-            switches[row] = str(decision["executed_key"])
-    watched = Watched(target.reward.slo)
-    logged = replay_logged(env, switches, watched)
-    courses = [_course("log, in the model", logged, watched, env)]
-    runs = []
-    for seed in range(SAMPLED_RUNS if question.sampled else 1):
-        watched = Watched(target.reward.slo)
-        rng = np.random.default_rng((question.seed, seed))
-        runs.append(replay_policy(env, target.policy, rng, not question.sampled, watched))
-        if not seed:
-            courses.append(_course(question.policy, runs[0], watched, env))
-    env.close()
-    rows_of = [_rows(run, rows) for run in (logged, *runs)]
-    return _Replayed(rows_of[0], tuple(rows_of[1:]), (courses[0], courses[1]))
+@dataclass(frozen=True, slots=True)
+class _PartReplay:
+    """A part of a log, to be run in models of the system."""
+
+    target: Target
+    part: Part
+
+    @property
+    def rows(self) -> Ints:
+        """Interval of each decision, from the part's start on."""
+        grid_s = self.target.pipeline.config.grid_s
+        at_s = np.array([float(d["at_s"]) for d, _ in self.part.steps])
+        found = np.round((at_s - self.part.traffic.start_s) / grid_s).astype(np.int64)
+        return np.clip(found, 0, self._number - 1)
+
+    @property
+    def _number(self) -> int:
+        grid_s = self.target.pipeline.config.grid_s
+        return max(1, round(self.part.traffic.trace.duration_s / grid_s))
+
+    def as_logged(self, cluster: ProfiledCluster) -> tuple[ModelRun, Course]:
+        """Rows of the decisions, and the whole course, with the decisions as logged."""
+        rows, switches = self.rows, [""] * self._number
+        for (decision, _), row in zip(self.part.steps, rows.tolist(), strict=True):
+            if decision["executed_key"] != decision["deployment_key"]:
+                switches[row] = str(decision["executed_key"])
+        env, watched = self.target.model(self.part, cluster), Watched(self.target.reward.slo)
+        run = replay_logged(env, switches, watched)
+        env.close()
+        return _rows(run, rows), _course("log, in the model", run, watched, env)
+
+    def under_target(
+        self, cluster: ProfiledCluster, rng: np.random.Generator, sampled: bool
+    ) -> tuple[ModelRun, Course]:
+        """Rows of the decisions, and the whole course, under the policy."""
+        env, watched = self.target.model(self.part, cluster), Watched(self.target.reward.slo)
+        run = replay_policy(env, self.target.policy, rng, not sampled, watched)
+        env.close()
+        return _rows(run, self.rows), _course(self.target.name, run, watched, env)
+
+
+def _replayed(replay: _PartReplay, cluster: ProfiledCluster, question: Question) -> _Replayed:
+    logged, course = replay.as_logged(cluster)
+    number = SAMPLED_RUNS if question.sampled else 1
+    streams = (np.random.default_rng((question.seed, i)) for i in range(number))
+    runs = [replay.under_target(cluster, rng, question.sampled) for rng in streams]
+    return _Replayed(logged, tuple(run for run, _ in runs), (course, runs[0][1]))
+
+
+def _drawn(
+    replays: Sequence[_PartReplay], found: Recalibration, question: Question
+) -> tuple[tuple[ModelRun, ModelRun], ...]:
+    """Log and target in other models that the log allows."""
+    pairs = []
+    for number in range(DRAWN_MODELS):
+        rng = np.random.default_rng((question.seed, SAMPLED_RUNS + number))
+        cluster = found.draw(rng)
+        logged = _joined([r.as_logged(cluster)[0] for r in replays])
+        wanted = _joined([r.under_target(cluster, rng, question.sampled)[0] for r in replays])
+        pairs.append((logged, wanted))
+    return tuple(pairs)
 
 
 def _rows(run: ModelRun, rows: Any) -> ModelRun:
@@ -239,6 +298,7 @@ def _findings(
     estimates: tuple[Estimate, ...],
     overlap: Overlap | None,
     calibration: Calibration | None,
+    recalibration: Recalibration | None,
 ) -> Findings:
     logged = course_of_log(run, target)
     mean_arrived = float(logged.arrived.mean())
@@ -252,6 +312,7 @@ def _findings(
         estimates,
         overlap,
         calibration,
+        recalibration,
         scale / max(mean_arrived, 1e-9),
         generator_refusal(run.decisions, evidence.target),
         logged,

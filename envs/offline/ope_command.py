@@ -72,6 +72,12 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     add("--level", type=float, default=0.95, help="of intervals (default: 0.95)")
     add("--draws", type=int, default=200, help="of the bootstrap (default: 200)")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    add(
+        "--recalibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first set the profile's step and switch times right by the log (default: do)",
+    )
 
 
 def question_of(args: argparse.Namespace, policy: str, rule: GateRule | None = None) -> Question:
@@ -86,6 +92,7 @@ def question_of(args: argparse.Namespace, policy: str, rule: GateRule | None = N
         level=rule.level if rule is not None else args.level,
         draws=args.draws,
         seed=args.seed,
+        recalibrate=args.recalibrate,
     )
 
 

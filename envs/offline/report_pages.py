@@ -14,6 +14,8 @@ from envs.offline.findings import Findings
 from envs.offline.gate import Reason
 from envs.offline.paired import Gain
 from envs.offline.report import Page, Plotted, Section, Table
+from envs.recalibration import SWITCH
+from policies.ope_replay import configurations_of
 
 COLOURS = ("#1f6feb", "#d9730d", "#2f855a", "#7c3aed")
 MAX_SWITCHES = 200  # lines of the ledger
@@ -59,6 +61,14 @@ def diagnostics(found: Findings) -> list[str]:
             f"model: off by {c.bias:+.4f} reward per decision, explains {c.explained:.0%} of how "
             f"rewards change, {c.unknown_share:.0%} of the replay in deployments unknown to the log"
         )
+    if found.recalibration is not None:
+        served = frozenset().union(*map(configurations_of, logged.keys))
+        told = [
+            f"{name} {factor:.2f} ± {factor * error:.2f}"
+            for name, (factor, error) in found.recalibration.factors().items()
+            if name in served or (name == SWITCH and logged.switches)
+        ]
+        lines.append(f"times over the profile's, fitted to the log: {', '.join(told)}")
     if found.worst is not None:
         lines.append(
             f"worst half hour: {found.worst.ratio:.4f} of the worth of what ran, from "

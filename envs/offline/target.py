@@ -48,11 +48,12 @@ class Target:
     pipeline: DecisionPipeline
     reward: RewardConfig
 
-    def model(self, part: Part) -> ServingEnv:
-        """The requests of a part of a log on the surrogate, from the deployment it begins in."""
+    def model(self, part: Part, cluster: ProfiledCluster) -> ServingEnv:
+        """The requests of a part of a log on the surrogate of a pool, from the deployment that the
+        part begins in."""
         decision, _ = part.steps[0]
         initial = dense_deployment(parse_deployment_key(str(decision["deployment_key"])))
-        cluster, trace = self.pipeline.cluster, part.traffic.trace
+        trace = part.traffic.trace
         return ServingEnv(
             EnvParts(
                 self.pipeline,
