@@ -59,10 +59,10 @@ MAX_REFUSED = 0.2
 class Size:
     """How much of everything."""
 
-    window_s: float = 8 * 3600.0  # of a log and of a fresh window
+    window_s: float = 4 * 3600.0  # of a log and of a fresh window
     fresh: int = 4  # windows that a true value is the mean of
-    models: int = 3  # drawn from what a log leaves open
-    ope: OpeConfig = OpeConfig(window=40, block=80, draws=100)  # noqa: RUF009 (frozen)
+    models: int = 2  # drawn from what a log leaves open
+    ope: OpeConfig = OpeConfig(window=40, block=80, draws=60)  # noqa: RUF009 (frozen)
     repetitions: int = 1000  # logs of the chain
     behaviours: tuple[str, ...] = tuple(PAIRS)
 

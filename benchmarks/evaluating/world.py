@@ -46,7 +46,7 @@ from policies.ope_replay import ModelRun
 Floats = NDArray[np.float64]
 PROFILE: Path = DEFAULT_PROFILE
 LOAD, NUM_TYPES, GRID_S = 0.8, 2, 15.0
-TRAFFIC = WorkloadConfig(cycle_amplitude=0.3, regime_s=900.0, level_sigma=0.1, burst_factor=1.5)
+TRAFFIC = WorkloadConfig(cycle_amplitude=0.3, regime_s=300.0, level_sigma=0.1, burst_factor=1.5)
 STANDING = ("1xtp1pp3+1xtp1pp1", "1xtp4pp1", "2xtp1pp2", "4xtp1pp1", "1xtp1pp4")
 INITIAL = "2xtp1pp2"
 # What the model has wrong: steps take that many times as long as in truth, by what is split.

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,29 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def has_parquet() -> bool:
+    """Whether pyarrow is installed."""
+    return find_spec("pyarrow") is not None
+
+
+def require_parquet() -> None:
+    """Raises InvalidRequestError."""
+    if not has_parquet():
+        raise InvalidRequestError(
+            "Parquet files need pyarrow: pip install 'tidewright[parquet]', or leave out --parquet."
+        )
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The columns of `to_csv`, with their types."""
+    from pyarrow import BufferOutputStream, Table
+    from pyarrow.parquet import write_table
+
+    sink = BufferOutputStream()
+    write_table(Table.from_pylist([dict(row) for row in rows]), sink)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def origin(argv: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engine.errors import InvalidRequestError
-from envs.offline.files import check_writable, origin, to_csv, write_json, write_whole
+from envs.offline.files import (
+    check_writable,
+    has_parquet,
+    origin,
+    require_parquet,
+    to_csv,
+    to_parquet,
+    write_json,
+    write_whole,
+)
 from envs.offline.paired import Gain, paired_gain, value_j
 from envs.offline.replay_page import REGRETS, page_of_replay, verdict_of
 from envs.offline.replays import STATIC, Job, Plan, rewards_of, run_all
@@ -48,7 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--statics", action="store_true", help="also every static deployment, for regret")
     add("--processes", type=int, default=0, help="at a time (default: one per core)")
     add("--ray", metavar="ADDRESS", help="Ray cluster in place of processes; 'local': a new one")
-    add("--out", type=Path, metavar="FOLDER", help="keeps parts, replay.json and replay.csv")
+    add("--out", type=Path, metavar="FOLDER", help="keeps parts, replay.json, .csv and .parquet")
+    add("--parquet", action=argparse.BooleanOptionalAction,
+        help="write replay.parquet in it (default: if pyarrow is installed)")  # fmt: skip
     add(
         "--report", type=Path, metavar="FILE.html", help="also write it, with .png and .json beside"
     )
@@ -109,6 +120,10 @@ def run(argv: list[str]) -> int:
         raise InvalidRequestError(f"processes must be at least 1, got {args.processes}.")
     if args.report:
         check_writable(args.report)
+    if args.parquet:
+        if args.out is None:
+            raise InvalidRequestError("--parquet needs a folder to write to; give one with --out.")
+        require_parquet()
     jobs = plan_of(args).jobs()
     cells = _folder(args.out)
     begun_s = time.monotonic()
@@ -119,7 +134,10 @@ def run(argv: list[str]) -> int:
     told["seconds"] = round(time.monotonic() - begun_s, 1)
     if args.out is not None:
         write_json(args.out / "replay.json", told)
-        write_whole(args.out / "replay.csv", to_csv(rows_of(jobs, results)))
+        rows = rows_of(jobs, results)
+        write_whole(args.out / "replay.csv", to_csv(rows))
+        if has_parquet() if args.parquet is None else args.parquet:
+            write_whole(args.out / "replay.parquet", to_parquet(rows))
     if args.report:
         write_report(args.report, page_of_replay(jobs, results, told), told)
     show(told)

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 import evaluate
 from engine.errors import CheckpointError
+from envs.offline import files
 from envs.offline.gate import GateFacts, GateRule, judge
 from envs.offline.paired import Rewards, paired_gain, value_j
 from envs.offline.replay_command import summary
@@ -135,12 +137,35 @@ def test_the_command_writes_a_table_per_window(
     assert keep["regret_to_best_static_j"] >= 0.0
     with (tmp_path / "replay.csv").open() as file:
         rows = list(csv.DictReader(file))
+    table = parquet.read_table(tmp_path / "replay.parquet").to_pylist()
+    assert [{k: str(v) for k, v in row.items()} for row in table] == rows
+    assert {type(row["load"]) for row in table} == {float}
     statics = {r["policy"] for r in rows if r["policy"].startswith("static ")}
     assert len(rows) == (2 + len(statics)) * 2 * 2  # policies, loads, windows
     arrived = {(r["load"], r["window"]): set() for r in rows}
     for row in rows:
         arrived[row["load"], row["window"]].add(row["arrived"])
     assert all(len(numbers) == 1 for numbers in arrived.values())  # the same for every policy
+
+
+def test_parquet_is_asked_for_left_out_or_told_to_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["replay", "--policy", str(DEMO), "--load", "0.3", *QUICK, "--processes", "1"]
+    out = ["--out", str(tmp_path / "out")]
+    assert evaluate.main([*given, "--parquet"]) == 2
+    assert "give one with --out" in capsys.readouterr().err
+    assert evaluate.main([*given, *out, "--no-parquet"]) == 0
+    assert not (tmp_path / "out" / "replay.parquet").exists()
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    assert evaluate.main([*given, *out]) == 0
+    assert (tmp_path / "out" / "replay.csv").is_file()
+    assert not (tmp_path / "out" / "replay.parquet").exists()
+    assert evaluate.main([*given, "--out", str(tmp_path / "other"), "--parquet"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'tidewright[parquet]'" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "other").exists()
 
 
 def test_two_policies_are_compared_and_gated(
