@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import pytest
 from logged_controller import CONFIG, TYPING, Steered
 
 import evaluate
-from controller.build import build_pipeline
-from engine.errors import InvalidRequestError
+from controller.build import build_pipeline, pipeline_from_facts
+from engine.errors import InvalidRequestError, UngatedPolicyError
 from engine.profile import ProfiledCluster
 from envs.logged import logged_run, read_parts
 from envs.offline.findings import Question, find
 from envs.offline.gate import GateRule
+from envs.offline.report_pages import diagnostics
 from envs.offline.target import load_target
 from envs.offline.verdict import pending_verdict
+from envs.recalibration import scaled
+from policies.artifact import manifest_of
 from policies.baselines import HysteresisPolicy
 from policies.verdicts import policy_digest, require_passed
 
@@ -72,6 +75,29 @@ def test_what_the_log_says_of_a_rule_is_what_the_rule_then_does(logged: Logged) 
     assert main.value_interval[0] <= truth <= main.value_interval[1]
     assert abs(main.value - truth) < 0.2 * abs(truth - ran)
     assert found.behaviour.startswith("even")
+
+
+def test_a_wrong_profile_is_set_right_by_the_log(
+    logged: Logged, small_cluster: ProfiledCluster, tmp_path: Path
+) -> None:
+    number = len(small_cluster.profile.steps)
+    wrong = tmp_path / "wrong.json"
+    slower = scaled(small_cluster, np.log([*[1.25] * number, 1.0]))
+    wrong.write_text(json.dumps(slower.to_json()))
+    asked = Question((logged.even,), "hysteresis", wrong, effect_s=50.0, block_s=100.0, draws=40)
+    fitted, as_profiled = find(asked), find(replace(asked, recalibrate=False))
+    assert fitted.recalibration is not None
+    assert as_profiled.recalibration is None
+    factor, error = fitted.recalibration.factors()["tp1pp1"]
+    assert factor == pytest.approx(1 / 1.25, abs=0.05)
+    assert error < 0.1
+    assert fitted.calibration is not None
+    assert as_profiled.calibration is not None
+    assert abs(fitted.calibration.bias) < 0.3 * abs(as_profiled.calibration.bias)
+    assert fitted.calibration.model_error > 0.0 == as_profiled.calibration.model_error
+    told = fitted.to_json()["recalibration"]["tp1pp1"]
+    assert told == {"factor": round(factor, 4), "relative_error": round(error, 4)}
+    assert "times over the profile's, fitted to the log" in "\n".join(diagnostics(fitted))
 
 
 def test_what_did_not_happen_is_told_from_what_did(logged: Logged) -> None:
@@ -127,9 +153,6 @@ def test_a_gate_lets_through_or_not(
 def test_a_checkpoint_is_asked_about_what_its_own_controller_saw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from controller.build import pipeline_from_facts
-    from policies.artifact import manifest_of
-
     pipeline = pipeline_from_facts(manifest_of(DEMO))
     Steered(pipeline.cluster, tmp_path / "log", num_ticks=60, pipeline=pipeline).run()
     given = ["ope", str(tmp_path / "log"), "--policy", str(DEMO), "--no-progress"]
@@ -159,6 +182,33 @@ def test_a_verdict_is_written_beside_the_result(
         assert (told["command"], told["versions"]) == (made["command"], made["versions"])
         assert {k: told[k] for k in ("passed", "reasons")} == made["gate"]
     assert require_passed(out.parent, policy) == told["digest"]
+
+
+def test_a_verdict_from_logs_lets_the_policy_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ope --gate --json`: the verdict file is of these very files, passed or not."""
+    pipeline = pipeline_from_facts(manifest_of(DEMO))
+    Steered(pipeline.cluster, tmp_path / "log", num_ticks=60, pipeline=pipeline).run()
+    rule, out = tmp_path / "rule.yaml", tmp_path / "demo.json"
+    given = ["ope", str(tmp_path / "log"), "--policy", str(DEMO), "--no-progress", "--sampled"]
+    given += ["--effect-s", "5", "--block-s", "10", "--draws", "20", "--no-recalibrate"]
+    given += ["--gate", str(rule), "--json", str(out)]
+    for asked, status in (("min_worst_block: 0.9\n", 1), ("max_switches_per_hour: 1000\n", 0)):
+        rule.write_text(asked)
+        assert evaluate.main(given) == status
+        made = last_json(capsys)
+        assert made == json.loads(out.read_text())
+        verdict = json.loads((tmp_path / "demo.gate.json").read_text())
+        assert {k: verdict[k] for k in ("passed", "reasons")} == made["gate"]
+        assert verdict["passed"] is (status == 0)
+        assert verdict["digest"] == policy_digest(DEMO)
+        assert verdict["command"] == made["command"]
+        if status:
+            with pytest.raises(UngatedPolicyError, match="did not pass"):
+                require_passed(tmp_path, DEMO)
+        else:
+            assert require_passed(tmp_path, DEMO) == verdict["digest"]
 
 
 def test_a_rule_has_no_files_and_gets_no_verdict(logged: Logged, tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""A profile set right by a log: where the log speaks, and where only the prior does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from controller.build import load_profiled_cluster
+from engine.profile import ProfiledCluster
+from envs.build import DEFAULT_PROFILE
+from envs.recalibration import (
+    COMMON,
+    OF_SWITCHES,
+    OWN,
+    SWITCH,
+    Simulate,
+    recalibrate,
+    scaled,
+)
+
+Floats = NDArray[np.float64]
+CLUSTER = load_profiled_cluster(DEFAULT_PROFILE)
+NAMES = [steps.parallel.key for steps in CLUSTER.profile.steps]
+KEYS = ["4xtp1pp1"] * 300 + ["2xtp1pp2"] * 300
+CHANGES = np.arange(600) % 3 == 0  # intervals in which a switch costs
+
+
+def logarithms(keys: list[str]) -> Simulate:
+    """Rewards that are less what steps and switches take, in logarithms: linear in theta."""
+    served = [NAMES.index(key.partition("x")[2]) for key in keys]
+
+    def simulate(cluster: ProfiledCluster) -> Floats:
+        base = np.log([steps.base_s for steps in cluster.profile.steps])
+        switch = np.log(cluster.profile.switch_overhead_s)
+        return np.asarray(-base[served] - switch * CHANGES[: len(keys)] * (len(set(keys)) > 1))
+
+    return simulate
+
+
+def test_every_time_is_scaled() -> None:
+    theta = np.linspace(-0.2, 0.3, len(NAMES) + 1)
+    found, were = scaled(CLUSTER, theta).profile, CLUSTER.profile
+    for before, after, log_factor in zip(were.steps, found.steps, theta, strict=False):
+        assert after == before.scaled(float(np.exp(log_factor)))
+    assert found.switch_overhead_s == pytest.approx(were.switch_overhead_s * np.exp(0.3))
+    assert found.link_bytes_per_s == pytest.approx(were.link_bytes_per_s / np.exp(0.3))
+
+
+def test_what_the_log_shows_is_found() -> None:
+    theta = np.zeros(len(NAMES) + 1)
+    theta[NAMES.index("tp1pp1")], theta[NAMES.index("tp1pp2")], theta[-1] = 0.4, -0.1, 0.7
+    simulate, rng = logarithms(KEYS), np.random.default_rng(0)
+    reward = simulate(scaled(CLUSTER, theta)) + 0.05 * rng.standard_normal(len(KEYS))
+    found = recalibrate(CLUSTER, simulate, KEYS, reward, block=10)
+    for name, actual in (("tp1pp1", 0.4), ("tp1pp2", -0.1), (SWITCH, 0.7)):
+        factor, error = found.factors()[name]
+        assert 0.0 < error < 0.1
+        assert np.log(factor) == pytest.approx(actual, abs=3 * error)
+    np.testing.assert_allclose(simulate(found.cluster).mean(), reward.mean(), atol=0.02)
+
+
+def test_what_it_does_not_show_is_as_likely_as_what_it_does() -> None:
+    """One configuration known well; of another the mean and spread given it, in closed form."""
+    theta = np.zeros(len(NAMES) + 1)
+    theta[NAMES.index("tp1pp1")] = 0.3
+    keys = KEYS[:300]
+    simulate = logarithms(keys)
+    reward = simulate(scaled(CLUSTER, theta)) + 1e-3 * np.tile([1.0, -1.0, -1.0, 1.0], 75)
+    found = recalibrate(CLUSTER, simulate, keys, reward, block=2)
+    assert found.theta[NAMES.index("tp1pp1")] == pytest.approx(0.3, abs=1e-3)
+    all_of = COMMON**2 + OWN**2
+    other = NAMES.index("tp4pp1")
+    assert found.theta[other] == pytest.approx(0.3 * COMMON**2 / all_of, abs=1e-3)
+    assert found.covariance[other, other] == pytest.approx(all_of - COMMON**4 / all_of, rel=1e-3)
+    assert found.factors()[SWITCH] == pytest.approx((1.0, OF_SWITCHES))  # it never switched
+
+
+def test_models_are_drawn_as_widely_as_the_log_allows() -> None:
+    simulate = logarithms(KEYS)
+    found = recalibrate(CLUSTER, simulate, KEYS, simulate(CLUSTER), block=10)
+    rng, were = np.random.default_rng(1), CLUSTER.profile.switch_overhead_s
+    drawn = [found.draw(rng).profile for _ in range(400)]
+    others = np.log([p.steps[NAMES.index("tp4pp1")].base_s for p in drawn])
+    known = np.log([p.steps[NAMES.index("tp1pp1")].base_s for p in drawn])
+    error = found.factors()["tp4pp1"][1]
+    assert float(others.std()) == pytest.approx(error, rel=0.15)
+    assert float(known.std()) < 0.2 * error
+    assert float(np.log([p.switch_overhead_s / were for p in drawn]).std()) < OF_SWITCHES
+
+
+def test_too_little_log_changes_nothing() -> None:
+    def never(cluster: ProfiledCluster) -> Floats:
+        raise AssertionError("there is nothing to fit")
+
+    found = recalibrate(CLUSTER, never, KEYS[:5], np.zeros(5), block=10)
+    assert found.cluster == scaled(CLUSTER, np.zeros(len(NAMES) + 1))
+    assert found.factors()["tp1pp1"] == pytest.approx((1.0, np.hypot(COMMON, OWN)))
