@@ -29,7 +29,22 @@ from policies.verdicts import policy_digest, require_passed
 
 DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo" / "seed0"
 TICKS = 160  # of 5 s
-SHORT = ["--effect-s", "50", "--block-s", "100", "--draws", "40", "--no-progress"]
+SHORT = [
+    "--effect-s",
+    "50",
+    "--block-s",
+    "100",
+    "--draws",
+    "40",
+    "--no-progress",
+    "--no-recalibrate",
+]
+AS_PROFILED: dict[str, Any] = {
+    "effect_s": 50.0,
+    "block_s": 100.0,
+    "draws": 100,
+    "recalibrate": False,
+}  # it is right
 
 
 @dataclass(frozen=True)
@@ -62,9 +77,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_what_the_log_says_of_a_rule_is_what_the_rule_then_does(logged: Logged) -> None:
-    found = find(
-        Question((logged.even,), "hysteresis", logged.profile, effect_s=50.0, block_s=100.0)
-    )
+    found = find(Question((logged.even,), "hysteresis", logged.profile, **AS_PROFILED))
     parts, skipped = read_parts([logged.hysteresis])
     target = load_target("hysteresis", logged.profile, False, read_parts([logged.even])[0])
     truth = float(logged_run(parts, skipped, target.reward).decisions.reward.mean())
@@ -84,7 +97,7 @@ def test_a_wrong_profile_is_set_right_by_the_log(
     wrong = tmp_path / "wrong.json"
     slower = scaled(small_cluster, np.log([*[1.25] * number, 1.0]))
     wrong.write_text(json.dumps(slower.to_json()))
-    asked = Question((logged.even,), "hysteresis", wrong, effect_s=50.0, block_s=100.0, draws=40)
+    asked = Question((logged.even,), "hysteresis", wrong, effect_s=50.0, block_s=100.0, draws=10)
     fitted, as_profiled = find(asked), find(replace(asked, recalibrate=False))
     assert fitted.recalibration is not None
     assert as_profiled.recalibration is None
@@ -102,7 +115,7 @@ def test_a_wrong_profile_is_set_right_by_the_log(
 
 def test_what_did_not_happen_is_told_from_what_did(logged: Logged) -> None:
     """Weights over a window are refused with the reason; the log's own course is the log's."""
-    found = find(Question((logged.even,), "keep", logged.profile, effect_s=50.0, block_s=100.0))
+    found = find(Question((logged.even,), "keep", logged.profile, **AS_PROFILED))
     refused = {e.estimator: e.refusal for e in found.estimates if e.is_refused}
     assert "effective windows of the 5 needed" in refused["pdis"]
     assert set(found.target.keys) == {"4xtp1pp1"}

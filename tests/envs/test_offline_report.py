@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
 import zlib
 from pathlib import Path
 
@@ -13,6 +15,7 @@ pytest.importorskip("selenium", reason="selenium is not installed: pip install -
 
 from browsing import CHROMIUM, DRIVER, Browser
 
+import evaluate
 from envs.offline.course import Course, Switch
 from envs.offline.gate import Reason
 from envs.offline.paired import Gain
@@ -22,6 +25,7 @@ from envs.offline.report_pages import page_of_policies
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on this machine"
 )
+DEMO = Path(__file__).parents[2] / "policies" / "artifacts" / "demo"
 NAME = "a policy <with> & 'signs' and a rather long name, as folders of checkpoints have"
 
 
@@ -55,6 +59,64 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     courses = [course(NAME), course("hysteresis")]
     write_report(path, page_of_policies(courses, gain, told, reasons), told)
     return path
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of `evaluate.py replay`, with two policies, two loads and the statics."""
+    path = tmp_path_factory.mktemp("replay") / "replay.html"
+    given = ["replay", "--policy", "keep", str(DEMO), "--load", "0.3", "0.5", "--statics"]
+    given += ["--windows", "2", "--window-s", "150", "--processes", "1", "--no-progress"]
+    assert evaluate.main([*given, "--report", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_replay_stands_alone_and_fits(
+    replayed: Path, browser: Browser, width: int, dark: bool
+) -> None:
+    told = json.loads(replayed.with_suffix(".json").read_text())
+    browser.open(replayed.as_uri(), width, 900, dark)
+    assert browser.complaints() == []
+    assert browser.js("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.text(".verdict") == told["verdict"]
+    assert told["command"] in browser.text("pre")
+    headings = [h.text for h in browser.all("h2")]
+    assert headings[:3] == ["All windows", "Cell by cell", "Window by window"]
+    assert f"worst for {DEMO}" in headings[3]
+    tables = [len(t.find_elements("css selector", "tbody tr")) for t in browser.all("table")[:3]]
+    assert tables == [2, 2, 4]  # policies; cells; windows of the policy beside the first
+    pictures = browser.js("return [...document.images].map(i => i.complete && i.naturalWidth)")
+    assert len(pictures) >= 3
+    assert all(wide > 500 for wide in pictures)
+    shades = browser.js(
+        "return ['body', '.verdict'].map(s => getComputedStyle(document.querySelector(s)))"
+        ".map(c => [c.color, c.backgroundColor])"
+    )
+    for text, ground in shades:
+        assert _contrast(text, ground) > 7.0  # WCAG 2.1, level AAA
+
+
+def _contrast(*colours: str) -> float:
+    """Of two CSS colours rgb(r, g, b), by the WCAG's relative luminance."""
+    lights = []
+    for colour in colours:
+        shares = np.array([int(c) for c in re.findall(r"\d+", colour)[:3]]) / 255.0
+        linear = np.where(shares <= 0.03928, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+        lights.append(float(linear @ [0.2126, 0.7152, 0.0722]))
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def test_a_replay_is_printed_whole(replayed: Path, browser: Browser) -> None:
+    browser.open(replayed.as_uri(), 688, 900)  # A4 less its margins, at 96 dots per inch
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    wide = browser.js(
+        "return [...document.querySelectorAll('table, img, pre')]"
+        ".filter(e => e.getBoundingClientRect().right > 688.5).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert wide == []
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.parametrize("width", [1280, 390])
