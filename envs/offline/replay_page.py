@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from envs.offline.course import Course
 from envs.offline.paired import value_j
@@ -187,6 +188,7 @@ def _plot_windows(gains: Mapping[str, Sequence[WindowGain]], first: str) -> Plot
         axes.axhline(0, color="#8a97a5", lw=0.8)
         axes.set_title(f"J over {first}", loc="left", fontsize=10)
         axes.set_xlabel("window, all cells one after another", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False)
@@ -201,9 +203,9 @@ def _drilled(found: WindowGain, first: str) -> tuple[Section, ...]:
     courses: list[Course] = [course_of_policy(setting, name, found.number) for name in names]
     plots = (*courses_plots(courses), plot_timeline(courses))
     rows = course_rows(courses, setting.reward.scale_requests)
-    told = f"{found.cell}: J {found.over_first:+.4f} over {first}'s. {' '.join(setting.notes)}"
+    told = f"{found.cell}: J {found.over_first:+.4f} over {first}'s."
     heading = f"Window {found.number}, the worst for {found.job.policy}"
     return (
-        Section(heading, (told,), Table(COURSE_HEADER, rows), plots),
+        Section(heading, (told, *setting.notes), Table(COURSE_HEADER, rows), plots),
         ledger_section(courses[0]),
     )

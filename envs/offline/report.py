@@ -32,7 +32,8 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid #d7dee6; text-align: le
   vertical-align: top; }
 th { border-bottom: 2px solid #8a97a5; } .n { text-align: right; }
 td.n { white-space: nowrap; }
-figure { margin: .5rem 0; } figure img { width: 100%; height: auto; }
+figure { margin: .5rem 0; overflow-x: auto; } figure img { width: 100%; height: auto; }
+@media screen { figure img { min-width: 36rem; } figcaption { position: sticky; left: 0; } }
 figcaption, .note { color: #4a5866; font-size: .85rem; }
 pre { background: #f4f6f8; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .8rem; }
