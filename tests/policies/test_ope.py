@@ -245,7 +245,7 @@ def test_a_deterministic_log_says_what_to_explore() -> None:
     reason = refusal("wpdis", evidence)
     assert "100% of its free decisions had one outcome" in reason
     assert "give some probability to" in reason
-    assert "deployments that the log hardly has" in refusal("replay_dr", evidence)
+    assert "configurations that the log hardly has" in refusal("replay_dr", evidence)
 
 
 def test_too_little_overlap_says_how_much_more_to_log() -> None:
