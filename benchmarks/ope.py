@@ -7,8 +7,8 @@ model, and the planner that shows candidates to all policies, have another profi
 switches take 1 to 2 times as long as in truth, by configuration, and arithmetic 1.2 times as long
 beside memory. As `evaluate.py ope` does, the model is first fitted to each log, by factors of steps
 and switches; "as profiled" is a replay without that. The best estimator is chosen on the pairs of
-two behaviours (the least median error of those that refuse at most a fifth) and reported on the
-pairs of the others.
+two behaviours (the least median error of those that refuse at most a fifth and order policies at
+all: a Spearman above a half) and reported on the pairs of the others.
 Errors are of the gain over the behaviour, in per cent of the range of all policies' values.
 Coverage is that of 95 % intervals on a chain with known values, over many logs of it.
 """
@@ -52,7 +52,7 @@ GOALS = {
     "refused_share": "< 0.2",
     "coverage_95": "0.93-0.97",
 }
-MAX_REFUSED = 0.2
+MAX_REFUSED, MIN_SPEARMAN = 0.2, 0.5
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,9 @@ def score(name: str, pairs: list[Pair], truth: dict[str, float], refuse: bool = 
 
 def choose(pairs: list[Pair], truth: dict[str, float]) -> str:
     scores = {name: score(name, pairs, truth) for name in NAMES if name != TRIVIAL}
-    usable = {n: s for n, s in scores.items() if s.refused <= MAX_REFUSED}
+    usable = {
+        n: s for n, s in scores.items() if s.refused <= MAX_REFUSED and s.spearman > MIN_SPEARMAN
+    }
     return min(usable or scores, key=lambda n: np.nan_to_num(scores[n].error, nan=np.inf))
 
 
