@@ -10,7 +10,8 @@ and switches; "as profiled" is a replay without that. The best estimator is chos
 two behaviours (the least median error of those that refuse at most a fifth and order policies at
 all: a Spearman above a half) and reported on the pairs of the others.
 Errors are of the gain over the behaviour, in per cent of the range of all policies' values.
-Coverage is that of 95 % intervals on a chain with known values, over many logs of it.
+Coverage is that of 95 % intervals on a chain with known values, over many logs of it: of the
+estimator chosen, and of the one that `evaluate.py ope` uses unless told otherwise.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from policies.ope_estimators import ESTIMATORS, Evidence, OpeConfig
 from policies.ope_interval import Estimate
 
 TRIVIAL, AS_PROFILED = "no_difference", "replay, as profiled"
+DEFAULT = "replay_dr"  # of `evaluate.py ope`
 NAMES = (*ESTIMATORS, AS_PROFILED)
 EXPLORING = ", exploring 5 %"
 PAIRS = {
@@ -267,6 +269,10 @@ def show(pairs: list[Pair], truth: dict[str, float], chosen: str, console: Conso
     console.print(table)
 
 
+def _share(counted: np.ndarray) -> float:
+    return round(float(counted[0] / max(counted[1], 1)), 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two logs, short and few windows")
@@ -281,10 +287,12 @@ def main() -> None:
         truth = {name: value.result() for name, value in values.items()}
         chosen = choose([p for p in pairs if p.behaviour in CHOSEN_ON], truth)
         part = max(size.repetitions // 20, 1)
-        held = [
-            pool.submit(coverage, chosen, first, part) for first in range(0, size.repetitions, part)
-        ]
-        covered = np.sum([h.result() for h in held], axis=0)
+        firsts = range(0, size.repetitions, part)
+        held = {
+            name: [pool.submit(coverage, name, first, part) for first in firsts]
+            for name in {chosen, DEFAULT}
+        }
+        covered = {n: np.sum([h.result() for h in found], axis=0) for n, found in held.items()}
     reported = [p for p in pairs if p.behaviour not in CHOSEN_ON]
     console.print(f"true values: {', '.join(f'{k} {v:.3f}' for k, v in sorted(truth.items()))}")
     show(reported, truth, chosen, console)
@@ -297,8 +305,9 @@ def main() -> None:
         "spearman": round(best.spearman, 3),
         "regret_at_1_pct": round(best.regret, 2),
         "refused_share": round(best.refused, 3),
-        "coverage_95": round(float(covered[0] / max(covered[1], 1)), 4),
-        "coverage_repetitions": int(covered[1]),
+        "coverage_95": _share(covered[chosen]),
+        "coverage_95_default": _share(covered[DEFAULT]),
+        "coverage_repetitions": int(covered[chosen][1]),
         "coverage_95_pairs": round(best.covered, 3),
         "pairs": len(reported),
         "seconds": round(time.monotonic() - begun_s),
