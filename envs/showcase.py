@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -29,6 +28,7 @@ from envs.chat import ChatReplay, ChatTrace, build_chat_replay
 from envs.processes import ServerProcess, start_server
 from envs.replay import Replay, ReplaySummary, build_replay
 from envs.workload import Trace, WorkloadConfig, generate
+from policies.artifact import manifest_of
 
 ENGINE_READY = r"ready: (?P<url>\S+) grpc (?P<grpc>\S+) model (?P<model>\S+)"
 CONTROLLER_READY = r"ready:.* grpc (?P<grpc>\S+)"
@@ -92,15 +92,10 @@ def measured_pool(profile: Path, deployment: str) -> TrainedPool:
 
 
 def read_trained_pool(policy: Path) -> TrainedPool:
-    """From the checkpoint's manifest. Raises CheckpointError."""
+    """As the manifest of a checkpoint, or of a shipped policy, tells. Raises CheckpointError."""
+    manifest = manifest_of(policy)
     try:
-        manifest = json.loads((policy / "manifest.json").read_text())
         return _pool(manifest["cluster"]["spec"], manifest["default_deployment"])
-    except OSError as error:
-        raise CheckpointError(
-            f"no policy checkpoint at {policy} ({error.strerror}); give the folder that train.py "
-            "wrote."
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"the manifest of {policy} does not describe the pool it was trained for ({error}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from rich.console import Console
 
 from controller.records import Mode, TickRecord, TickStatus, TypeRate
 from engine.cluster import RequestStatus, SwitchPhase, SwitchTicket
-from engine.errors import InvalidRequestError
+from engine.errors import CheckpointError, InvalidRequestError
 from envs.replay import ReplayRecord, summarise
-from envs.showcase import LiveStatus, RunReport, cut_window
+from envs.showcase import LiveStatus, RunReport, cut_window, measured_pool, read_trained_pool
 from envs.showcase_report import Showcase, summary_table
 from envs.terminal import LineView, screen
 from envs.workload import Trace
@@ -31,6 +32,19 @@ def make_trace() -> Trace:
 
 def ticket(phase: SwitchPhase, decision_id: str) -> SwitchTicket:
     return SwitchTicket("s", phase, "4xtp1pp1", "2xtp2pp1", 0, 10.0, 10.5, decision_id)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_pool_of_the_shipped_policy(tmp_path: Path) -> None:
+    """What `python demo.py` starts with: the pool of the profile that the policy was trained on."""
+    shipped = ROOT / "policies" / "artifacts" / "demo"
+    profile = ROOT / "configs" / "profiles" / "tiny_llama_cpu4.json"
+    expected = measured_pool(profile, "4xtp1pp1")
+    assert read_trained_pool(shipped) == read_trained_pool(shipped / "seed0") == expected
+    with pytest.raises(CheckpointError, match="no policy checkpoint at"):
+        read_trained_pool(tmp_path)
 
 
 def run_report(latency_s: float, *switches: SwitchTicket) -> RunReport:
