@@ -32,11 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 from policies.ope import diagnose, estimate
-from policies.ope_estimators import ESTIMATORS, Evidence, OpeConfig
+from policies.ope_estimators import DEFAULT_ESTIMATOR, ESTIMATORS, Evidence, OpeConfig
 from policies.ope_interval import Estimate
 
 TRIVIAL, AS_PROFILED = "no_difference", "replay, as profiled"
-DEFAULT = "replay_dr"  # of `evaluate.py ope`
 NAMES = (*ESTIMATORS, AS_PROFILED)
 EXPLORING = ", exploring 5 %"
 PAIRS = {
@@ -290,7 +289,7 @@ def main() -> None:
         firsts = range(0, size.repetitions, part)
         held = {
             name: [pool.submit(coverage, name, first, part) for first in firsts]
-            for name in {chosen, DEFAULT}
+            for name in {chosen, DEFAULT_ESTIMATOR}
         }
         covered = {n: np.sum([h.result() for h in found], axis=0) for n, found in held.items()}
     reported = [p for p in pairs if p.behaviour not in CHOSEN_ON]
@@ -306,7 +305,7 @@ def main() -> None:
         "regret_at_1_pct": round(best.regret, 2),
         "refused_share": round(best.refused, 3),
         "coverage_95": _share(covered[chosen]),
-        "coverage_95_default": _share(covered[DEFAULT]),
+        "coverage_95_default": _share(covered[DEFAULT_ESTIMATOR]),
         "coverage_repetitions": int(covered[chosen][1]),
         "coverage_95_pairs": round(best.covered, 3),
         "pairs": len(reported),

@@ -17,12 +17,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.config import load_config
-from engine.errors import TidewrightError
 from envs.experiment import build_experiment
 from envs.experiment_config import read_config
 from envs.pool import run_in_processes
+from envs.resumable import exit_status
 from envs.study.report import fill_page, table
-from envs.training import BEST, RunOptions, run_training, scorer
+from envs.training import BEST, RESULT, RunOptions, run_training, scorer
 from policies.checkpoint import load_policy
 from policies.curves import plot_curves
 from policies.manifest import load_manifest
@@ -63,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
     if done.is_file():
         return dict(json.loads(done.read_text()))
     config = read_config(job.base, dict(job.settings) | {"seed": job.seed})
-    if not (job.out / "result.json").is_file():
+    if not (job.out / RESULT).is_file():
         run_training(config, RunOptions(job.out, compare=False))
     policy, manifest = load_policy(job.out / BEST), load_manifest(job.out / BEST)
     more = config.evaluation.model_copy(update={"num_windows": job.score_windows})
@@ -138,7 +138,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make(args: argparse.Namespace) -> None:
+def make(args: argparse.Namespace) -> int:
     """Raises TidewrightErrors."""
     if not args.report:
         config: AblationsConfig = load_config(AblationsConfig, args.config, {})
@@ -157,18 +157,11 @@ def make(args: argparse.Namespace) -> None:
         found = run_all(jobs, args.jobs)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     write_ablations(json.loads(RESULTS.read_text()), PAGE)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        make(_parse(arguments))
-    except KeyboardInterrupt:
-        print("stopped; run it again to go on", file=sys.stderr)
-        return 130
-    except TidewrightError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: make(_parse(arguments)))
 
 
 if __name__ == "__main__":

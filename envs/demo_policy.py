@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from engine.config import load_config
-from engine.errors import TidewrightError
 from envs.offline.replay_command import follow, gain_over, summary
 from envs.offline.replays import Plan
 from envs.offline.tune_command import run as tune
 from envs.results import ARTIFACTS, ROOT, Job, train_all
+from envs.resumable import exit_status
 from envs.setting import SettingOptions
 from envs.shipping import ship_seeds, write_card
 from envs.study.config import POLICY_STUDY, StudyConfig
@@ -96,7 +96,7 @@ def tune_rule_and_guard(folder: Path, processes: int) -> None:
         write_artifact(folder, read_artifact(tuned))
 
 
-def make(runs: Path, processes: int) -> None:
+def make(runs: Path, processes: int) -> int:
     """Raises TidewrightErrors."""
     study: StudyConfig = load_config(StudyConfig, POLICY_STUDY, {})
     jobs = [Job(NAME, seed, None, runs / f"{NAME}-seed{seed}") for seed in SEEDS]
@@ -106,6 +106,7 @@ def make(runs: Path, processes: int) -> None:
     tune_rule_and_guard(folder, processes)
     verdict = decide(folder, processes)
     write_card(folder, verdict, "`make demo-policy`.", LIMITS)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,15 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of training runs")
     parser.add_argument("--processes", type=int, default=2, help="at a time")
     args = parser.parse_args(arguments)
-    try:
-        make(args.runs, args.processes)
-    except KeyboardInterrupt:
-        print("stopped; run it again to go on", file=sys.stderr)
-        return 130
-    except TidewrightError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: make(args.runs, args.processes))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from engine.errors import InvalidRequestError
 from envs.experiment_config import ExperimentConfig
 from envs.ray_tasks import ray_cluster
-from envs.training import Run, RunOptions, run_training
+from envs.training import RESULT, Run, RunOptions, run_training
 from policies.curves import plot_curves
 
 Job = tuple[ExperimentConfig, RunOptions]
@@ -34,7 +34,7 @@ def run_seeds(
         },
     )
     summary = {"seeds": [run.summary for run in runs]}
-    (options.out / "result.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (options.out / RESULT).write_text(json.dumps(summary, indent=1) + "\n")
     return summary, any(run.interrupted for run in runs)
 
 

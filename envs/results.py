@@ -14,14 +14,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.config import load_config
-from engine.errors import TidewrightError
 from envs.experiment_config import read_config
 from envs.pool import run_in_processes
+from envs.resumable import exit_status
 from envs.shipping import decide_default, ship_seeds, verdict_of_cells, write_card
 from envs.study.__main__ import main as run_study
 from envs.study.config import StudyConfig
 from envs.study.results import RESULTS, read_results
-from envs.training import BEST, RunOptions, run_training
+from envs.training import BEST, RESULT, RunOptions, run_training
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, ARTIFACTS = ROOT / "configs", ROOT / "policies" / "artifacts"
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return (self.out / "result.json").is_file()
+        return (self.out / RESULT).is_file()
 
 
 def train_seed(job: Job) -> bool:
@@ -115,14 +115,7 @@ def make(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return make(_parse(arguments))
-    except KeyboardInterrupt:
-        print("stopped; run it again to go on", file=sys.stderr)
-        return 130
-    except TidewrightError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: make(_parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from policies.ppo import PpoPolicy
 from policies.training import LearningState, TrainingResult, Watch, state_from_json, train
 
 BEST, LAST, PRIOR = "policy", "last", "prior"  # checkpoints in the folder of a run
+RESULT = "result.json"  # beside them, when it has gone through
 NO_OPTIMIZER: dict[str, Any] = {"state": {}, "param_groups": []}
 
 
@@ -111,7 +112,7 @@ def run_training(
     } | ({"cloning": start.cloning} if start.cloning else {})
     if not result.interrupted and options.compare and options.env_id != ENGINE:
         summary = _compare(experiment, options) | summary
-    (options.out / "result.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (options.out / RESULT).write_text(json.dumps(summary, indent=1) + "\n")
     return Run(summary, state, result.interrupted)
 
 

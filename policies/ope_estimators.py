@@ -253,6 +253,7 @@ class Estimator:
     replay: bool = False
 
 
+DEFAULT_ESTIMATOR = "replay_dr"
 ESTIMATORS: Mapping[str, Estimator] = {
     "no_difference": Estimator(_no_difference),
     "pdis": Estimator(_pdis, weights=True, candidates=True),

@@ -27,7 +27,7 @@ from envs.recalibration import Recalibration, recalibrate
 from envs.serving_env import ServingEnv
 from policies.ope import diagnose, estimate
 from policies.ope_data import Floats, Ints, Overlap, decide_on, generator_refusal
-from policies.ope_estimators import ESTIMATORS, Evidence, OpeConfig
+from policies.ope_estimators import DEFAULT_ESTIMATOR, ESTIMATORS, Evidence, OpeConfig
 from policies.ope_interval import Estimate
 from policies.ope_replay import Calibration, ModelRun
 
@@ -44,7 +44,7 @@ class Question:
     policy: str  # a rule, FOLDER or FOLDER:MEMBER
     profile: Path | None = None
     sampled: bool = False  # whether the policy would draw; else it does what is most probable
-    estimator: str = "replay_dr"
+    estimator: str = DEFAULT_ESTIMATOR
     effect_s: float = 600.0
     block_s: float = 1200.0
     level: float = 0.95

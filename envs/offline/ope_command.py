@@ -21,7 +21,7 @@ from envs.offline.gate import GateFacts, GateRule, Reason, gate_json, judge, rea
 from envs.offline.report import write_report
 from envs.offline.report_pages import cells, diagnostics, page_of_findings
 from envs.offline.verdict import pending_verdict
-from policies.ope_estimators import ESTIMATORS
+from policies.ope_estimators import DEFAULT_ESTIMATOR, ESTIMATORS
 
 FAILED_GATE = 1
 
@@ -63,9 +63,9 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     add("--sampled", action="store_true", help="the policy draws (default: most probable action)")
     add(
         "--estimator",
-        default="replay_dr",
+        default=DEFAULT_ESTIMATOR,
         metavar="NAME",
-        help=f"whose number counts: {', '.join(ESTIMATORS)}\n(default: replay_dr)",
+        help=f"whose number counts: {', '.join(ESTIMATORS)}\n(default: {DEFAULT_ESTIMATOR})",
     )
     add("--effect-s", type=float, default=600.0, help="how long a decision matters (default: 600)")
     add("--block-s", type=float, default=1200.0, help="drawn together, longer (default: 1200)")

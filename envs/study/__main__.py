@@ -11,6 +11,7 @@ from typing import Any
 from engine.config import load_config
 from engine.errors import TidewrightError
 from envs.pool import run_in_processes
+from envs.resumable import exit_status
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
 from envs.study.report import write_page
 from envs.study.results import (
@@ -99,20 +100,17 @@ def main(arguments: list[str] | None = None) -> int:
     cells, traces = _chosen(args, config, results), args.traces or Path()
     before = dict(results) if args.learned or args.rules else {}
     run_one = partial(run, config, traces, args.verbose, before, tuple(args.rules))
-    try:
+
+    def run_all() -> int:
         done = run_in_processes(run_one, cells, args.jobs)
         for number, (cell, result) in enumerate(done, 1):
             results[cell.name] = result
             write_results(out, results)
             took = f"{number}/{len(cells)} {cell.name}: {result['took_s']:.0f} s"
             print(took, file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        print("stopped; cells that have finished are kept", file=sys.stderr)
-        return 130
-    except TidewrightError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status(run_all, "stopped; cells that have finished are kept")
 
 
 if __name__ == "__main__":

@@ -87,41 +87,30 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
     }
 
 
-def run_learned(
-    config: StudyConfig, before: Mapping[str, Any], traces: Path, report: Report
-) -> dict[str, Any]:
-    """The result of a cell with its learned policies run anew. Raises TidewrightErrors."""
-    began_s = time.perf_counter()
-    world = build_world(config, Cell.model_validate(before["cell"]), traces)
-    tuned = HysteresisConfig(**before["hysteresis"])
-    guarded, learned = _learned(world, tuned, report)
-    others = [r for r in before["runs"] if r["detail"].get("meaning") not in LEARNED]
-    return {
-        **before,
-        "guarded": guarded and asdict(guarded),
-        "runs": others + [run.to_json() for run in learned],
-        "took_s": round(before["took_s"] + time.perf_counter() - began_s, 1),
-    }
-
-
-def run_rules(
+def run_anew(
     config: StudyConfig,
     before: Mapping[str, Any],
     traces: Path,
     names: Sequence[str],
     report: Report,
 ) -> dict[str, Any]:
-    """The result of a cell with these rules of its ladder run anew. Raises TidewrightErrors."""
+    """The result of a cell with these rules of its ladder run anew, or without any its learned
+    policies; all else stays. Raises TidewrightErrors."""
     began_s = time.perf_counter()
     world = build_world(config, Cell.model_validate(before["cell"]), traces)
-    rules = ladder(world, HysteresisConfig(**before["hysteresis"]))
-    scores = _run_rules(world, [rule for rule in rules if rule.name in names], report)
-    others = [r for r in before["runs"] if r["rule"] not in names]
-    return {
-        **before,
-        "runs": others + [run.to_json() for run in scores],
-        "took_s": round(before["took_s"] + time.perf_counter() - began_s, 1),
-    }
+    tuned = HysteresisConfig(**before["hysteresis"])
+    changed: dict[str, Any] = {}
+    if names:
+        rules = [rule for rule in ladder(world, tuned) if rule.name in names]
+        scores = _run_rules(world, rules, report)
+        others = [r for r in before["runs"] if r["rule"] not in names]
+    else:
+        guarded, scores = _learned(world, tuned, report)
+        changed["guarded"] = asdict(guarded)
+        others = [r for r in before["runs"] if r["detail"].get("meaning") not in LEARNED]
+    changed["runs"] = others + [run.to_json() for run in scores]
+    changed["took_s"] = round(before["took_s"] + time.perf_counter() - began_s, 1)
+    return {**before, **changed}
 
 
 def _learned(

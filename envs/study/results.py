@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.study.cell import run_cell, run_learned, run_rules
+from envs.study.cell import run_anew, run_cell
 from envs.study.config import GENERATED, Cell, StudyConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -47,10 +47,8 @@ def run(
         if shows:
             print(f"  {cell.name}: {what}", file=sys.stderr, flush=True)
 
-    if cell.name in before and rules:
-        return run_rules(config, before[cell.name], traces, rules, report)
     if cell.name in before:
-        return run_learned(config, before[cell.name], traces, report)
+        return run_anew(config, before[cell.name], traces, rules, report)
     return run_cell(config, cell, traces, report)
 
 

@@ -536,12 +536,17 @@ def _finish_step(
 
 
 @inlined
+def _end_seen(replica: Any, batch: Any) -> Any:
+    """When the end of a step in flight is seen."""
+    return max(batch.end_s, replica.ready_s) if replica.step.leader_computes else batch.end_s
+
+
+@inlined
 def _next_end(replica: Any, batches: Any) -> Any:
-    """When the end of the oldest step in flight is seen; inf without one."""
+    """`_end_seen` of the oldest step in flight; inf without one."""
     if replica.num_batches == 0:
         return np.inf
-    end_s = batches[replica.first_batch].end_s
-    return max(end_s, replica.ready_s) if replica.step.leader_computes else end_s
+    return _end_seen(replica, batches[replica.first_batch])
 
 
 @inlined
@@ -694,7 +699,7 @@ def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_
     cruise, num, block_size = replica.cruise, replica.cruise.num_seqs, limits.block_size
     num_steps = 0
     while cruise.step + 1 < cruise.next_end_at:
-        end_s = _next_end_alone(replica, batch)
+        end_s = _end_seen(replica, batch)
         start_s = max(replica.ready_s, end_s)
         missing = cruise.num_need[(cruise.step + 1) % block_size]
         if start_s >= until_s or end_s > until_s or (missing > 0 and missing > replica.free_blocks):
@@ -715,12 +720,6 @@ def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_
         replica.may_start = 1
         batch.head, batch.num_items, batch.num_tokens = NONE, num, num
         batch.context = cruise.context + num
-
-
-@inlined
-def _next_end_alone(replica: Any, batch: Any) -> Any:
-    """`_next_end` of the one step in flight."""
-    return max(batch.end_s, replica.ready_s) if replica.step.leader_computes else batch.end_s
 
 
 @compiled
@@ -748,7 +747,7 @@ def _run_alone(
             is_quiet = is_quiet and lists[WAITING].count == 0
             if cruise.is_on and is_quiet and not replica.is_paused:
                 _cruise(seqs, replica, lists, batch, limits, until_s)
-            end_s = _next_end_alone(replica, batch)
+            end_s = _end_seen(replica, batch)
             if end_s > until_s:
                 replica.due_s = end_s
                 if cruise.is_on and is_quiet:

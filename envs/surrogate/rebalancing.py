@@ -64,15 +64,12 @@ class RebalancingCluster(SurrogateCluster):
         slots = np.array(state.linked(row, RUNNING), np.int64)
         seqs: Any = state.seqs[slots]
         movable = (seqs["output_tokens"] > 0) & (seqs["copied_blocks"] == 0)
-        movable &= np.array([not self._is_alone(row, s) for s in slots.tolist()], np.bool_)
+        steps = map(self._items, self._batches(row))
+        movable &= ~np.isin(slots, [items[0] for items in steps if len(items) == 1])
         if not movable.any():
             return None
         context = np.where(movable, seqs["computed_tokens"], np.iinfo(np.int64).max)
         return int(slots[context.argmin()])
-
-    def _is_alone(self, row: int, slot: int) -> bool:
-        """In a step that nobody else is in."""
-        return any(self._items(batch) == [slot] for batch in self._batches(row))
 
     def _batches(self, row: int) -> list[Any]:
         replica = self.state.replicas[row]

@@ -15,7 +15,7 @@ from engine.config import load_config
 from envs.reward import RewardConfig
 from envs.study import rules
 from envs.study.__main__ import main
-from envs.study.cell import run_cell, run_learned
+from envs.study.cell import run_anew, run_cell
 from envs.study.config import DEFAULT_STUDY, Cell, StudyConfig, Windows
 from envs.study.report import BEGIN, END, best_static, figures, run_of, write_page
 from envs.study.results import read_results, write_results
@@ -100,10 +100,14 @@ def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
 
     said.clear()
     runs = [r if r["rule"] != "keep" else r | {"utility": 0.123} for r in found["runs"]]
-    again = run_learned(study, found | {"runs": runs}, Path(), said.append)
+    again = run_anew(study, found | {"runs": runs}, Path(), (), said.append)
     assert {s for s in said if not s.startswith("tuning")} == {"ppo seed0", "ppo seed1", "guarded"}
     assert sorted(again["runs"], key=str) == sorted(runs, key=str)
     assert again["guarded"] == found["guarded"]
+    said.clear()
+    ruled = run_anew(study, found | {"runs": runs}, Path(), ("keep",), said.append)
+    assert said == ["keep"]
+    assert sorted(ruled["runs"], key=str) == sorted(found["runs"], key=str)
 
 
 def test_statics_are_at_their_load(result: dict[str, Any]) -> None:
