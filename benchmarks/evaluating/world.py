@@ -45,7 +45,7 @@ from policies.ope_replay import ModelRun
 
 Floats = NDArray[np.float64]
 PROFILE: Path = DEFAULT_PROFILE
-LOAD, NUM_TYPES, GRID_S = 0.8, 2, 15.0
+LOAD, NUM_TYPES, GRID_S = 0.7, 2, 15.0
 TRAFFIC = WorkloadConfig(cycle_amplitude=0.3, regime_s=300.0, level_sigma=0.1, burst_factor=1.5)
 STANDING = ("1xtp1pp3+1xtp1pp1", "1xtp4pp1", "2xtp1pp2", "4xtp1pp1", "1xtp1pp4")
 INITIAL = "2xtp1pp2"
@@ -83,6 +83,21 @@ class Exploring:
 
     def probabilities(self, observation: Observation) -> Floats:
         return self._exploration.mix(self.rule.probabilities(observation), observation)
+
+
+class Erring:
+    """A rule that takes any legal row with some probability, instead of its own."""
+
+    def __init__(self, rule: Policy, share: float) -> None:
+        self.rule, self.share = rule, share
+        self.name = f"{rule.name}, erring {share:.0%}"
+
+    def reset(self) -> None:
+        self.rule.reset()
+
+    def probabilities(self, observation: Observation) -> Floats:
+        legal = observation.mask / observation.mask.sum()
+        return (1 - self.share) * self.rule.probabilities(observation) + self.share * legal
 
 
 def wrong_about(cluster: ProfiledCluster) -> ProfiledCluster:
@@ -167,11 +182,16 @@ class World:
         return found
 
     def policy(self, name: str) -> Policy:
-        """A rule or one of STATICS; "RULE, exploring P %" explores with probability P."""
-        base, _, share = name.partition(", exploring ")
+        """A rule or one of STATICS; "RULE, exploring P %" or "RULE, erring P %" of one."""
+        base, _, changed = name.partition(", ")
         spec = self.pipeline.observation_spec
         rule = StaticPolicy(STATICS[base]) if base in STATICS else RULES[base](spec)
-        return Exploring(rule, spec, float(share.removesuffix(" %")) / 100) if share else rule
+        if not changed:
+            return rule
+        how, share = changed.removesuffix(" %").split()
+        if how == "erring":
+            return Erring(rule, float(share) / 100)
+        return Exploring(rule, spec, float(share) / 100)
 
     def trace(self, *seed: int) -> Trace:
         rate_per_s = LOAD * self.capacity.rate_per_s
