@@ -31,7 +31,7 @@ summing = numba.njit(fastmath={"reassoc", "nsz"})  # in any order, for bounds on
 PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
 TOLERANCE = 1e-11
 MAX_PIVOTS = 400
-CUTS = 4  # prices that bound headroom before latency is looked at
+CUTS = 2  # prices that bound headroom before latency is looked at
 FIRST, ROUND = 8, 128  # solved before bounds are looked at again; later twice as many each time
 PARTS, MANY = 16, 2000  # of mixes on a replica, told apart where there are many deployments
 LEVELS = 64  # of utilisation, at which what a replica adds is tabulated
@@ -652,9 +652,9 @@ def _least_latency(
         active = active[:kept]
         left = active[~exact[active]]
         if len(left) == 0:
-            if len(active) > 0:
+            if best < np.inf and len(active) > 0:
                 return active[0], values[active[0]], solved
-            return (-1 if best == np.inf else -2), present_s, solved
+            return (-2 if best < np.inf else -1), best, solved
         prices[:] = 0.0
         order = _lowest(bounds, left, size)
         size *= 2 if best < np.inf else 1
