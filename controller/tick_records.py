@@ -64,9 +64,7 @@ def decided_record(
     )
 
 
-def type_rates(
-    prepared: PreparedDecision, types: Sequence[WorkloadType]
-) -> tuple[TypeRate, ...]:
+def type_rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tuple[TypeRate, ...]:
     """Forecast and seen lately, of each type."""
     forecast, actual = prepared.forecast, prepared.monitor_state.rates[0]
     return tuple(
@@ -75,9 +73,7 @@ def type_rates(
     )
 
 
-def candidate_views(
-    prepared: PreparedDecision, act: ActResult | None
-) -> tuple[CandidateView, ...]:
+def candidate_views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
     """As the policy saw them; with the probabilities that it gave, if it was asked."""
     legal = prepared.observation.mask.tolist()
     given = [None] * len(legal) if act is None else act.probabilities.tolist()
