@@ -19,8 +19,8 @@ MAX_MESSAGE_BYTES = 64 << 20  # a switch plan lists every tensor slice
 
 
 class OncePerMethod(grpc.aio.ServerInterceptor):
-    """Outermost: what the interceptors make of a handler follows from the method's name, so they are
-    asked once for each that the server has, and not at every call."""
+    """Outermost: what the interceptors make of a handler follows from the method's name, so they
+    are asked once for each that the server has, and not at every call."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, Any] = {}

@@ -207,7 +207,7 @@ def _reader(name: str, hint: Any, where: str) -> Reader:
 
 def _items_reader(name: str, hint: Any) -> Reader:
     get = attrgetter(name)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return lambda message: tuple([from_proto(hint, item) for item in get(message)])
     if get_origin(hint) is tuple:
         return lambda message: tuple(map(_item, get(message)))

@@ -183,9 +183,8 @@ class HysteresisPolicy:
 
     def _advantage_s(self, observation: Observation) -> NDArray[np.float64]:
         """Gain minus cost of each filled row in seconds; keep is zero, masked rows -inf."""
-        rows = observation.candidates[: len(observation.keys)]
-        latency_s = np.exp(rows[:, self._latency].astype(np.float64))
-        stop_s = rows[:, self._switch].astype(np.float64)
+        rows = observation.candidates[: len(observation.keys)].astype(np.float64)
+        latency_s, stop_s = np.exp(rows[:, self._latency]), rows[:, self._switch]
         gain_s = self._config.horizon_s * (1.0 - latency_s / latency_s[KEEP_ROW])
         cost_s = switch_cost_s(stop_s, latency_s[KEEP_ROW]) / latency_s[KEEP_ROW]
         advantage_s = gain_s - self._config.margin * cost_s
