@@ -5,7 +5,8 @@ talk over gRPC on loopback; engines only tell of themselves. The policy is the s
 `policies/artifacts/h100-16`, which decides by hysteresis; `learned`: its first member.
 
 - decide_ms_p50: one client asks one decision after the other, each for a grid interval later, the
-  interval's events reported just before; `_events`: with those 300 events in the request.
+  interval's events reported just before; `_events`: with those 300 events in the request;
+  rpc_ms_p50: a call that has nothing to do, which is what gRPC at both ends takes of each.
 - decide_ms_p99_64: 64 clients at once, each with pauses of half a second on average, which is 30
   times as often as the grid; `_closed`: without pauses, which tells of throughput (decide_per_s).
 - tick_ms_*: all pure steps of a tick at 10 requests/s per 16 devices: events, forecast, candidates,
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from controlling import restart, ticks
-from controlling.load import decide, fan_out, served
+from controlling.load import decide, fan_out, round_trips, served
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +54,7 @@ def measure_service(figures: dict[str, float], quick: bool) -> None:
     with served(16, KEY_16, SHIPPED) as service:
         one = asyncio.run(decide(service, 1, single, 0.0, False, KEY_16))
         figures["decide_ms_p50"], figures["decide_ms_p99"] = np.percentile(one, [50, 99])
+        figures["rpc_ms_p50"] = float(np.median(asyncio.run(round_trips(service, single))))
         told = asyncio.run(decide(service, 1, single // 10, 0.0, True, KEY_16))
         figures["decide_ms_p50_events"] = float(np.median(told))
         many = asyncio.run(decide(service, CLIENTS, paced, PAUSE_S, False, KEY_16))

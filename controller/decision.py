@@ -402,15 +402,20 @@ class DecisionPipeline:
         by a share that only holds for the forecast; dead ones get nothing.
         """
         keep, deployment = prepared.candidates[KEEP], prepared.snapshot.deployment
-        weights, dead = np.array(keep.routing, np.float64), dead_replicas(prepared.snapshot)
-        live = np.array([i not in dead for i in range(len(deployment.replicas))])
-        if not live.any():
-            return Routing(tuple(r.replica_id for r in deployment.replicas))
-        floor = min(self.config.routing_floor, 0.5 / int(live.sum()))
-        weights = np.where(live[None], np.maximum(weights, floor), 0.0)
+        ids, dead = (
+            tuple(r.replica_id for r in deployment.replicas),
+            dead_replicas(prepared.snapshot),
+        )
+        num_live = len(ids) - len(dead)
+        if not num_live:
+            return Routing(ids)
+        floor = min(self.config.routing_floor, 0.5 / num_live)
+        weights = np.maximum(np.array(keep.routing, np.float64), floor)
+        if dead:
+            weights[:, sorted(dead)] = 0.0
         weights /= weights.sum(axis=1, keepdims=True)
         return Routing(
-            replica_ids=tuple(r.replica_id for r in deployment.replicas),
+            replica_ids=ids,
             weights=tuple(map(tuple, weights.tolist())),
             prompt_edges=prepared.prompt_edges,
             posterior=prepared.posterior,

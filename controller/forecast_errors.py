@@ -104,10 +104,10 @@ class HorizonErrors:
         return self._forecast(mean, q50, q90 + self._correction * self._unit(mean), drift)
 
     def _forecast(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
-        q50 = np.maximum(q50, 0.0)
-        rows = (mean, q50, np.maximum(q90, q50), self._relative)
-        means, q50s, q90s, relative = (tuple(row.tolist()) for row in rows)
-        return Forecast(means, q50s, q90s, relative, self._ahead, drift)
+        q50s = [max(rate, 0.0) for rate in q50.tolist()]
+        q90s = map(max, q90.tolist(), q50s)
+        means, relative = tuple(mean.tolist()), tuple(self._relative.tolist())
+        return Forecast(means, tuple(q50s), tuple(q90s), relative, self._ahead, drift)
 
 
 class DriftDetector:
@@ -123,23 +123,26 @@ class DriftDetector:
         self.reset()
 
     def reset(self) -> None:
-        self._recent: deque[Floats] = deque()
+        self._recent = np.empty(
+            (DRIFT_INTERVALS, self._num_types)
+        )  # squares, the newest take turns
         self._usual = np.zeros(self._num_types)  # mean square
-        self._seen = 0
+        self._num_errors = 0
 
     def observe(self, error: Floats) -> None:
-        self._recent.append(error**2)
-        if len(self._recent) > DRIFT_INTERVALS:
-            self._seen += 1
-            weight = max(1.0 / self._seen, 1.0 / USUAL_INTERVALS)
-            self._usual += weight * (self._recent.popleft() - self._usual)
+        place, seen = self._num_errors % DRIFT_INTERVALS, self._num_errors - DRIFT_INTERVALS + 1
+        if seen > 0:
+            weight = max(1.0 / seen, 1.0 / USUAL_INTERVALS)
+            self._usual += weight * (self._recent[place] - self._usual)
+        self._recent[place] = error**2
+        self._num_errors += 1
 
     @property
     def state(self) -> Drift:
-        if self._seen < DRIFT_INTERVALS:
+        if self._num_errors < 2 * DRIFT_INTERVALS:
             return Drift.STABLE
         limit = DRIFT_FACTOR**2 * np.maximum(self._usual, self._poisson)
-        large = (np.array(self._recent) > limit).sum(axis=0)
+        large = (self._recent > limit).sum(axis=0)
         return Drift.DRIFTING if 2 * large.max() >= DRIFT_INTERVALS else Drift.STABLE
 
 

@@ -31,7 +31,7 @@ summing = numba.njit(fastmath={"reassoc", "nsz"})  # in any order, for bounds on
 PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
 TOLERANCE = 1e-11
 MAX_PIVOTS = 400
-CUTS = 4  # prices that bound headroom before latency is looked at
+CUTS = 2  # prices that bound headroom before latency is looked at
 FIRST, ROUND = 8, 128  # solved before bounds are looked at again; later twice as many each time
 PARTS, MANY = 16, 2000  # of mixes on a replica, told apart where there are many deployments
 LEVELS = 64  # of utilisation, at which what a replica adds is tabulated
@@ -310,17 +310,18 @@ def _value(bounds: Any, tail: float) -> float:
 
 
 @compiled
-def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
-    """Index of the deployment of counts[N, C] with the highest tail mean of headroom over mixes
-    loads[S, C, J], that value, and how many were solved. N > 0."""
+def _most_headroom(counts: Any, present: Any, loads: Any, rho: float, tail: float) -> Any:
+    """`most_headroom`; and a bound above the tail mean of present[1, C], from the same prices."""
     mixes, configs, types = loads.shape
     number = len(counts)
+    own, alone, unsolved = np.full((1, mixes), np.inf), np.arange(1), np.zeros(1, np.bool_)
     used, table, basis = _scratch(configs, types)
     shares, prices = np.empty((configs, types)), np.full(types, 1.0 / types)
     bounds, exact = np.full((number, mixes), np.inf), np.zeros(number, np.bool_)
     values, active = np.empty(number), np.arange(number)
     for s in range(mixes):
         _cut(counts, active, loads[s], rho, prices, bounds[:, s], exact)
+        _cut(present, alone, loads[s], rho, prices, own[:, s], unsolved)
     best, solved = 0.0, 0
     while True:
         kept: Any = 0
@@ -335,20 +336,32 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
                     top = i
         active = active[:kept]
         if top < 0 or values[top] <= 0.0:
-            return active[0], values[active[0]], solved
+            return active[0], values[active[0]], solved, _value(own[0], tail)
         exact[top], solved = True, solved + 1
         for s in range(mixes):
             bounds[top, s] = _solve(loads[s], rho * counts[top], used, table, basis, shares, prices)
             _cut(counts, active, loads[s], rho, prices, bounds[:, s], exact)
+            _cut(present, alone, loads[s], rho, prices, own[:, s], unsolved)
         values[top] = _value(bounds[top], tail)
         best = max(best, values[top])
 
 
 @compiled
+def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
+    """Index of the deployment of counts[N, C] with the highest tail mean of headroom over mixes
+    loads[S, C, J], that value, and how many were solved. N > 0."""
+    index, value, solved, _ = _most_headroom(counts, counts[:1], loads, rho, tail)
+    return index, value, solved
+
+
+@compiled
 def most_headroom_or(counts: Any, present: Any, loads: Any, rho: float, tail: float) -> int:
-    """The index that `most_headroom` gives, or -1 where present[C] has as much."""
-    index, value, _ = most_headroom(counts, loads, rho, tail)
-    _, own, _ = most_headroom(present.reshape(1, -1), loads, rho, tail)
+    """The index that `most_headroom` gives, or -1 where present[C] has as much; which is not solved
+    where a bound tells that it has less."""
+    alone = present.reshape(1, -1)
+    index, value, _, own = _most_headroom(counts, alone, loads, rho, tail)
+    if own >= value * (1.0 - TIE):
+        own = most_headroom(alone, loads, rho, tail)[1]
     return -1 if own >= value * (1.0 - TIE) else int(index)
 
 
@@ -592,10 +605,17 @@ def num_parts(number: int, apart: bool) -> int:
 
 @compiled
 def _least_latency(
-    counts: Any, loads: Any, rates: Any, rho: float, model: Any, floors: Any, apart: bool
+    counts: Any,
+    present: Any,
+    loads: Any,
+    rates: Any,
+    rho: float,
+    model: Any,
+    floors: Any,
+    apart: bool,
 ) -> Any:
     """`least_latency`, with the latency before the number of those solved; `floors` are those of
-    the model."""
+    the model. Those that present[C] beats are not looked at: -2 where it beats all."""
     number, (configs, types) = len(counts), loads.shape
     used, table, basis = _scratch(configs, types)
     shares, prices, duals = np.empty((configs, types)), np.zeros(types), np.empty(types)
@@ -607,6 +627,13 @@ def _least_latency(
     least, size = np.empty((LEVELS, configs)), FIRST
     first = int(LEVELS / above.max()) if len(active) else 0
     best, solved = np.inf, 0
+    theta = _solve(loads, rho * present, used, table, basis, shares, duals)
+    present_s = _latency_s(model, present, rates, shares) if theta >= 1.0 else np.inf
+    if present_s < np.inf:
+        best, size = present_s, ROUND
+        _prices_of(model, present, rates, shares, prices)
+        if many:
+            _tune_prices(floors, present, rates, rho, theta, best * total, prices)
     while True:
         if apart:
             _least_own_s(model, loads, rates, prices, least)
@@ -625,9 +652,9 @@ def _least_latency(
         active = active[:kept]
         left = active[~exact[active]]
         if len(left) == 0:
-            if best < np.inf:
+            if best < np.inf and len(active) > 0:
                 return active[0], values[active[0]], solved
-            return -1, np.inf, solved
+            return (-2 if best < np.inf else -1), best, solved
         prices[:] = 0.0
         order = _lowest(bounds, left, size)
         size *= 2 if best < np.inf else 1
@@ -654,8 +681,8 @@ def _least_latency(
 def _least_latency_of(
     counts: Any, loads: Any, rates: Any, rho: float, model: Any, parts: int, apart: bool
 ) -> Any:
-    floors = load_floors(model, rho, parts)
-    index, _, solved = _least_latency(counts, loads, rates, rho, model, floors, apart)
+    floors, nothing = load_floors(model, rho, parts), np.zeros(loads.shape[0])
+    index, _, solved = _least_latency(counts, nothing, loads, rates, rho, model, floors, apart)
     return index, solved
 
 
@@ -689,7 +716,7 @@ def least_latency_or(
 ) -> int:
     """The index that `least_latency` gives, or -2 where present[C] is as good: with headroom 1 and
     as little latency. Beyond `most_s` latencies are equal."""
-    index, latency_s, _ = _least_latency(counts, loads, rates, rho, model, floors, apart)
+    index, latency_s, _ = _least_latency(counts, present, loads, rates, rho, model, floors, apart)
     if index >= 0:
         configs, types = loads.shape
         used, table, basis = _scratch(configs, types)

@@ -284,7 +284,7 @@ class Planner:
         types = mid.shape[1]
         found = np.empty((types + len(tick.recent), types))
         found[:types] = mid
-        np.fill_diagonal(found[:types], np.maximum(high, mid)[0])
+        found.ravel()[: types * types : types + 1] = np.maximum(high, mid)[0]
         if tick.recent:
             seen = np.array([self.scorer.rates(key) for key in tick.recent])
             found[types:] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
@@ -352,6 +352,8 @@ def dead_replicas(snapshot: ClusterSnapshot) -> frozenset[int]:
         set(snapshot.dead_devices),
         {s.replica_id for s in snapshot.replicas if not s.alive},
     )
+    if not (lost or silent):
+        return frozenset()
     return frozenset(
         i
         for i, r in enumerate(snapshot.deployment.replicas)

@@ -9,10 +9,11 @@ never stops the loop: the rule decides, and the reason is recorded and counted.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,11 +51,12 @@ def check_distribution(probabilities: Floats, observation: Observation) -> str:
     """Empty when it is a distribution over legal rows, else what is wrong with it."""
     if probabilities.shape != observation.mask.shape:
         return f"shape {probabilities.shape}, expected {observation.mask.shape}"
-    if not np.all(np.isfinite(probabilities)):
+    given = probabilities.tolist()  # few: lists are faster
+    if not all(map(math.isfinite, given)):
         return "not finite"
-    if np.any(probabilities < 0) or abs(float(probabilities.sum()) - 1.0) > SUM_TOLERANCE:
+    if min(given) < 0 or abs(sum(given) - 1.0) > SUM_TOLERANCE:
         return "not a distribution"
-    if np.any(probabilities[~observation.mask] > 0):
+    if any(p > 0 and not legal for p, legal in zip(given, observation.mask.tolist(), strict=True)):
         return "probability on a masked candidate"
     return ""
 
@@ -94,7 +96,7 @@ class PolicyServer:
             probabilities, deterministic = self._exploration.mix(probabilities, observation), False
         probabilities = probabilities / probabilities.sum()
         action = choose(probabilities, rng, deterministic)
-        return replace(found, probabilities=probabilities, action=action)
+        return ActResult(probabilities, action, found.policy, found.reason, found.failure)
 
     def _answer(self, observation: Observation, actor: Actor, policy: Policy) -> ActResult:
         failure, name, reason = "", policy.name, "policy"

@@ -15,7 +15,7 @@ from controller.oversight import Hold
 from controller.predictor import Forecast
 from controller.records import Mode
 from controller.roster import PolicyInfo
-from controller.tick_records import observed_record
+from controller.tick_records import candidate_views, type_rates
 from engine.cluster import Candidate, Routing, WorkloadType
 from engine.wire import to_proto
 from protos import control_pb2 as pb
@@ -161,10 +161,9 @@ def decided(found: Decided, routing: Routing, types: Sequence[WorkloadType]) -> 
         reason=decision_reason(found.act, decision),
         vetoes=decision.vetoes,
     )
-    record = observed_record(1, Mode.ADVISORY, found.prepared, types, found.act)
-    for view in record.candidates:
+    for view in candidate_views(found.prepared, found.act):
         to_proto(view, response.candidates.add())
-    for rate in record.rates:
+    for rate in type_rates(found.prepared, types):
         to_proto(rate, response.rates.add())
     if decision.plan is not None:
         to_proto(decision.plan, response.plan)

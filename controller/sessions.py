@@ -45,6 +45,7 @@ class Sessions:
         self._pipeline, self._deadline_s, self._max = pipeline, deadline_s, max_sessions
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._lock = threading.Lock()
+        self._undrawn = np.random.default_rng(0)  # for decisions that draw nothing
         # one thread: decisions are all processor time, and more of them would only take turns
         self.worker = ThreadPoolExecutor(1, "decide")
 
@@ -132,7 +133,8 @@ class Sessions:
             session.num_events += len(events)
             session.last = snapshot
             server.deterministic = seed is None
-            rng, prepared = np.random.default_rng(seed), pipeline.prepare(snapshot)
+            rng = self._undrawn if seed is None else np.random.default_rng(seed)
+            prepared = pipeline.prepare(snapshot)
             decided = decide(pipeline, prepared, lambda p: server.act(p.observation, rng))
             return decided, pipeline.routing_for(prepared)
 

@@ -35,8 +35,8 @@ def observed_record(
         at_s=prepared.at_s,
         status=TickStatus.OBSERVED,
         mode=mode,
-        candidates=_views(prepared, act),
-        rates=_rates(prepared, types),
+        candidates=candidate_views(prepared, act),
+        rates=type_rates(prepared, types),
         epoch=snapshot.epoch,
         deployment_key=snapshot.deployment.key,
         num_waiting=prepared.monitor_state.num_waiting,
@@ -64,7 +64,8 @@ def decided_record(
     )
 
 
-def _rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tuple[TypeRate, ...]:
+def type_rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tuple[TypeRate, ...]:
+    """Forecast and seen lately, of each type."""
     forecast, actual = prepared.forecast, prepared.monitor_state.rates[0]
     return tuple(
         TypeRate(t.name, q50, q90, rate)
@@ -72,17 +73,23 @@ def _rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tuple[T
     )
 
 
-def _views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
+def candidate_views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
+    """As the policy saw them; with the probabilities that it gave, if it was asked."""
+    legal = prepared.observation.mask.tolist()
+    given = [None] * len(legal) if act is None else act.probabilities.tolist()
+    rows = zip(prepared.candidates, prepared.mask_reasons, legal, given, strict=False)
     return tuple(
-        CandidateView(
-            key=c.key,
-            origin=c.origin,
-            legal=bool(prepared.observation.mask[i]),
-            mask_reason=prepared.mask_reasons[i],
-            probability=float(act.probabilities[i]) if act is not None else None,
-            headroom=c.headroom,
-            predicted_switch_s=c.switch_s,
-            weight_bytes=c.weight_bytes,
-        )
-        for i, c in enumerate(prepared.candidates)
+        [
+            CandidateView(
+                key=c.key,
+                origin=c.origin,
+                legal=is_legal,
+                mask_reason=reason,
+                probability=probability,
+                headroom=c.headroom,
+                predicted_switch_s=c.switch_s,
+                weight_bytes=c.weight_bytes,
+            )
+            for c, reason, is_legal, probability in rows
+        ]
     )

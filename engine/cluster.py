@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from itertools import chain
 from math import inf
 from typing import Protocol, runtime_checkable
 
@@ -371,7 +372,7 @@ class Routing:
                 f"the posterior has {len(self.posterior)} rows."
             )
         for name, rows in (("weights", self.weights), ("posterior", self.posterior)):
-            shares = [share for row in rows for share in row]
+            shares = list(chain.from_iterable(rows))
             if shares and not (min(shares) >= 0 and sum(shares) < inf):  # nan has no sum below
                 raise ValueError(f"routing {name} are {rows}; expected finite shares of 0 or more.")
         if any(edge < 0 for edge in self.prompt_edges):

@@ -125,7 +125,7 @@ def _extend(repeated: Any, items: Any) -> None:
             repeated.add(phase=phase, duration_s=duration_s)
     else:
         for item in items:
-            repeated.add(values=item)
+            repeated.add().values.extend(item)
 
 
 def _enum_prefix(kind: type[StrEnum]) -> str:
@@ -136,8 +136,8 @@ def _enum_prefix(kind: type[StrEnum]) -> str:
 
 # -------------------------------------------------------------------------------- in
 
-Reader = Callable[[Any], Any]  # a message -> the value of one field, or of a run of plain ones
-_READERS: dict[Any, tuple[tuple[bool, Reader], ...]] = {}  # by dataclass; whether it is of a run
+Reader = Callable[[Any], Any]  # a message -> the value of one field, or the values of several
+_READERS: dict[Any, Reader] = {}  # by dataclass: of all its fields, in their order
 
 
 def from_proto(kind: type[T], message: Any) -> T:
@@ -146,24 +146,36 @@ def from_proto(kind: type[T], message: Any) -> T:
     Raises InvalidRequestError when a message field is missing, an enum is unspecified, or the
     dataclass itself refuses the values.
     """
-    readers = _READERS.get(kind)
-    if readers is None:
-        readers = _READERS[kind] = tuple(_readers(kind, message))
-    values: list[Any] = []
-    for is_run, read in readers:
-        if is_run:
-            values += read(message)
-        else:
-            values.append(read(message))
+    read = _READERS.get(kind)
+    if read is None:
+        read = _READERS[kind] = _reader_of(kind, message)
+    values = read(message)
     try:
         return kind(*values)
     except (TidewrightError, ValueError) as error:
         raise InvalidRequestError(f"{kind.__name__}: {error}") from error
 
 
+def _reader_of(kind: Any, message: Any) -> Reader:
+    parts = tuple(_readers(kind, message))
+    if len(parts) == 1 and parts[0][0]:
+        return parts[0][1]
+
+    def read_all(message: Any) -> list[Any]:
+        values: list[Any] = []
+        for is_run, read in parts:
+            if is_run:
+                values += read(message)
+            else:
+                values.append(read(message))
+        return values
+
+    return read_all
+
+
 def _readers(kind: Any, message: Any) -> Iterator[tuple[bool, Reader]]:
-    """In the order of the fields. Neighbours that a message gives just as they are wanted, plain
-    and always there, are read at once."""
+    """Whether each reads a run of several fields. Neighbours that a message gives just as they are
+    wanted, plain and always there, are read at once."""
     hints = get_type_hints(kind)
 
     def is_plain(name: str) -> bool:
@@ -171,8 +183,8 @@ def _readers(kind: Any, message: Any) -> Iterator[tuple[bool, Reader]]:
 
     for plain, run in groupby(hints, is_plain):
         names = tuple(run)
-        if plain and len(names) > 1:
-            yield True, attrgetter(*names)
+        if plain:
+            yield len(names) > 1, attrgetter(*names)
         else:
             for name in names:
                 yield False, _reader(name, hints[name], f"{kind.__name__}.{name}")
@@ -194,17 +206,12 @@ def _reader(name: str, hint: Any, where: str) -> Reader:
 
 
 def _items_reader(name: str, hint: Any) -> Reader:
-    get, is_message = attrgetter(name), dataclasses.is_dataclass(hint)
-
-    def read(message: Any) -> tuple[Any, ...]:
-        items = get(message)
-        if is_message:
-            return tuple([from_proto(hint, item) for item in items])
-        if get_origin(hint) is tuple:
-            return tuple(map(_item, items))
-        return tuple(items)
-
-    return read
+    get = attrgetter(name)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return lambda message: tuple([from_proto(hint, item) for item in get(message)])
+    if get_origin(hint) is tuple:
+        return lambda message: tuple(map(_item, get(message)))
+    return lambda message: tuple(get(message))
 
 
 def _item(item: Any) -> Any:

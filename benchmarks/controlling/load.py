@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from controlling.setting import ToldEngine, pool
 from engine.wire import to_proto
@@ -124,6 +125,18 @@ async def decide(
             client.prepare(num, with_events)
         took = await asyncio.gather(*(client.decide(pause_s) for client in every))
         return [ms for calls in took for ms in calls]
+
+
+async def round_trips(service: Service, num: int) -> list[float]:
+    """Milliseconds of calls that have nothing to do, by a client such as decides: gRPC alone."""
+    took, request = [], health_pb2.HealthCheckRequest()
+    async with grpc.aio.insecure_channel(service.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for _ in range(num + 1):
+            begun_s = time.perf_counter()
+            await stub.Check(request, timeout=TIMEOUT_S)
+            took.append(1000.0 * (time.perf_counter() - begun_s))
+    return took[1:]
 
 
 async def fan_out(service: Service, clients: int, num_ticks: int) -> list[list[float]]:
