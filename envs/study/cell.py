@@ -15,7 +15,7 @@ from engine.cluster import (
     dense_deployment,
     parse_deployment_key,
 )
-from engine.errors import InfeasibleError
+from engine.errors import InfeasibleError, InvalidRequestError
 from envs.columns import ColumnLedger
 from envs.lookahead import future_of
 from envs.study.bounds import bounds
@@ -101,7 +101,13 @@ def run_anew(
     tuned = HysteresisConfig(**before["hysteresis"])
     changed: dict[str, Any] = {}
     if names:
-        rules = [rule for rule in ladder(world, tuned) if rule.name in names]
+        of_ladder = {rule.name: rule for rule in ladder(world, tuned)}
+        if unknown := [name for name in names if name not in of_ladder]:
+            raise InvalidRequestError(
+                f"the ladder of cell {world.cell.name} has no rule {', '.join(unknown)}; expected "
+                f"of {', '.join(of_ladder)}."
+            )
+        rules = [of_ladder[name] for name in names]
         scores = _run_rules(world, rules, report)
         others = [r for r in before["runs"] if r["rule"] not in names]
     else:

@@ -12,6 +12,7 @@ import pytest
 
 from engine.cluster import SloSpec, UtilitySpec, WorkloadType, WorkloadTyping
 from engine.config import load_config
+from engine.errors import InvalidRequestError
 from envs.reward import RewardConfig
 from envs.study import rules
 from envs.study.__main__ import main
@@ -108,6 +109,8 @@ def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
     ruled = run_anew(study, found | {"runs": runs}, Path(), ("keep",), said.append)
     assert said == ["keep"]
     assert sorted(ruled["runs"], key=str) == sorted(found["runs"], key=str)
+    with pytest.raises(InvalidRequestError, match="has no rule kepp; expected of keep, "):
+        run_anew(study, found, Path(), ("kepp",), said.append)
 
 
 def test_statics_are_at_their_load(result: dict[str, Any]) -> None:
