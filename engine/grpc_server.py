@@ -18,22 +18,6 @@ from engine.wire import ERROR_KEY, name_of, status_of
 MAX_MESSAGE_BYTES = 64 << 20  # a switch plan lists every tensor slice
 
 
-class OncePerMethod(grpc.aio.ServerInterceptor):
-    """Outermost: what the interceptors make of a handler follows from the method's name, so they
-    are asked once for each that the server has, and not at every call."""
-
-    def __init__(self) -> None:
-        self._handlers: dict[str, Any] = {}
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = self._handlers.get(details.method)
-        if handler is None:
-            handler = await continuation(details)
-            if handler is not None:
-                self._handlers[details.method] = handler
-        return handler
-
-
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns a TidewrightError into its status, with its class name in the trailing metadata and in
     the rich status."""
@@ -115,8 +99,7 @@ async def start_server(
     Raises UnavailableError when the port cannot be bound.
     """
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", max_message_bytes)]
-    every = [OncePerMethod(), ErrorInterceptor(), *interceptors]
-    server = grpc.aio.server(interceptors=every, options=options)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=options)
     add_servicer(server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
