@@ -402,10 +402,8 @@ class DecisionPipeline:
         by a share that only holds for the forecast; dead ones get nothing.
         """
         keep, deployment = prepared.candidates[KEEP], prepared.snapshot.deployment
-        ids, dead = (
-            tuple(r.replica_id for r in deployment.replicas),
-            dead_replicas(prepared.snapshot),
-        )
+        ids = tuple(r.replica_id for r in deployment.replicas)
+        dead = dead_replicas(prepared.snapshot)
         num_live = len(ids) - len(dead)
         if not num_live:
             return Routing(ids)

@@ -123,9 +123,7 @@ class DriftDetector:
         self.reset()
 
     def reset(self) -> None:
-        self._recent = np.empty(
-            (DRIFT_INTERVALS, self._num_types)
-        )  # squares, the newest take turns
+        self._recent = np.empty((DRIFT_INTERVALS, self._num_types))  # squares, in turns
         self._usual = np.zeros(self._num_types)  # mean square
         self._num_errors = 0
 
