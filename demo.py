@@ -1,7 +1,8 @@
 """The main job on one machine: `make demo`, `make demo TRACE=FILE` or `make demo MODEL=smollm2`.
 
-Starts an engine (4 workers, tiny model) and a controller with the shipped policy, replays a window
-of a trace against the OpenAI API, then serves the same window with the deployment kept as it was.
+Starts an engine (tiny model, one replica over 4 workers) and a controller with the shipped policy,
+replays a window of a trace against the OpenAI API, then serves the same window with the deployment
+kept as it was. The controller is held for the first 10 s: it watches traffic before it acts.
 With --model smollm2 it asks chat questions instead and shows some answers; a rule decides.
 """
 
@@ -40,7 +41,11 @@ def parse_args() -> argparse.Namespace:
     add("--speed", type=float, default=1.0, help="trace seconds per replay second (default 1)")
     add("--length-factor", type=float, default=0.2, help="on token counts (default 0.2)")
     add("--policy", type=Path, default=Path("policies/artifacts/demo"), help="checkpoint folder")
-    add("--deployment", help="to start with and to keep (default: the one for the mean load)")
+    add(
+        "--deployment",
+        help="to start with and to keep (default: one replica over all devices; with smollm2 "
+        f"{SMOLLM2_DEPLOYMENT})",
+    )
     add("--seed", type=int, default=0, help="of generator and prompts (default 0)")
     add("--skip-keep", action="store_true", help="leave out the comparison run")
     return parser.parse_args()
@@ -74,7 +79,7 @@ def tiny_showcase(
     config = ShowcaseConfig(
         policy=args.policy,
         run_dir=Path("runs/demo"),
-        engine_args=pool.engine_args(args.deployment),
+        engine_args=pool.engine_args(args.deployment or f"1xtp{pool.num_workers}pp1"),
         seed=args.seed,
     )
     return config, load_window(args, pool.max_model_len, console)

@@ -18,7 +18,7 @@ import numpy as np
 
 from controller.build import load_profiled_cluster
 from controller.control_channel import ClientAccess
-from controller.records import TickRecord
+from controller.records import Mode, TickRecord
 from controller.remote import RemoteCluster
 from controller.remote_control import RemoteControl
 from engine.cluster import ClusterSnapshot, EventKind, SwitchTicket
@@ -47,6 +47,7 @@ class ShowcaseConfig:
     engine_args: tuple[str, ...] = ()
     controller_args: tuple[str, ...] = ()
     seed: int = 0  # of prompts
+    watch_s: float = 10.0  # that the controller is held for, to decide on traffic that it has seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ async def running_pool(config: ShowcaseConfig, mode: str) -> AsyncIterator[Pool]
         engine = stack.enter_context(running_server("engine", arguments, run_dir / "engine.log"))
         ready = await asyncio.to_thread(engine.wait_ready, ENGINE_READY, START_TIMEOUT_S)
         arguments = [
-            *("controller", "--engine", ready["grpc"], "--grpc-port", "0", "--mode", mode),
+            *("controller", "--engine", ready["grpc"], "--grpc-port", "0", "--mode", "off"),
             *("--policy", str(config.policy), "--log", str(run_dir / "decisions.jsonl")),
             *("--engine-token-file", str(control)),
             *config.controller_args,
@@ -209,6 +210,9 @@ async def running_pool(config: ShowcaseConfig, mode: str) -> AsyncIterator[Pool]
         steering = await asyncio.to_thread(controller.wait_ready, CONTROLLER_READY, START_TIMEOUT_S)
         cluster = stack.enter_context(RemoteCluster(ready["grpc"], access=access))
         steered = stack.enter_context(RemoteControl(steering["grpc"]))
+        if mode == "active":
+            await asyncio.to_thread(steered.hold, config.watch_s, "watches traffic first")
+            await asyncio.to_thread(steered.set_mode, Mode.ACTIVE)
         yield Pool(ready["url"], api_key, ready["model"], cluster, steered)
 
 
