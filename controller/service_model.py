@@ -41,7 +41,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -158,31 +160,15 @@ class _Pipeline:
         return np.asarray(np.maximum(alone_s, cycle_s))
 
 
-def _max_running(spec: ClusterSpec, kv_tokens: Floats, lengths: Floats, pp: Floats) -> Floats:
-    """[C, J] sequences that run together in steady state: places, KV tokens, tokens per step."""
-    prompt, output = lengths[:, 0], lengths[:, 1]
-    by_kv = kv_tokens[:, None] / (prompt + output)[None]
-    per_step = np.maximum((prompt + output - 1.0) / _steps(spec, lengths), 1.0)
-    by_tokens = pp[:, None] * spec.max_num_batched_tokens / per_step[None]
-    return np.asarray(np.clip(np.minimum(by_kv, by_tokens), 1.0, spec.max_num_seqs))
-
-
-def _steps(spec: ClusterSpec, lengths: Floats) -> Floats:
-    prompt, output = lengths[:, 0], lengths[:, 1]
-    chunks = np.maximum(1.0, prompt / spec.max_num_batched_tokens)
-    return np.asarray(np.maximum(output - 1.0, 0.0) + chunks)
-
-
 @lru_cache(maxsize=256)
 def _linear(model: StepTimeModel, max_tokens: int) -> StepTimeModel:
     return model.linear(max_tokens)
 
 
 @lru_cache(maxsize=64)
-def _coefficients(
-    cluster: ProfiledCluster, configs: tuple[ParallelConfig, ...]
-) -> tuple[Floats, ...]:
-    """[C] each: those of the step times, then pipeline stages and tokens of KV."""
+def _coefficients(cluster: ProfiledCluster, configs: tuple[ParallelConfig, ...]) -> Floats:
+    """[8, C]: those of the step times, the stage's share at least 1 / pp, then pipeline stages and
+    tokens of KV."""
     spec, pp = cluster.spec, np.array([c.pp for c in configs], np.float64)
     limit = spec.max_num_batched_tokens
     models = [_linear(cluster.profile.step_model(c), limit) for c in configs]
@@ -190,7 +176,36 @@ def _coefficients(
         np.array([getattr(m, name) for m in models], np.float64) for name in COEFFICIENTS
     )
     kv_tokens = np.array([num_kv_blocks(spec, c) * spec.block_size for c in configs], np.float64)
-    return (*found, np.maximum(1.0 / pp, share), pp, kv_tokens)
+    return np.array([*found, np.maximum(1.0 / pp, share), pp, kv_tokens])
+
+
+@numba.njit(cache=True, nogil=True)
+def _terms(coefficients: Any, lengths: Any, limit: float, max_num_seqs: float) -> Any:
+    """steps[J]; added_s, held_s2, prompt_s, max_running and rates, [C, J] each."""
+    number, types = coefficients.shape[1], len(lengths)
+    steps, found = np.empty(types), np.empty((5, number, types))
+    for j in range(types):
+        prompt, output = max(lengths[j, 0], 1.0), max(lengths[j, 1], 1.0)
+        m = steps[j] = max(output - 1.0, 0.0) + max(1.0, prompt / limit)
+        total, context = prompt + output, prompt + output / 2.0
+        ahead = total - 1.0
+        tokens, per_step = max(ahead, 1.0) / m, max(ahead / m, 1.0)
+        pairs = ahead * ((ahead + 1.0) / 2.0) / m  # `engine.profile.attention_pairs`
+        for c in range(number):
+            a, b, d, e, f, share, pp, kv_tokens = coefficients[:, c]
+            added_s = b * tokens + d + e * context + f * pairs
+            places = min(kv_tokens / total, pp * limit / per_step)
+            running = min(max(places, 1.0), max_num_seqs)
+            held_up_s = share * b * min(SPREAD2 * prompt, limit)
+            prompt_s = held_up_s / HELD_UP
+            held_s2 = (pp - 1.0) / pp * b * held_up_s * prompt / m
+            batches = min(pp, running)
+            step_s = max(a + added_s * running / batches, 1e-12)
+            cycle_s = max(1.0, share * batches) * step_s + held_s2 * running / (step_s + prompt_s)
+            cycle_s = min(cycle_s, max(1.0, share) * batches * step_s)
+            found[0, c, j], found[1, c, j], found[2, c, j] = added_s, held_s2, prompt_s
+            found[3, c, j], found[4, c, j] = running, running / (m * max(cycle_s, 1e-9))
+    return steps, found
 
 
 def build_service_model(
@@ -200,34 +215,11 @@ def build_service_model(
 
     Raises InvalidRequestError when the profile lacks a configuration.
     """
-    spec = cluster.spec
-    limit = spec.max_num_batched_tokens
-    a, b, d, e, f, share, pp, kv_tokens = _coefficients(cluster, tuple(configs))
-    lengths = np.maximum(lengths, 1.0)
-    steps, context = _steps(spec, lengths), lengths[:, 0] + lengths[:, 1] / 2.0
-    tokens = np.maximum(lengths.sum(axis=1) - 1.0, 1.0) / steps
-    pairs = attention_pairs(0.0, lengths.sum(axis=1) - 1.0) / steps
-    added_s = b[:, None] * tokens + d[:, None] + e[:, None] * context + f[:, None] * pairs
-    running = _max_running(spec, kv_tokens, lengths, pp)
-    held_up_s = (share * b)[:, None] * np.minimum(SPREAD2 * lengths[:, 0], limit)
-    prompt_s = held_up_s / HELD_UP
-    held_s2 = ((pp - 1.0) / pp * b)[:, None] * held_up_s * lengths[:, 0] / steps
-    pipeline = _Pipeline(a[:, None], share[:, None], pp[:, None], added_s, held_s2, prompt_s)
-    cycle_s = pipeline.full_s(running)
-    rates = running / (steps * np.maximum(cycle_s, 1e-9))
-    return ServiceModel(
-        tuple(configs),
-        a,
-        share,
-        pp,
-        kv_tokens,
-        steps,
-        added_s,
-        held_s2,
-        prompt_s,
-        running,
-        np.asarray(rates),
-    )
+    spec, coefficients = cluster.spec, _coefficients(cluster, tuple(configs))
+    limit, most = float(spec.max_num_batched_tokens), float(spec.max_num_seqs)
+    steps, found = _terms(coefficients, np.ascontiguousarray(lengths), limit, most)
+    base_s, *_, share, pp, kv_tokens = coefficients
+    return ServiceModel(tuple(configs), base_s, share, pp, kv_tokens, steps, *found)
 
 
 def service_rates(

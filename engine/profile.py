@@ -165,6 +165,9 @@ class ServingProfile:
     pause_overhead_s: float  # how long affected replicas stand still, but for KV bytes
     crowding: Crowding = Crowding()
 
+    def __hash__(self) -> int:  # equal profiles hash alike; `steps` is long and left to equality
+        return hash((self.model, self.device, len(self.steps)))
+
     def step_model(self, parallel: ParallelConfig) -> StepTimeModel:
         for model in self.steps:
             if model.parallel == parallel:
