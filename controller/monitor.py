@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.posterior import TypePosterior
-from controller.workload import assign, centres
+from controller.workload import add_rows, assign, centres
 from engine.cluster import (
     Arrival,
     ClusterEvent,
@@ -133,7 +133,7 @@ class Monitor:
         faded = keep**counts
         self._length_weight = self._length_weight * faded + counts
         self._length_sum *= faded[:, None]
-        np.add.at(self._length_sum, types, lengths)
+        add_rows(self._length_sum, types, lengths)
         self._decay_to(max(o.finish_s for o in finished))
         for outcome in finished:
             self._count_latency(outcome)

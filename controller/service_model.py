@@ -47,7 +47,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cluster import ClusterSpec, KvCostParams, ParallelConfig
+from engine.cluster import KvCostParams, ParallelConfig
 from engine.profile import ProfiledCluster, StepTimeModel, attention_pairs
 from engine.shards import fits, num_kv_blocks
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from controller.decision import DecisionPipeline
 from controller.monitor import LENGTH_MEMORY, Monitor
-from controller.workload import assign
+from controller.workload import add_rows, assign
 from engine.cluster import ClusterEvent, ClusterSnapshot, Drivable, SloSpec
 from envs.reward import (
     WORST,
@@ -75,7 +75,7 @@ class ColumnMonitor(Monitor):
         done = traffic.finished
         prompt, output = traffic.prompt_tokens[done], traffic.output_tokens[done]
         types = assign(self._typing, prompt, output)
-        self.posterior.observe(prompt.tolist(), types)
+        self.posterior.observe(prompt, types)
         keep = 1.0 - 1.0 / LENGTH_MEMORY
         counts = np.bincount(types, minlength=len(self._typing.types))
         faded = keep**counts
@@ -83,7 +83,7 @@ class ColumnMonitor(Monitor):
         self._length_sum *= faded[:, None]
         lengths = np.empty((len(types), 2))
         lengths[:, 0], lengths[:, 1] = prompt, output
-        np.add.at(self._length_sum, types, lengths)
+        add_rows(self._length_sum, types, lengths)
         finish_s, first_s = traffic.finish_s[done], traffic.first_token_s[done]
         self._decay_to(float(finish_s.max()))
         weight = np.exp(np.minimum(finish_s - self._last_s, 0.0) / self._window_s)

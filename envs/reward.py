@@ -168,11 +168,14 @@ def parts_of_utility(
 
 def slo_met(slo: SloSpec, ended: TrafficColumns) -> NDArray[np.bool_]:
     """[E] `SloSpec.is_met_by` of each request."""
-    due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * ended.prompt_tokens
-    ttft_s = ended.first_token_s - ended.ended_arrival_s
-    slow_start = (due_s > 0) & (ttft_s > due_s)
-    slow_tokens = (slo.tpot_s > 0) & (ended.output_tokens > 1) & (tpot_of(ended) > slo.tpot_s)
-    return np.asarray(ended.finished & ~slow_start & ~slow_tokens)
+    met = ended.finished
+    if slo.ttft_s > 0 or slo.ttft_per_prompt_token_s > 0:
+        due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * ended.prompt_tokens
+        ttft_s = ended.first_token_s - ended.ended_arrival_s
+        met = met & ~((due_s > 0) & (ttft_s > due_s))
+    if slo.tpot_s > 0:
+        met = met & ~((ended.output_tokens > 1) & (tpot_of(ended) > slo.tpot_s))
+    return met
 
 
 def tpot_of(ended: TrafficColumns) -> Seconds:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -30,6 +32,14 @@ def new_records(
     records["target_tokens"] = target_tokens
     records["row"] = records["next"] = records["prev"] = NONE
     return records
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(seqs: Any, slots: Any, records: Any, first: int) -> None:
+    """records[N] in their slots, numbered by arrival from `first`."""
+    for i in range(len(slots)):
+        seqs[slots[i]] = records[i]
+        seqs[slots[i]].index = first + i
 
 
 def request_records(requests: list[Request]) -> Records:
@@ -123,8 +133,7 @@ class SurrogateState:
         first = self._num_free - len(records)
         slots = self._free_slots[first : self._num_free].copy()
         self._num_free = first
-        self.seqs[slots] = records
-        self.seqs["index"][slots] = self._num_added + np.arange(len(slots))
+        _place(self.seqs, slots, records, self._num_added)
         self._num_added += len(slots)
         return slots
 
