@@ -7,8 +7,9 @@ guardrails, in their order; docs/guardrails.md explains it and is checked agains
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -100,11 +101,24 @@ class Review:
     propensity: float  # total probability of the rows that end in the executed one
 
 
-Shape = list[tuple[ParallelConfig, int]]  # configurations and how many replicas of each
+Shape = tuple[tuple[ParallelConfig, int], ...]  # configurations and how many replicas of each
 
 
-def _shape(configs: Iterable[ParallelConfig]) -> Shape:
-    return [(parallel, len(list(alike))) for parallel, alike in groupby(configs)]
+@lru_cache(maxsize=4096)
+def _shape(configs: tuple[ParallelConfig, ...]) -> Shape:
+    return tuple((parallel, len(list(alike))) for parallel, alike in groupby(configs))
+
+
+@lru_cache(maxsize=4096)
+def _fits(spec: ClusterSpec, configs: tuple[ParallelConfig, ...]) -> bool:
+    """Devices, memory, heads and layers, all devices being alive."""
+    try:
+        spec.check(configs)
+        for parallel in set(configs):
+            check_memory(spec, parallel)
+    except InfeasibleError:
+        return False
+    return True
 
 
 def _devices(shape: Shape) -> int:
@@ -116,7 +130,7 @@ class _Tick:
 
     def __init__(self, now: Circumstances, keep: Candidate, config: GuardrailConfig) -> None:
         self._now, self._keep, self._config = now, keep, config
-        live = [c for i, c in enumerate(keep.configs) if i not in now.dead]
+        live = tuple(c for i, c in enumerate(keep.configs) if i not in now.dead)
         self._live = _shape(live)
         self._alive = now.spec.num_devices - len(set(now.snapshot.dead_devices))
         self._keep_devices = _devices(self._live)
@@ -141,14 +155,7 @@ class _Tick:
             yield "disagreement"
 
     def _infeasible(self, candidate: Candidate, shape: Shape) -> bool:
-        spec = self._now.spec
-        try:
-            spec.check(candidate.configs)
-            for parallel, _ in shape:
-                check_memory(spec, parallel)
-        except InfeasibleError:
-            return True
-        return _devices(shape) > self._alive
+        return not _fits(self._now.spec, candidate.configs) or _devices(shape) > self._alive
 
     def _changes_too_much(self, shape: Shape) -> bool:
         """More devices only count while keep has the headroom to wait for them."""

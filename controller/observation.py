@@ -109,14 +109,19 @@ def build_observation(
     mask_reasons: Sequence[str],
 ) -> Observation:
     """State and candidate rows as float32; rows past the last candidate are zero and masked."""
-    rows = np.zeros((spec.max_candidates, len(spec.candidate_features)), np.float32)
+    keep, num_state, width = candidates[0], len(spec.state_features), len(spec.candidate_features)
+    features = _state(situation, keep, spec.grid_s)
+    assert len(features) == num_state, (len(features), num_state)
+    for candidate in candidates:
+        features += _candidate_row(situation, keep, candidate, spec.grid_s)
+    both = np.zeros(num_state + spec.max_candidates * width, np.float32)
+    both[: len(features)] = features
+    _bounded(both)
+    state, rows = both[:num_state], both[num_state:].reshape(spec.max_candidates, width)
     mask = np.zeros(spec.max_candidates, np.bool_)
-    keep, count = candidates[0], len(candidates)
-    rows[:count] = [_candidate_row(situation, keep, c, spec.grid_s) for c in candidates]
-    mask[:count] = [not reason for reason in mask_reasons]
-    state = np.array(_state(situation, candidates[0], spec.grid_s), np.float32)
-    assert state.shape == (len(spec.state_features),), (state.shape, len(spec.state_features))
-    return Observation(_bounded(state), _bounded(rows), mask, tuple(c.key for c in candidates))
+    mask[: len(candidates)] = [not reason for reason in mask_reasons]
+    keys = tuple(c.key for c in candidates)
+    return Observation(state, rows, mask, keys)
 
 
 def _bounded(features: Floats) -> Floats:

@@ -7,7 +7,6 @@ and at arrival only P(type | prompt length) is used; `controller.posterior` adds
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 

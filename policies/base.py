@@ -60,7 +60,8 @@ class Observation:
         """[flat_size]: state, candidate rows, row validity. The mask is passed apart."""
         valid = np.zeros(len(self.candidates), np.float32)
         valid[: len(self.keys)] = 1.0
-        return np.concatenate([self.state, self.candidates.ravel(), valid]).astype(np.float32)
+        flat = np.concatenate([self.state, self.candidates.ravel(), valid])
+        return flat.astype(np.float32, copy=False)
 
 
 class Policy(Protocol):

@@ -125,8 +125,7 @@ class SurrogateCluster:
             deployment=self._deployment,
             routing=self._routing,
             replicas=tuple(
-                self.state.stats(self.rows.of(r), r.replica_id, self._now_s)
-                for r in self._deployment.replicas
+                self.state.stats(self.rows.order, self._deployment.replicas, self._now_s)
             ),
             switch=next(reversed(self._tickets.values()), None),
             dead_devices=tuple(sorted(self._failures.dead_devices)),

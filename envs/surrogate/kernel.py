@@ -1198,13 +1198,3 @@ def advance_sharing(
             r = _row_for(seqs, replicas, rows, shares, edges, limits, s)
             send(seqs, replicas, lists, counts, s, r, work_s, NONE)
     _run_sharing(seqs, replicas, lists, batches, rows, limits, counts, ended, trace, clock, until_s)
-
-
-@compiled
-def load(seqs: Any, lists: Any) -> tuple[Any, Any]:
-    """(prompt tokens waiting, context tokens running) of one replica's lists."""
-    running, s = 0, lists[RUNNING].head
-    while s != NONE:
-        running += seqs[s].computed_tokens
-        s = seqs[s].next
-    return lists[WAITING].prompt_tokens, running

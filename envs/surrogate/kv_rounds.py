@@ -7,6 +7,7 @@ equal.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -65,7 +66,7 @@ class KvRounds:
         self._kept: dict[int, Kept] = {}
         self._slots: dict[int, int] = {}  # of those seen by the last round
         self._recompute: list[int] = []  # keys
-        self._known_loads: dict[tuple[int, int], Loads] = {}  # by replica ids
+        self._known_loads: dict[tuple[int, int], tuple[Loads, int]] = {}  # by replica ids
 
     def copy(self) -> KvRounds:
         other = copy(self)
@@ -149,7 +150,7 @@ class KvRounds:
             self._bound.pop(h.key, None)
             return
         model = host.spec.model
-        per_token = sum(nbytes for _, _, nbytes in self._loads(model, h.source, target))
+        _, per_token = self._loads(model, h.source, target)
         self._bound[h.key] = bind_sequence(
             self._plan.kv,
             "",
@@ -159,12 +160,14 @@ class KvRounds:
             model.max_model_len - h.tokens if may_drain else NEVER,
         )
 
-    def _loads(self, model: ModelSpec, source: Replica, target: Replica) -> Loads:
-        """`link_loads`, found once."""
+    def _loads(self, model: ModelSpec, source: Replica, target: Replica) -> tuple[Loads, int]:
+        """`link_loads`, found once, and the bytes of a token on all of them."""
         ids = source.replica_id, target.replica_id
-        if ids not in self._known_loads:
-            self._known_loads[ids] = link_loads(model, source, target)
-        return self._known_loads[ids]
+        known = self._known_loads.get(ids)
+        if known is None:
+            loads = link_loads(model, source, target)
+            known = self._known_loads[ids] = loads, sum(nbytes for _, _, nbytes in loads)
+        return known
 
     def _reserve(
         self,
@@ -179,17 +182,20 @@ class KvRounds:
         for key in self._kept.keys() - {h.key for h in migrate}:
             self._give_back(host, key, now_s)
         self._recompute = [key for key in keys if self.binding(key) is Binding.RECOMPUTE]
-        copies = Links()
+        sent: Counter[tuple[int, int]] = Counter()  # blocks, by replica id and new row
         for h in migrate:
             row = self._owner[h.key]
             num_blocks = self._extend(host, h, row, now_s)
             if num_blocks is None:
                 self._start_over(h.key)
-                continue
+            elif num_blocks:
+                sent[h.source.replica_id, row] += num_blocks
+        copies, sources = Links(), {r.replica_id: r for r in self._leaving}
+        for (source, row), num_blocks in sent.items():
             tokens = num_blocks * host.spec.block_size
-            if tokens:
-                for src, dst, per_token in self._loads(host.spec.model, h.source, targets[row]):
-                    copies[src, dst] += tokens * per_token
+            loads, _ = self._loads(host.spec.model, sources[source], targets[row])
+            for src, dst, per_token in loads:
+                copies[src, dst] += tokens * per_token
         self.kv_bytes += copies.total()
         return copies
 
@@ -201,7 +207,7 @@ class KvRounds:
     def _extend(self, host: SurrogateCluster, h: Here, row: int, now_s: float) -> int | None:
         """Keep blocks for what has been computed. How many have to be sent, whole ones always,
         since what came into one after it was sent is not there; None without room."""
-        size, replica = host.spec.block_size, host.state.replicas[row]
+        size, free = host.spec.block_size, host.state.replicas["free_blocks"]
         kept = self._kept.get(h.key)
         if kept is not None and kept.num_preemptions != h.num_preemptions:
             self._give_back(host, h.key, now_s)  # all of it comes anew
@@ -209,11 +215,11 @@ class KvRounds:
         kept = kept or Kept(row, 0, 0, h.num_preemptions)
         needed = -(-h.computed // size)
         missing = needed - kept.blocks
-        if not needed or missing > max(0, replica["free_blocks"]):
+        if not needed or missing > max(0, free[row]):
             self._give_back(host, h.key, now_s)
             return None
-        replica["free_blocks"] -= missing
-        self._kept[h.key] = kept._replace(blocks=needed, copied=h.computed)
+        free[row] -= missing
+        self._kept[h.key] = Kept(row, needed, h.computed, h.num_preemptions)
         return needed - kept.copied // size if h.computed > kept.copied else 0
 
     def _start_over(self, key: int) -> None:

@@ -6,12 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import Deployment, ParallelConfig, Replica, Routing
 from envs.surrogate import kernel
 from envs.surrogate.state import SurrogateState
+
+
+@numba.njit(cache=True, nogil=True)
+def _shares(posterior: Any, weights: Any, columns: Any) -> Any:
+    """[B, R] from posterior[B, J] and weights[J, R], added in the order of `engine.router`."""
+    found = np.zeros((len(posterior), len(columns)))
+    for j in range(len(weights)):
+        for b in range(len(posterior)):
+            for i in range(len(columns)):
+                found[b, i] += posterior[b, j] * weights[j, columns[i]]
+    return found
 
 
 class Rows:
@@ -68,9 +80,7 @@ class Rows:
             return
         columns = [routing.replica_ids.index(r.replica_id) for r in deployment.replicas]
         weights, posterior = np.array(routing.weights), np.array(routing.posterior)
-        self.shares = np.zeros((len(posterior), len(columns)))
-        for j in range(len(weights)):  # in the order in which `shares` adds
-            self.shares += posterior[:, j, None] * weights[j, columns]
+        self.shares = _shares(posterior, weights, np.array(columns, np.int64))
 
     def route(self, state: SurrogateState, slots: list[int], now_s: float) -> None:
         """Send requests to the replicas that are open now, or hold them while there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
 from typing import Any
 
@@ -9,7 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import ArrayLike
 
-from engine.cluster import ClusterSpec, ParallelConfig, ReplicaStats, Request
+from engine.cluster import ClusterSpec, ParallelConfig, Replica, ReplicaStats, Request
 from engine.profile import Crowding
 from envs.surrogate import kernel, layout
 from envs.surrogate.layout import FAILED, IN_RUNNING, IN_WAITING, NONE, RUNNING, WAITING
@@ -40,6 +41,27 @@ def _place(seqs: Any, slots: Any, records: Any, first: int) -> None:
     for i in range(len(slots)):
         seqs[slots[i]] = records[i]
         seqs[slots[i]].index = first + i
+
+
+@numba.njit(cache=True, nogil=True)
+def _figures(seqs: Any, replicas: Any, lists: Any, rows: Any) -> Any:
+    """[R, 8] those of `ReplicaStats` in each row, in their order."""
+    found = np.empty((len(rows), 8), np.int64)
+    for i in range(len(rows)):
+        replica, running, waiting = (
+            replicas[rows[i]],
+            lists[rows[i], RUNNING],
+            lists[rows[i], WAITING],
+        )
+        found[i, 0], found[i, 1] = running.count, waiting.count
+        found[i, 2], found[i, 3], s = waiting.prompt_tokens, 0, running.head
+        while s != NONE:
+            found[i, 3] += seqs[s].computed_tokens
+            s = seqs[s].next
+        found[i, 4] = replica.num_blocks
+        found[i, 5] = replica.num_blocks - replica.free_blocks - replica.withheld_blocks
+        found[i, 6], found[i, 7] = replica.generated_total, replica.preemptions_total
+    return found
 
 
 def request_records(requests: list[Request]) -> Records:
@@ -261,21 +283,13 @@ class SurrogateState:
             return work_s
         return max(now_s + (work_s - self.work_time(now_s)), now_s + LOOK_S)
 
-    def stats(self, row: int, replica_id: int, now_s: float) -> ReplicaStats:
-        replica, lists = self.replicas[row], self.lists[row]
-        waiting_tokens, context_tokens = kernel.load(self.seqs, lists)
-        return ReplicaStats(
-            replica_id=replica_id,
-            measured_at_s=now_s,
-            num_running=int(lists[RUNNING]["count"]),
-            num_waiting=int(lists[WAITING]["count"]),
-            waiting_prompt_tokens=int(waiting_tokens),
-            running_context_tokens=int(context_tokens),
-            kv_blocks_total=int(replica["num_blocks"]),
-            kv_blocks_used=self.used_blocks(row),
-            generated_tokens_total=int(replica["generated_total"]),
-            num_preemptions_total=int(replica["preemptions_total"]),
-        )
+    def stats(self, rows: Slots, replicas: Iterable[Replica], now_s: float) -> list[ReplicaStats]:
+        """Of replicas in these rows."""
+        figures = _figures(self.seqs, self.replicas, self.lists, rows).tolist()
+        return [
+            ReplicaStats(replica.replica_id, now_s, *own)
+            for replica, own in zip(replicas, figures, strict=True)
+        ]
 
     # ---------------------------------------------------------------- checks
 
