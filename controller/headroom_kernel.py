@@ -272,13 +272,15 @@ def score_all(
 def _tail_mean(values: Any, tail: float) -> float:
     """Mean of the least share `tail` of equally likely values[S] (their CVaR): the smallest when
     tail <= 1 / S, the mean when it is 1."""
+    if tail * len(values) <= 1.0:
+        return float(values.min())
     ordered, left, total = np.sort(values), tail * len(values), 0.0
     for value in ordered:
         total += value * min(1.0, left)
         left -= 1.0
         if left <= 0.0:
             break
-    return float(total / max(1.0, tail * len(values)) if tail * len(values) > 1.0 else ordered[0])
+    return float(total / (tail * len(values)))
 
 
 @summing
@@ -363,6 +365,21 @@ def most_headroom_or(counts: Any, present: Any, loads: Any, rho: float, tail: fl
     if own >= value * (1.0 - TIE):
         own = most_headroom(alone, loads, rho, tail)[1]
     return -1 if own >= value * (1.0 - TIE) else int(index)
+
+
+@compiled
+def most_headroom_each(
+    counts: Any, present: Any, loads: Any, rho: float, tail: float, alike: Any, roomy: Any
+) -> Any:
+    """What `most_headroom_or` gives of counts[N, C] at loads[0], at loads[1], and over the other
+    loads[2:]; then what `most_headroom` gives of alike[M, C] and of roomy[K, C] at loads[0]."""
+    return (
+        most_headroom_or(counts, present, loads[:1], rho, 0.0),
+        most_headroom_or(counts, present, loads[1:2], rho, 0.0),
+        most_headroom_or(counts, present, loads[2:], rho, tail),
+        most_headroom(alike, loads[:1], rho, 0.0)[0],
+        most_headroom(roomy, loads[:1], rho, 0.0)[0],
+    )
 
 
 @compiled
@@ -572,22 +589,20 @@ def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -
 
 @compiled
 def _headroom_bounds(counts: Any, loads: Any, rho: float) -> Any:
-    """[N] above and below the headroom: at some prices, and where each replica takes the mix."""
+    """[N] above the headroom, at some prices; and [C] what each replica adds to it at least, where
+    it takes the mix."""
     number, (configs, types) = len(counts), loads.shape
     above, exact = np.full(number, np.inf), np.zeros(number, np.bool_)
-    everything = np.arange(number)
-    below, each = np.empty(number), np.empty(configs)
+    everything, each = np.arange(number), np.empty(configs)
     for c in range(configs):
         each[c] = rho / loads[c].sum()
-    for i in everything:
-        below[i] = _dot(counts, i, each)
     used, table, basis = _scratch(configs, types)
     shares, prices = np.empty((configs, types)), np.full(types, 1.0 / types)
     for _ in range(CUTS):  # the prices of those with the highest bounds
         _cut(counts, everything, loads, rho, prices, above, exact)
         top = np.argmax(above)
         _solve(loads, rho * counts[top], used, table, basis, shares, prices)
-    return above, below
+    return above, each
 
 
 @compiled
@@ -621,7 +636,7 @@ def _least_latency(
     shares, prices, duals = np.empty((configs, types)), np.zeros(types), np.empty(types)
     exact, values = np.zeros(number, np.bool_), np.full(number, np.inf)
     everything, total = np.arange(number), rates.sum()
-    above, below = _headroom_bounds(counts, loads, rho)
+    above, each = _headroom_bounds(counts, loads, rho)
     active, bounds = everything[above >= 1.0], np.zeros(number)
     many = floors[0].shape[1] > 1
     least, size = np.empty((LEVELS, configs)), FIRST
@@ -644,7 +659,8 @@ def _least_latency(
             if not exact[i]:
                 busy = rho / above[i]
                 load = _dot(counts, i, least[min(int(LEVELS / above[i]), LEVELS - 1)])
-                busy = busy if load > 0.0 else rho / max(below[i], 1.0)
+                if load <= 0.0:
+                    busy = rho / max(_dot(counts, i, each), 1.0)
                 bounds[i] = max(bounds[i], (base + load * busy) / total)
             if (values[i] if exact[i] else bounds[i]) <= best * (1.0 + TIE):
                 active[kept] = i
@@ -738,5 +754,6 @@ def warm_up() -> None:
     score_all(square, square, square, one, 0.9, model, 1.0, 1.0)
     most_headroom(square, square[None], 0.9, 0.0)
     most_headroom_or(square, one, square[None], 0.9, 0.0)
+    most_headroom_each(square, one, np.ones((3, 1, 1)), 0.9, 0.0, square, square)
     least_latency_or(square, one, square, one, 0.9, model, floors, False, 1.0)
     dominated(square, np.zeros(1, np.int64), square)

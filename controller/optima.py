@@ -131,13 +131,25 @@ class Optima:
         )
         return search.live if index is None else _counts(listed[index])
 
-    def least_latency(self, search: Search, rates_key: Key) -> Counts:
+    def most_headroom_each(
+        self, search: Search, loads: Floats, tail: float, alike: Floats, roomy: Floats
+    ) -> tuple[Counts, ...]:
+        """`most_headroom` at loads[0], at loads[1] and over loads[2:] with that tail, and `best_of`
+        alike[M, C] and roomy[K, C] at loads[0]: all in one call."""
+        part = search.contenders
+        ours, theirs = self.scorer.most_headroom_each(
+            part, search.present, loads, tail, alike, roomy
+        )
+        found = [search.live if index is None else _counts(part[index]) for index in ours]
+        return (*found, _counts(alike[theirs[0]]), _counts(roomy[theirs[1]]))
+
+    def least_latency(self, search: Search, rates_key: Key, loads: Floats | None = None) -> Counts:
         """The least mean latency of those with headroom 1; the most headroom where none has it.
-        The live deployment wins ties."""
+        The live deployment wins ties. `loads` as for `Scorer.least_latency_or`."""
         rates, index = self.scorer.rates(rates_key), NONE
         if len(search.listed):
             found = self.scorer.least_latency_or(
-                search.listed, search.present, rates, search.lengths_key
+                search.listed, search.present, rates, search.lengths_key, loads
             )
             if found is None:
                 return search.live

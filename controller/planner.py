@@ -248,20 +248,29 @@ class Planner:
         if not len(search.listed):  # too few devices are alive for any replica
             return []
         optima, q50, q90 = self.optima, tick.q50, tick.q90
-        mid, high = self.scorer.rates(q50)[None], self.scorer.rates(q90)[None]
-        picks = [("optimum", self._best(search, q50, q90))]
-        if self.config.objective != "goodput":
-            picks.append(("most_headroom", optima.most_headroom(search, mid)))
-        alike = optima.homogeneous(tick.space)
-        scenarios, share = self._scenarios(tick, mid, high), self.config.worst_share
+        loads = self.scorer.loads(self._scenarios(tick), tick.lengths_key)
+        most, most_q90, robust, alike, roomy = optima.most_headroom_each(
+            search,
+            loads,
+            self.config.worst_share,
+            optima.homogeneous(tick.space),
+            self._largest_kv(search),
+        )
+        fastest = optima.least_latency(search, q50, loads[0])
         budget = Budget(self.config.switch_budget_bytes, self.config.switch_budget_s)
+        if self.config.planner == "exact" and self.config.objective == "goodput":
+            picks = [("optimum", most)]
+        else:
+            picks = [("optimum", self._best(search, q50, q90))]
+        if self.config.objective != "goodput":
+            picks.append(("most_headroom", most))
         picks += [
-            ("lowest_latency", optima.least_latency(search, q50)),
-            ("optimum_q90", optima.most_headroom(search, high)),
-            ("lowest_latency_q90", optima.least_latency(search, q90)),
-            ("homogeneous", optima.best_of(search, alike, mid[0])),
-            ("largest_kv", optima.best_of(search, self._largest_kv(search), mid[0])),
-            ("robust", optima.most_headroom(search, scenarios, share)),
+            ("lowest_latency", fastest),
+            ("optimum_q90", most_q90),
+            ("lowest_latency_q90", optima.least_latency(search, q90, loads[1])),
+            ("homogeneous", alike),
+            ("largest_kv", roomy),
+            ("robust", robust),
             ("cheap_switch", optima.cheap_switch(search, q50, tick.switches, budget)),
         ]
         if self.config.give_back and self.config.objective != "cost":
@@ -278,16 +287,19 @@ class Planner:
             return build()
         return self._parts.get(("kv", search.space), build)
 
-    def _scenarios(self, tick: _Tick, mid: Floats, high: Floats) -> Floats:
-        """[S, J] what the next interval may be like: one type at a time is as high as its forecast
-        allows, or the mix is that of a quarter of the last hour."""
-        types = mid.shape[1]
-        found = np.empty((types + len(tick.recent), types))
-        found[:types] = mid
-        found.ravel()[: types * types : types + 1] = np.maximum(high, mid)[0]
+    def _scenarios(self, tick: _Tick) -> Floats:
+        """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
+        one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
+        last hour."""
+        mid, high = self.scorer.rates(tick.q50), self.scorer.rates(tick.q90)
+        types = len(mid)
+        found = np.empty((2 + types + len(tick.recent), types))
+        found[: 2 + types] = mid
+        found[1] = high
+        found[range(2, 2 + types), range(types)] = np.maximum(high, mid)
         if tick.recent:
             seen = np.array([self.scorer.rates(key) for key in tick.recent])
-            found[types:] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
+            found[2 + types :] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
         return found
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:

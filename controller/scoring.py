@@ -275,12 +275,34 @@ class Scorer:
         index = kernel.most_headroom_or(counts, present, loads, rho, tail)
         return None if index < 0 else index
 
+    def most_headroom_each(
+        self,
+        counts: Floats,
+        present: Floats,
+        loads: Floats,
+        tail: float,
+        alike: Floats,
+        roomy: Floats,
+    ) -> tuple[list[int | None], list[int]]:
+        """`most_headroom_or` of counts[N, C] at loads[0], at loads[1], and over loads[2:] with that
+        tail; and `most_headroom` of alike[M, C] and of roomy[K, C] at loads[0]."""
+        rho = self.config.max_utilisation
+        found = kernel.most_headroom_each(counts, present, loads, rho, tail, alike, roomy)
+        return [None if index < 0 else index for index in found[:3]], list(found[3:])
+
     def least_latency_or(
-        self, counts: Floats, present: Floats, rates: Floats, lengths_key: Key
+        self,
+        counts: Floats,
+        present: Floats,
+        rates: Floats,
+        lengths_key: Key,
+        loads: Floats | None = None,
     ) -> int | None:
         """Which has the least mean latency of those with headroom 1 or more at rates[J], among
-        equals the first; NONE: there is none. None where present[C] is as good."""
-        model, loads = self.model(lengths_key), self.loads(rates, lengths_key)
+        equals the first; NONE: there is none. None where present[C] is as good. `loads` are those
+        of the rates, where they are known already."""
+        model = self.model(lengths_key)
+        loads = self.loads(rates, lengths_key) if loads is None else loads
         rho, apart = self.config.max_utilisation, self._slo_rates is not None
         parts = kernel.num_parts(len(counts), apart)
         floors = self._floors.get(
