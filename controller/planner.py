@@ -291,16 +291,15 @@ class Planner:
         """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
         one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
         last hour."""
-        mid, high = self.scorer.rates(tick.q50), self.scorer.rates(tick.q90)
-        types = len(mid)
-        found = np.empty((2 + types + len(tick.recent), types))
-        found[: 2 + types] = mid
-        found[1] = high
-        found[range(2, 2 + types), range(types)] = np.maximum(high, mid)
-        if tick.recent:
-            seen = np.array([self.scorer.rates(key) for key in tick.recent])
-            found[2 + types :] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
-        return found
+        rates = self.scorer.rates(tick.q50)
+        mid, high = rates.tolist(), self.scorer.rates(tick.q90).tolist()
+        rows = [mid, high]
+        for j, (usual, most) in enumerate(zip(mid, high, strict=True)):
+            rows.append([*mid[:j], max(usual, most), *mid[j + 1 :]])
+        if not tick.recent:
+            return np.array(rows)
+        seen = np.array([self.scorer.rates(key) for key in tick.recent])
+        return np.concatenate([rows, rates.sum() * seen / seen.sum(axis=1, keepdims=True)])
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:
         return self._costs.get(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from controller.assignment import simplex_batch
@@ -217,7 +217,7 @@ def test_headroom_with_gaps_equals_the_plain_simplex(seed: int, types: int, tail
     library = Library(CONFIGS, Space((8,), 8))
     thetas = np.array([_plain(library.counts, _loads(mix, service))[0] for mix in mixes]).T
     values = _tail_mean(thetas, tail)
-    assert values.max() > 0.0
+    assume(values.max() > 0.0)  # some deployment serves every type
     loads = np.array([_loads(mix, service) for mix in mixes])
     for listed in (library.counts, library.contenders(service)):
         found = most_headroom(listed, loads, RHO, tail)
