@@ -82,7 +82,7 @@ class Planner:
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
         self._index = {parallel: i for i, parallel in enumerate(self.configs)}
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
-        self._estimates, self._plans = Cache(), Cache()
+        self._estimates, self._plans = Cache(), Cache(256)  # a plan is asked for again soon
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
         listed = has_library(self.configs, self._space(()))
         self.is_quick = listed and self.config.planner == "exact"  # solves no MILP
