@@ -17,6 +17,8 @@ from controller.headroom_kernel import (
     least_latency,
     load_floors,
     most_headroom,
+    most_headroom_each,
+    most_headroom_or,
     score,
 )
 from controller.library import Library, Space, dominated, has_library
@@ -83,6 +85,24 @@ def test_search_and_dominance_lose_nothing(seed: int, types: int, tail: float) -
     index = most_headroom(library.counts, mixes[:, None] / rates, RHO, tail)[0]
     assert index <= first
     assert values[index] == pytest.approx(values[first], rel=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([0.0, 0.5, 1.0]))
+def test_picks_in_one_call_equal_single_ones(seed: int, types: int, tail: float) -> None:
+    rng = np.random.default_rng(seed)
+    rates, mixes = _random_rates(rng, types), rng.dirichlet(np.ones(types), 5) + 0.01
+    library, loads = Library(CONFIGS, Space((8,), 8)), mixes[:, None] / rates
+    counts = library.contenders(rates)
+    present = library.counts[rng.integers(len(library.counts))]
+    alike, roomy = library.counts[::3], library.counts[1::3]
+    assert most_headroom_each(counts, present, loads, RHO, tail, alike, roomy) == (
+        most_headroom_or(counts, present, loads[:1], RHO, 0.0),
+        most_headroom_or(counts, present, loads[1:2], RHO, 0.0),
+        most_headroom_or(counts, present, loads[2:], RHO, tail),
+        most_headroom(alike, loads[:1], RHO, 0.0)[0],
+        most_headroom(roomy, loads[:1], RHO, 0.0)[0],
+    )
 
 
 def test_dominated_by_hand() -> None:
