@@ -629,8 +629,9 @@ def _least_latency(
     floors: Any,
     apart: bool,
 ) -> Any:
-    """`least_latency`, with the latency before the number of those solved; `floors` are those of
-    the model. Those that present[C] beats are not looked at: -2 where it beats all."""
+    """`least_latency`, with the latency before the number of those solved, and then the latency of
+    present[C], inf without headroom 1; `floors` are those of the model. Those that present[C]
+    beats are not looked at: -2 where it beats all."""
     number, (configs, types) = len(counts), loads.shape
     used, table, basis = _scratch(configs, types)
     shares, prices, duals = np.empty((configs, types)), np.zeros(types), np.empty(types)
@@ -669,8 +670,8 @@ def _least_latency(
         left = active[~exact[active]]
         if len(left) == 0:
             if best < np.inf and len(active) > 0:
-                return active[0], values[active[0]], solved
-            return (-2 if best < np.inf else -1), best, solved
+                return active[0], values[active[0]], solved, present_s
+            return (-2 if best < np.inf else -1), best, solved, present_s
         prices[:] = 0.0
         order = _lowest(bounds, left, size)
         size *= 2 if best < np.inf else 1
@@ -698,7 +699,7 @@ def _least_latency_of(
     counts: Any, loads: Any, rates: Any, rho: float, model: Any, parts: int, apart: bool
 ) -> Any:
     floors, nothing = load_floors(model, rho, parts), np.zeros(loads.shape[0])
-    index, _, solved = _least_latency(counts, nothing, loads, rates, rho, model, floors, apart)
+    index, _, solved, _ = _least_latency(counts, nothing, loads, rates, rho, model, floors, apart)
     return index, solved
 
 
@@ -732,16 +733,12 @@ def least_latency_or(
 ) -> int:
     """The index that `least_latency` gives, or -2 where present[C] is as good: with headroom 1 and
     as little latency. Beyond `most_s` latencies are equal."""
-    index, latency_s, _ = _least_latency(counts, present, loads, rates, rho, model, floors, apart)
-    if index >= 0:
-        configs, types = loads.shape
-        used, table, basis = _scratch(configs, types)
-        shares, prices = np.empty((configs, types)), np.empty(types)
-        theta = _solve(loads, rho * present, used, table, basis, shares, prices)
-        if theta >= 1.0:
-            present_s = min(_latency_s(model, present, rates, shares), most_s)
-            if present_s <= min(latency_s, most_s) * (1.0 + TIE):
-                return -2
+    index, latency_s, _, present_s = _least_latency(
+        counts, present, loads, rates, rho, model, floors, apart
+    )
+    ties_s = min(latency_s, most_s) * (1.0 + TIE)
+    if index >= 0 and present_s < np.inf and min(present_s, most_s) <= ties_s:
+        return -2
     return int(index)
 
 

@@ -118,11 +118,6 @@ class Optima:
         (0: the lowest alone). The live deployment wins ties."""
         return self._or_live(search, search.contenders, rates, tail)
 
-    def best_of(self, search: Search, listed: Floats, rates: Floats) -> Counts:
-        """The most headroom of listed[N, C] at rates[J]."""
-        index, _ = self.scorer.most_headroom(listed, rates[None], search.lengths_key)
-        return _counts(listed[index])
-
     def _or_live(self, search: Search, listed: Floats, rates: Floats, tail: float = 0.0) -> Counts:
         if not len(listed):
             return search.live
@@ -134,8 +129,8 @@ class Optima:
     def most_headroom_each(
         self, search: Search, loads: Floats, tail: float, alike: Floats, roomy: Floats
     ) -> tuple[Counts, ...]:
-        """`most_headroom` at loads[0], at loads[1] and over loads[2:] with that tail, and `best_of`
-        alike[M, C] and roomy[K, C] at loads[0]: all in one call."""
+        """`most_headroom` at loads[0], at loads[1] and over loads[2:] with that tail, and the most
+        headroom of alike[M, C] and of roomy[K, C] at loads[0]: all in one call."""
         part = search.contenders
         ours, theirs = self.scorer.most_headroom_each(
             part, search.present, loads, tail, alike, roomy

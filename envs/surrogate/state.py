@@ -48,11 +48,8 @@ def _figures(seqs: Any, replicas: Any, lists: Any, rows: Any) -> Any:
     """[R, 8] those of `ReplicaStats` in each row, in their order."""
     found = np.empty((len(rows), 8), np.int64)
     for i in range(len(rows)):
-        replica, running, waiting = (
-            replicas[rows[i]],
-            lists[rows[i], RUNNING],
-            lists[rows[i], WAITING],
-        )
+        row = rows[i]
+        replica, running, waiting = replicas[row], lists[row, RUNNING], lists[row, WAITING]
         found[i, 0], found[i, 1] = running.count, waiting.count
         found[i, 2], found[i, 3], s = waiting.prompt_tokens, 0, running.head
         while s != NONE:
