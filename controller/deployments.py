@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ def counts_of(configs: Sequence[ParallelConfig], known: Sequence[ParallelConfig]
 
 def configs_of(counts: Counts, known: Sequence[ParallelConfig]) -> tuple[ParallelConfig, ...]:
     """The replicas' configurations, in the order of `known`."""
-    return tuple(k for k, count in zip(known, counts, strict=True) for _ in range(count))
+    return tuple(chain.from_iterable(map(repeat, known, counts)))
 
 
 def size_of(counts: Counts, sizes: Sequence[int]) -> int:

@@ -253,18 +253,22 @@ def score_all(
     most: float,
     most_s: float,
 ) -> Any:
-    """The same, at most `most` and `most_s`. What has no headroom is routed by the loads `plain`;
+    """The same at each of rates[S, J] and loads[S, C, J], at most `most` and `most_s`: theta[S, N],
+    latency_s[S, N] and shares[S, N, C, J]. What has no headroom is routed by the loads `plain`;
     where there is no replica the latency is `most_s`."""
-    theta, latency_s, shares = score(counts, loads, rates, rho, model)
-    for i in range(len(counts)):
-        if counts[i].any():
-            if theta[i] <= 0.0:
-                _, late_s, late = score(counts[i : i + 1], plain, rates, rho, model)
-                latency_s[i], shares[i] = late_s[0], late[0]
-            latency_s[i] = min(latency_s[i], most_s)
-        else:
-            latency_s[i] = most_s
-        theta[i] = min(theta[i], most)
+    size = (len(rates), len(counts))
+    theta, latency_s, shares = np.empty(size), np.empty(size), np.empty((*size, *loads.shape[1:]))
+    for s in range(len(rates)):
+        theta[s], latency_s[s], shares[s] = score(counts, loads[s], rates[s], rho, model)
+        for i in range(len(counts)):
+            if counts[i].any():
+                if theta[s, i] <= 0.0:
+                    _, late_s, late = score(counts[i : i + 1], plain[s], rates[s], rho, model)
+                    latency_s[s, i], shares[s, i] = late_s[0], late[0]
+                latency_s[s, i] = min(latency_s[s, i], most_s)
+            else:
+                latency_s[s, i] = most_s
+            theta[s, i] = min(theta[s, i], most)
     return theta, latency_s, shares
 
 
@@ -365,21 +369,6 @@ def most_headroom_or(counts: Any, present: Any, loads: Any, rho: float, tail: fl
     if own >= value * (1.0 - TIE):
         own = most_headroom(alone, loads, rho, tail)[1]
     return -1 if own >= value * (1.0 - TIE) else int(index)
-
-
-@compiled
-def most_headroom_each(
-    counts: Any, present: Any, loads: Any, rho: float, tail: float, alike: Any, roomy: Any
-) -> Any:
-    """What `most_headroom_or` gives of counts[N, C] at loads[0], at loads[1], and over the other
-    loads[2:]; then what `most_headroom` gives of alike[M, C] and of roomy[K, C] at loads[0]."""
-    return (
-        most_headroom_or(counts, present, loads[:1], rho, 0.0),
-        most_headroom_or(counts, present, loads[1:2], rho, 0.0),
-        most_headroom_or(counts, present, loads[2:], rho, tail),
-        most_headroom(alike, loads[:1], rho, 0.0)[0],
-        most_headroom(roomy, loads[:1], rho, 0.0)[0],
-    )
 
 
 @compiled
@@ -742,15 +731,48 @@ def least_latency_or(
     return int(index)
 
 
+@compiled
+def best_each(
+    listed: Any,
+    contenders: Any,
+    alike: Any,
+    roomy: Any,
+    present: Any,
+    loads: Any,
+    rates: Any,
+    rho: float,
+    tail: float,
+    model: Any,
+    floors: Any,
+    apart: bool,
+    most_s: float,
+) -> Any:
+    """What `most_headroom_or` gives of contenders[M, C] at loads[0], at loads[1], and over the
+    other loads[2:]; what `least_latency_or` gives of listed[N, C] at loads[0], and at loads[1];
+    what `most_headroom` gives of alike[K, C], and of roomy[L, C], at loads[0]. The loads are those
+    of rates[S, J]."""
+    return (
+        most_headroom_or(contenders, present, loads[:1], rho, 0.0),
+        most_headroom_or(contenders, present, loads[1:2], rho, 0.0),
+        most_headroom_or(contenders, present, loads[2:], rho, tail),
+        least_latency_or(listed, present, loads[0], rates[0], rho, model, floors, apart, most_s),
+        least_latency_or(listed, present, loads[1], rates[1], rho, model, floors, apart, most_s),
+        most_headroom(alike, loads[:1], rho, 0.0)[0],
+        most_headroom(roomy, loads[:1], rho, 0.0)[0],
+    )
+
+
 @lru_cache(maxsize=1)
 def warm_up() -> None:
     """Compiles everything, or loads it, so that no decision waits for it."""
     one, square = np.ones(1), np.ones((1, 1))
     model = (one, one, one, one, square, square, square, square, square)
     floors = load_floors(model, 0.9, 1)
-    score_all(square, square, square, one, 0.9, model, 1.0, 1.0)
+    cube = np.ones((3, 1, 1))
+    score_all(square, cube, cube, cube[0], 0.9, model, 1.0, 1.0)
     most_headroom(square, square[None], 0.9, 0.0)
     most_headroom_or(square, one, square[None], 0.9, 0.0)
-    most_headroom_each(square, one, np.ones((3, 1, 1)), 0.9, 0.0, square, square)
     least_latency_or(square, one, square, one, 0.9, model, floors, False, 1.0)
+    lists = square, square, square, square, one
+    best_each(*lists, cube, cube[:, 0], 0.9, 0.0, model, floors, False, 1.0)
     dominated(square, np.zeros(1, np.int64), square)

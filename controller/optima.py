@@ -126,25 +126,29 @@ class Optima:
         )
         return search.live if index is None else _counts(listed[index])
 
-    def most_headroom_each(
-        self, search: Search, loads: Floats, tail: float, alike: Floats, roomy: Floats
+    def best_each(
+        self, search: Search, rates: Floats, tail: float, roomy: Floats
     ) -> tuple[Counts, ...]:
-        """`most_headroom` at loads[0], at loads[1] and over loads[2:] with that tail, and the most
-        headroom of alike[M, C] and of roomy[K, C] at loads[0]: all in one call."""
-        part = search.contenders
-        ours, theirs = self.scorer.most_headroom_each(
-            part, search.present, loads, tail, alike, roomy
-        )
-        found = [search.live if index is None else _counts(part[index]) for index in ours]
-        return (*found, _counts(alike[theirs[0]]), _counts(roomy[theirs[1]]))
+        """In one call: `most_headroom` at rates[0], at rates[1], and over rates[2:] with that tail;
+        `least_latency` at rates[0], and at rates[1]; the most headroom of the homogeneous, and of
+        roomy[K, C], at rates[0]. There are deployments to choose from."""
+        listed, contenders, alike = search.listed, search.contenders, self.homogeneous(search.space)
+        lists = listed, contenders, alike, roomy
+        found = self.scorer.best_each(lists, search.present, rates, search.lengths_key, tail)
+        most = [search.live if i < 0 else _counts(contenders[i]) for i in found[:3]]
+        fastest = [
+            _counts(listed[i]) if i >= 0 else most[k] if i == NONE else search.live
+            for k, i in enumerate(found[3:5])
+        ]
+        return (*most, *fastest, _counts(alike[found[5]]), _counts(roomy[found[6]]))
 
-    def least_latency(self, search: Search, rates_key: Key, loads: Floats | None = None) -> Counts:
+    def least_latency(self, search: Search, rates_key: Key) -> Counts:
         """The least mean latency of those with headroom 1; the most headroom where none has it.
-        The live deployment wins ties. `loads` as for `Scorer.least_latency_or`."""
+        The live deployment wins ties."""
         rates, index = self.scorer.rates(rates_key), NONE
         if len(search.listed):
             found = self.scorer.least_latency_or(
-                search.listed, search.present, rates, search.lengths_key, loads
+                search.listed, search.present, rates, search.lengths_key
             )
             if found is None:
                 return search.live

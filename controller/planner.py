@@ -248,15 +248,9 @@ class Planner:
         if not len(search.listed):  # too few devices are alive for any replica
             return []
         optima, q50, q90 = self.optima, tick.q50, tick.q90
-        loads = self.scorer.loads(self._scenarios(tick), tick.lengths_key)
-        most, most_q90, robust, alike, roomy = optima.most_headroom_each(
-            search,
-            loads,
-            self.config.worst_share,
-            optima.homogeneous(tick.space),
-            self._largest_kv(search),
+        most, most_q90, robust, fastest, fastest_q90, alike, roomy = optima.best_each(
+            search, self._scenarios(tick), self.config.worst_share, self._largest_kv(search)
         )
-        fastest = optima.least_latency(search, q50, loads[0])
         budget = Budget(self.config.switch_budget_bytes, self.config.switch_budget_s)
         if self.config.planner == "exact" and self.config.objective == "goodput":
             picks = [("optimum", most)]
@@ -267,7 +261,7 @@ class Planner:
         picks += [
             ("lowest_latency", fastest),
             ("optimum_q90", most_q90),
-            ("lowest_latency_q90", optima.least_latency(search, q90, loads[1])),
+            ("lowest_latency_q90", fastest_q90),
             ("homogeneous", alike),
             ("largest_kv", roomy),
             ("robust", robust),
@@ -291,15 +285,20 @@ class Planner:
         """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
         one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
         last hour."""
-        rates = self.scorer.rates(tick.q50)
-        mid, high = rates.tolist(), self.scorer.rates(tick.q90).tolist()
-        rows = [mid, high]
-        for j, (usual, most) in enumerate(zip(mid, high, strict=True)):
-            rows.append([*mid[:j], max(usual, most), *mid[j + 1 :]])
-        if not tick.recent:
-            return np.array(rows)
-        seen = np.array([self.scorer.rates(key) for key in tick.recent])
-        return np.concatenate([rows, rates.sum() * seen / seen.sum(axis=1, keepdims=True)])
+        mid, high, types = (
+            self.scorer.rates(tick.q50),
+            self.scorer.rates(tick.q90),
+            len(tick.q50) - 1,
+        )
+        found = np.empty((2 + types + len(tick.recent), types))
+        found[:] = mid
+        found[1] = high
+        for j, most in enumerate(np.maximum(mid, high).tolist()):
+            found[2 + j, j] = most
+        if tick.recent:
+            seen = np.array([self.scorer.rates(key) for key in tick.recent])
+            found[2 + types :] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
+        return found
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:
         return self._costs.get(

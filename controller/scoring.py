@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -247,16 +247,14 @@ class Scorer:
 
     def score(self, counts: ArrayLike, rates_keys: Sequence[Key], lengths_key: Key) -> list[Scores]:
         """Headroom, latency and shares of every deployment at each rate vector."""
-        counts = np.asarray(counts, np.float64)
-        return [self._score(counts, self.rates(key), lengths_key) for key in rates_keys]
-
-    def _score(self, counts: Floats, rates: Floats, lengths_key: Key) -> Scores:
-        """What misses the targets anyhow is routed for throughput."""
+        rates = np.array([self.rates(key) for key in rates_keys])
         model, rho = self.model(lengths_key), self.config.max_utilisation
-        loads = self.loads(rates, lengths_key)
-        plain = loads if self._slo_rates is None else rates / model.rates
-        limits = MAX_HEADROOM, MAX_LATENCY_S
-        return Scores(*kernel.score_all(counts, loads, plain, rates, rho, model.arrays, *limits))
+        loads = plain = self.loads(rates, lengths_key)
+        if self._slo_rates is not None:  # what misses the targets anyhow is routed for throughput
+            plain = rates[:, None, :] / model.rates
+        listed, limits = np.asarray(counts, np.float64), (MAX_HEADROOM, MAX_LATENCY_S)
+        found = kernel.score_all(listed, loads, plain, rates, rho, model.arrays, *limits)
+        return list(map(Scores, *found))
 
     def most_headroom(
         self, counts: Floats, rates: Floats, lengths_key: Key, tail: float = 0.0
@@ -275,43 +273,40 @@ class Scorer:
         index = kernel.most_headroom_or(counts, present, loads, rho, tail)
         return None if index < 0 else index
 
-    def most_headroom_each(
-        self,
-        counts: Floats,
-        present: Floats,
-        loads: Floats,
-        tail: float,
-        alike: Floats,
-        roomy: Floats,
-    ) -> tuple[list[int | None], list[int]]:
-        """`most_headroom_or` of counts[N, C] at loads[0], at loads[1], and over loads[2:] with that
-        tail; and `most_headroom` of alike[M, C] and of roomy[K, C] at loads[0]."""
-        rho = self.config.max_utilisation
-        found = kernel.most_headroom_each(counts, present, loads, rho, tail, alike, roomy)
-        return [None if index < 0 else index for index in found[:3]], list(found[3:])
-
     def least_latency_or(
+        self, counts: Floats, present: Floats, rates: Floats, lengths_key: Key
+    ) -> int | None:
+        """Which has the least mean latency of those with headroom 1 or more at rates[J], among
+        equals the first; NONE: there is none. None where present[C] is as good."""
+        loads, rho = self.loads(rates, lengths_key), self.config.max_utilisation
+        latencies = self._latencies(counts, lengths_key)
+        index = kernel.least_latency_or(counts, present, loads, rates, rho, *latencies)
+        return None if index < NONE else index
+
+    def _latencies(self, counts: Floats, lengths_key: Key) -> tuple[Any, ...]:
+        """What the kernel's search for the least latency among counts[N, C] takes last."""
+        arrays, rho = self.model(lengths_key).arrays, self.config.max_utilisation
+        apart = self._slo_rates is not None
+        parts = kernel.num_parts(len(counts), apart)
+        key = (lengths_key, parts)
+        floors = self._floors.get(key, lambda: kernel.load_floors(arrays, rho, parts))
+        return arrays, floors, apart, MAX_LATENCY_S
+
+    def best_each(
         self,
-        counts: Floats,
+        lists: tuple[Floats, Floats, Floats, Floats],
         present: Floats,
         rates: Floats,
         lengths_key: Key,
-        loads: Floats | None = None,
-    ) -> int | None:
-        """Which has the least mean latency of those with headroom 1 or more at rates[J], among
-        equals the first; NONE: there is none. None where present[C] is as good. `loads` are those
-        of the rates, where they are known already."""
-        model = self.model(lengths_key)
-        loads = self.loads(rates, lengths_key) if loads is None else loads
-        rho, apart = self.config.max_utilisation, self._slo_rates is not None
-        parts = kernel.num_parts(len(counts), apart)
-        floors = self._floors.get(
-            (lengths_key, parts), lambda: kernel.load_floors(model.arrays, rho, parts)
+        tail: float,
+    ) -> tuple[int, ...]:
+        """`controller.headroom_kernel.best_each` of its four lists at rates[S, J]."""
+        loads, rho = self.loads(rates, lengths_key), self.config.max_utilisation
+        latencies = self._latencies(lists[0], lengths_key)
+        found: tuple[int, ...] = kernel.best_each(
+            *lists, present, loads, rates, rho, tail, *latencies
         )
-        index = kernel.least_latency_or(
-            counts, present, loads, rates, rho, model.arrays, floors, apart, MAX_LATENCY_S
-        )
-        return None if index < NONE else index
+        return found
 
     def latency_levels(self, lengths_key: Key) -> Floats:
         """[L, C, J] mean latency of each type alone on a replica that is rho * LATENCY_LEVELS

@@ -11,6 +11,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ import grpc
 from google.protobuf.message import Message
 
 from engine import errors
+from engine.cluster import Deployment
 from engine.errors import InvalidRequestError, TidewrightError
 from protos import deployment_pb2 as pb
 
@@ -125,7 +127,7 @@ def _extend(repeated: Any, items: Any) -> None:
             repeated.add(phase=phase, duration_s=duration_s)
     else:
         for item in items:
-            repeated.add().values.extend(item)
+            repeated.add(values=item)
 
 
 def _enum_prefix(kind: type[StrEnum]) -> str:
@@ -224,9 +226,19 @@ def _message_reader(kind: Any, name: str, where: str) -> Reader:
     def read(message: Any) -> Any:
         if not message.HasField(name):
             raise InvalidRequestError(f"{where} is missing; it must be given.")
-        return from_proto(kind, getattr(message, name))
+        part = getattr(message, name)
+        return (
+            _deployment(part.SerializeToString()) if kind is Deployment else from_proto(kind, part)
+        )
 
     return read
+
+
+@lru_cache(maxsize=64)
+def _deployment(told: bytes) -> Deployment:
+    """The same object for the same message: deployments are told again and again, and what is
+    known of one is found again by whoever knows it."""
+    return from_proto(Deployment, pb.Deployment.FromString(told))
 
 
 def _enum_reader(kind: type[StrEnum], name: str, where: str) -> Reader:

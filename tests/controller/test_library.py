@@ -14,10 +14,11 @@ from controller.headroom_kernel import (
     MANY,
     _least_load_s,
     _tune_prices,
+    best_each,
     least_latency,
+    least_latency_or,
     load_floors,
     most_headroom,
-    most_headroom_each,
     most_headroom_or,
     score,
 )
@@ -25,6 +26,7 @@ from controller.library import Library, Space, dominated, has_library
 from controller.milp import Pool
 from controller.milp import most_headroom as by_milp
 from controller.planner import Planner
+from controller.scoring import MAX_LATENCY_S
 from controller.service_model import ServiceModel, mean_latency_s
 from engine.cluster import ParallelConfig, WorkloadTyping
 from engine.profile import ProfiledCluster
@@ -87,22 +89,51 @@ def test_search_and_dominance_lose_nothing(seed: int, types: int, tail: float) -
     assert values[index] == pytest.approx(values[first], rel=1e-8)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([0.0, 0.5, 1.0]))
-def test_picks_in_one_call_equal_single_ones(seed: int, types: int, tail: float) -> None:
-    rng = np.random.default_rng(seed)
-    rates, mixes = _random_rates(rng, types), rng.dirichlet(np.ones(types), 5) + 0.01
-    library, loads = Library(CONFIGS, Space((8,), 8)), mixes[:, None] / rates
-    counts = library.contenders(rates)
-    present = library.counts[rng.integers(len(library.counts))]
-    alike, roomy = library.counts[::3], library.counts[1::3]
-    assert most_headroom_each(counts, present, loads, RHO, tail, alike, roomy) == (
-        most_headroom_or(counts, present, loads[:1], RHO, 0.0),
-        most_headroom_or(counts, present, loads[1:2], RHO, 0.0),
-        most_headroom_or(counts, present, loads[2:], RHO, tail),
-        most_headroom(alike, loads[:1], RHO, 0.0)[0],
-        most_headroom(roomy, loads[:1], RHO, 0.0)[0],
-    )
+@pytest.mark.parametrize("load", [0.2, 0.9, 1.1])
+@pytest.mark.parametrize("tail", [0.0, 0.5])
+def test_picks_in_one_call_equal_single_ones(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, load: float, tail: float
+) -> None:
+    scorer = Planner(make_cluster(8, 4), four_types).scorer
+    key, rng = scorer.lengths_key(None), np.random.default_rng(0)
+    library = Library(scorer.configs, Space((8,), 8))
+    listed, contenders = library.counts, library.contenders(scorer.headroom_rates(key))
+    alike, roomy = listed[::3], listed[1::3]
+    model = scorer.model(key).arrays
+    floors = load_floors(model, RHO, 1)
+    for present in listed[:: len(listed) // 8]:
+        mixes = rng.dirichlet(np.ones(4), 5) + 0.02
+        rates = load * scorer.most_headroom(listed, mixes[:1], key)[1] * mixes
+        loads = scorer.loads(rates, key)
+        lists, latencies = (listed, contenders, alike, roomy), (model, floors, False, 1e4)
+        assert best_each(*lists, present, loads, rates, RHO, tail, *latencies) == (
+            most_headroom_or(contenders, present, loads[:1], RHO, 0.0),
+            most_headroom_or(contenders, present, loads[1:2], RHO, 0.0),
+            most_headroom_or(contenders, present, loads[2:], RHO, tail),
+            least_latency_or(listed, present, loads[0], rates[0], RHO, *latencies),
+            least_latency_or(listed, present, loads[1], rates[1], RHO, *latencies),
+            most_headroom(alike, loads[:1], RHO, 0.0)[0],
+            most_headroom(roomy, loads[:1], RHO, 0.0)[0],
+        )
+
+
+def test_scores_at_several_rates_equal_those_at_each(
+    make_cluster: MakeCluster, four_types: WorkloadTyping
+) -> None:
+    """And of what serves nothing."""
+    scorer = Planner(make_cluster(8, 4), four_types).scorer
+    counts = Library(scorer.configs, Space((8,), 8)).counts
+    counts = np.concatenate([counts, np.zeros((1, counts.shape[1]))])
+    key, mixes = scorer.lengths_key(None), np.random.default_rng(0).dirichlet(np.ones(4), 3)
+    keys = [scorer.rates_key(100.0 * mix) for mix in mixes]
+    for rates_key, found in zip(keys, scorer.score(counts, keys, key), strict=True):
+        rates = scorer.rates(rates_key)
+        loads = scorer.loads(rates, key)
+        theta, latency_s, shares = score(counts, loads, rates, RHO, scorer.model(key).arrays)
+        assert found.headroom.tolist() == theta.tolist()
+        assert found.latency_s[:-1].tolist() == np.minimum(latency_s[:-1], MAX_LATENCY_S).tolist()
+        assert found.latency_s[-1] == MAX_LATENCY_S
+        assert found.shares.tolist() == shares.tolist()
 
 
 def test_dominated_by_hand() -> None:
