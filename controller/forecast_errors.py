@@ -79,15 +79,15 @@ class HorizonErrors:
         if len(self._pending) < self._ahead:
             return None
         forecast, q90 = self._pending.popleft()
+        unit, off = self._unit(forecast), actual - forecast
         if q90 is not None:
-            missed = actual > q90 + self._correction * self._unit(forecast)
+            missed = actual > q90 + self._correction * unit
             step = CORRECTION_STEP / np.sqrt(self._interval_s)
             self._correction += step * np.where(missed, 0.9, -0.1)
-        error = np.asarray((actual - forecast) / self._unit(forecast))
+        error = np.asarray(off / unit)
         self._errors[self._num_errors % MEMORY_INTERVALS] = error
         self._num_errors += 1
-        floor = 1.0 / self._interval_s
-        relative = np.abs(actual - forecast) / np.maximum(actual, floor)
+        relative = np.abs(off) / np.maximum(actual, 1.0 / self._interval_s)
         self._relative += 0.1 * (np.minimum(relative, 10.0) - self._relative)
         return error
 
@@ -139,9 +139,10 @@ class DriftDetector:
     def state(self) -> Drift:
         if self._num_errors < 2 * DRIFT_INTERVALS:
             return Drift.STABLE
-        limit = DRIFT_FACTOR**2 * np.maximum(self._usual, self._poisson)
-        large = (self._recent > limit).sum(axis=0)
-        return Drift.DRIFTING if 2 * large.max() >= DRIFT_INTERVALS else Drift.STABLE
+        large = self._recent > DRIFT_FACTOR**2 * np.maximum(self._usual, self._poisson)
+        if 2 * np.count_nonzero(large) < DRIFT_INTERVALS:  # of all types together
+            return Drift.STABLE
+        return Drift.DRIFTING if 2 * large.sum(axis=0).max() >= DRIFT_INTERVALS else Drift.STABLE
 
 
 class ErrorTracker:

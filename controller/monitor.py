@@ -158,10 +158,12 @@ class Monitor:
         elapsed_s = max(now_s - self._interval_start_s, 1e-9)
         rates = self._interval / elapsed_s
         quarter = int(now_s // QUARTER_S)
-        if not self._quarters or self._quarters[-1][0] != quarter:
-            self._quarters.append((quarter, np.zeros_like(self._interval)))
-        self._quarters[-1][1][:] += self._interval
-        self._interval, self._interval_start_s = np.zeros_like(self._interval), now_s
+        if self._quarters and self._quarters[-1][0] == quarter:
+            counts = self._quarters[-1][1]
+            counts += self._interval
+        else:
+            self._quarters.append((quarter, self._interval.copy()))
+        self._interval[:], self._interval_start_s = 0.0, now_s
         return np.asarray(rates)
 
     def recent_counts(self, now_s: float) -> tuple[Floats, ...]:

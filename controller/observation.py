@@ -25,6 +25,7 @@ MAX_RATIO = 10.0  # headrooms and latency ratios are cut here
 MAX_SWITCH_S = 600.0
 FEATURE_LIMIT = MAX_SWITCH_S  # no feature is larger in magnitude
 LONG_AGO_S = 3600.0
+LOG_LONG_AGO = math.log1p(LONG_AGO_S)
 
 STATE_NAMES = (
     "outstanding",  # ln(1 + requests) / 5
@@ -157,11 +158,11 @@ def _state(situation: Situation, keep: Candidate, grid_s: float) -> list[float]:
         _ln1(monitor.ttft_s),
         _ln1(1e3 * monitor.tpot_s),
         float(known),
-        _ln1(since_s) / _ln1(LONG_AGO_S),
+        _ln1(since_s) / LOG_LONG_AGO,
         float(math.isinf(situation.since_switch_s)),
         float(snapshot.switch_in_flight),
         float(monitor.is_stale),
-        _ln1(min(monitor.observed_s, LONG_AGO_S)) / _ln1(LONG_AGO_S),
+        _ln1(min(monitor.observed_s, LONG_AGO_S)) / LOG_LONG_AGO,
         len(set(snapshot.dead_devices)) / spec.num_devices,
         _ln1(grid_s),
     ]

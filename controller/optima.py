@@ -119,7 +119,7 @@ class Optima:
         return self._or_live(search, search.contenders, rates, tail)
 
     def _or_live(self, search: Search, listed: Floats, rates: Floats, tail: float = 0.0) -> Counts:
-        if not len(listed):
+        if not len(listed) or (len(listed) == 1 and _counts(listed[0]) == search.live):
             return search.live
         index = self.scorer.most_headroom_or(
             listed, search.present, rates, search.lengths_key, tail

@@ -120,6 +120,8 @@ def quantise(values: Iterable[float], step: float) -> Key:
 
 
 def _floats(values: ArrayLike) -> list[float]:
+    if isinstance(values, tuple):
+        return list(map(float, values))
     return list(np.asarray(values, np.float64).ravel().tolist())
 
 
@@ -239,7 +241,9 @@ class Scorer:
 
         def build() -> Floats:
             told = np.exp(np.array(rates_key) * self.config.rate_step)
-            return np.asarray(told[0] * told[1:] / sum(told[1:].tolist()))
+            total, *shares = told.tolist()
+            whole = sum(shares)
+            return np.array([total * share / whole for share in shares])
 
         return self._rates.get(rates_key, build)
 

@@ -75,13 +75,13 @@ def type_rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tup
 
 def candidate_views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
     """As the policy saw them; with the probabilities that it gave, if it was asked."""
-    legal = prepared.observation.mask.tolist()
+    keys, legal = prepared.observation.keys, prepared.observation.mask.tolist()
     given = [None] * len(legal) if act is None else act.probabilities.tolist()
-    rows = zip(prepared.candidates, prepared.mask_reasons, legal, given, strict=False)
+    rows = zip(keys, prepared.candidates, prepared.mask_reasons, legal, given, strict=False)
     return tuple(
         [
             CandidateView(
-                key=c.key,
+                key=key,
                 origin=c.origin,
                 legal=is_legal,
                 mask_reason=reason,
@@ -90,6 +90,6 @@ def candidate_views(prepared: PreparedDecision, act: ActResult | None) -> tuple[
                 predicted_switch_s=c.switch_s,
                 weight_bytes=c.weight_bytes,
             )
-            for c, reason, is_legal, probability in rows
+            for key, c, reason, is_legal, probability in rows
         ]
     )

@@ -171,7 +171,8 @@ class PromptPosterior:
 
     def _refresh(self) -> None:
         weight = self._pseudo + self._counts
-        self.matrix: Floats = weight / weight.sum(axis=1, keepdims=True)
+        self._number = weight.sum(axis=1, keepdims=True)  # of requests in each bucket
+        self.matrix: Floats = weight / self._number
 
     @property
     def table(self) -> tuple[tuple[float, ...], ...]:
@@ -191,8 +192,7 @@ class PromptPosterior:
         """[J, J] what requests taken for type i turn out to be: of those that the table takes for
         it, bucket by bucket, the share of each type. Rows sum to 1; the identity would mean that
         the prompt's length tells the type."""
-        number = (self._pseudo + self._counts).sum(axis=1)
-        taken = self.matrix * number[:, None]
+        taken = self.matrix * self._number
         return np.asarray(taken.T @ self.matrix / taken.sum(axis=0)[:, None])
 
     def observe(self, prompt_tokens: ArrayLike, types: NDArray[np.int64]) -> None:

@@ -92,7 +92,9 @@ def to_proto(value: Any, message: Message) -> Any:
 
 
 def _set(message: Message, name: str, item: Any) -> None:
-    if isinstance(item, StrEnum):
+    if type(item) is tuple:
+        _extend(getattr(message, name), item)
+    elif isinstance(item, StrEnum):
         setattr(message, name, _number(message, name, item))
     elif type(item) in _NAMES or dataclasses.is_dataclass(item):
         target = getattr(message, name)
@@ -117,7 +119,9 @@ def _extend(repeated: Any, items: Any) -> None:
     if not items:
         return
     first = items[0]
-    if type(first) in _NAMES or dataclasses.is_dataclass(first):
+    if type(first) in _PLAIN:
+        repeated.extend(items)
+    elif type(first) in _NAMES or dataclasses.is_dataclass(first):
         for item in items:
             to_proto(item, repeated.add())
     elif not isinstance(first, tuple):
