@@ -319,10 +319,9 @@ class DecisionPipeline:
 
     def _follow(self, snapshot: ClusterSnapshot) -> None:
         """Remember the deployment before the present one, for undo."""
-        configs, before = snapshot.deployment.configs, self._present
-        is_same = before is None or configs == before  # or in another order
-        if not (is_same or deployment_key(configs) == deployment_key(before or ())):
-            self._last = before
+        configs = snapshot.deployment.configs
+        if self._present is not None and deployment_key(configs) != deployment_key(self._present):
+            self._last = self._present
         self._present = configs
 
     # -- resolve ------------------------------------------------------------------------

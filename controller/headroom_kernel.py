@@ -642,7 +642,7 @@ def _least_latency(
     while True:
         if apart:
             _least_own_s(model, loads, rates, prices, least)
-        else:
+        elif not exact[active].all():
             _least_load_s(floors, min(first, LEVELS - 1), prices, least)
         base, kept = np.dot(prices, rates), 0
         for i in active:

@@ -145,6 +145,11 @@ class PromptPosterior:
     log-normal of width PRIOR_WIDTH around each centre's prompt length. Counts decay by
     `1 - 1/memory_requests` per finished request, so that the table follows the traffic.
     Bucket b holds edges[b-1] < prompt <= edges[b], as in `engine.cluster.Routing`.
+
+    `matrix`[B, J] and `table`[bucket][type] are the same; rows sum to 1. `mixing`[J, J] is what
+    requests taken for type i turn out to be: of those that the table takes for it, bucket by
+    bucket, the share of each type. Rows sum to 1; the identity would mean that the prompt's length
+    tells the type. None of them is written to: new ones take their place.
     """
 
     def __init__(
@@ -170,14 +175,13 @@ class PromptPosterior:
         self._refresh()
 
     def _refresh(self) -> None:
+        """All that follows from the counts, as they are counted: decisions ask for it later."""
         weight = self._pseudo + self._counts
-        self._number = weight.sum(axis=1, keepdims=True)  # of requests in each bucket
-        self.matrix: Floats = weight / self._number
-
-    @property
-    def table(self) -> tuple[tuple[float, ...], ...]:
-        """[bucket][type]; rows sum to 1."""
-        return tuple(map(tuple, self.matrix.tolist()))
+        number = weight.sum(axis=1, keepdims=True)
+        self.matrix: Floats = weight / number
+        self.table: tuple[tuple[float, ...], ...] = tuple(map(tuple, self.matrix.tolist()))
+        taken = self.matrix * number
+        self.mixing: Floats = np.asarray(taken.T @ self.matrix / taken.sum(axis=0)[:, None])
 
     def buckets(self, prompt_tokens: ArrayLike) -> NDArray[np.intp]:
         """[N] row of `matrix` for each prompt length."""
@@ -186,14 +190,6 @@ class PromptPosterior:
     def rows(self, prompt_tokens: ArrayLike) -> Floats:
         """[N, J] P(type | prompt) of arrivals."""
         return self.matrix[self.buckets(prompt_tokens)]
-
-    @property
-    def mixing(self) -> Floats:
-        """[J, J] what requests taken for type i turn out to be: of those that the table takes for
-        it, bucket by bucket, the share of each type. Rows sum to 1; the identity would mean that
-        the prompt's length tells the type."""
-        taken = self.matrix * self._number
-        return np.asarray(taken.T @ self.matrix / taken.sum(axis=0)[:, None])
 
     def observe(self, prompt_tokens: ArrayLike, types: NDArray[np.int64]) -> None:
         """Count finished requests of known type."""
