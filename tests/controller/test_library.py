@@ -117,6 +117,26 @@ def test_picks_in_one_call_equal_single_ones(
         )
 
 
+@pytest.mark.parametrize("load", [0.2, 0.9, 1.5])
+def test_what_each_rule_picks_is_what_it_picks_alone(
+    make_cluster: MakeCluster, four_types: WorkloadTyping, load: float
+) -> None:
+    """Also where no deployment has headroom 1, so that the fastest are those with the most."""
+    planner = Planner(make_cluster(8, 4), four_types)
+    scorer, optima, space = planner.scorer, planner.optima, Space((8,), 8)
+    lengths_key, rng = scorer.lengths_key(None), np.random.default_rng(0)
+    for counts in optima.library(space).counts[::7]:
+        search = optima.search(space, lengths_key, tuple(map(int, counts)))
+        mixes = rng.dirichlet(np.ones(4), 4) + 0.02
+        mixes *= load * scorer.most_headroom(search.listed, mixes[:1], lengths_key)[1]
+        keys = [scorer.rates_key(mix) for mix in mixes]
+        rates = np.array([scorer.rates(key) for key in keys])
+        assert optima.best_each(search, rates, 0.0, search.listed[:3])[:5] == (
+            *(optima.most_headroom(search, part) for part in (rates[:1], rates[1:2], rates[2:])),
+            *(optima.least_latency(search, key) for key in keys[:2]),
+        )
+
+
 def test_scores_at_several_rates_equal_those_at_each(
     make_cluster: MakeCluster, four_types: WorkloadTyping
 ) -> None:

@@ -134,6 +134,23 @@ def test_transfers_that_are_made_when_looked_at_travel_too(tiny_spec: c.ClusterS
     assert (back.target, back.weight_bytes) == (plan.target, plan.weight_bytes)
 
 
+def test_a_deployment_told_again_is_the_same_object() -> None:
+    """And another one for another message, though it was read in between."""
+    told = [c.dense_deployment([c.ParallelConfig(*size)]) for size in ((2, 1), (1, 2), (2, 1))]
+    read = [
+        from_proto(
+            c.ClusterSnapshot,
+            to_proto(
+                c.ClusterSnapshot(at_s, 0, deployment, c.Routing(()), (), None),
+                pb.ClusterSnapshot(),
+            ),
+        ).deployment
+        for at_s, deployment in enumerate(told)
+    ]
+    assert read == told
+    assert read[0] is read[2]
+
+
 def test_what_is_missing_or_wrong_is_named() -> None:
     with pytest.raises(InvalidRequestError, match=r"SwitchPlan\.target is missing"):
         from_proto(c.SwitchPlan, pb.SwitchPlan())
