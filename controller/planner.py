@@ -285,11 +285,8 @@ class Planner:
         """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
         one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
         last hour."""
-        mid, high, types = (
-            self.scorer.rates(tick.q50),
-            self.scorer.rates(tick.q90),
-            len(tick.q50) - 1,
-        )
+        mid, high = self.scorer.rates(tick.q50), self.scorer.rates(tick.q90)
+        types = len(mid)
         found = np.empty((2 + types + len(tick.recent), types))
         found[:] = mid
         found[1] = high
