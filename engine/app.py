@@ -22,7 +22,7 @@ from engine.metrics import EngineMetrics
 from engine.runtime import EngineRuntime
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
-from engine.tokens import TokenFile, TokenInterceptor
+from engine.tokens import READ, TokenFile, TokenInterceptor
 from engine.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def build_ports(config: EngineConfig) -> Ports:
     return Ports(
         None if files is None else Certificates(files),
         None if control_files is None else Certificates(control_files),
-        None if tokens is None else TokenFile(tokens, "--control-tokens"),
+        None if tokens is None else TokenFile(tokens, "--control-tokens", (READ,)),
         None if keys is None else TokenFile(keys, "--api-keys"),
     )
 

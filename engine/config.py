@@ -82,7 +82,9 @@ class EngineConfig(BaseModel):
         None, description="PEM authority of which gRPC clients must have a certificate"
     )
     control_tokens: Path | None = Field(
-        None, description="file of bearer tokens, one a line, that gRPC calls need; none: any may"
+        None,
+        description="file of bearer tokens, one a line, that gRPC calls need; `read` behind one: "
+        "it may only look; none: any may",
     )
     api_keys: Path | None = Field(
         None, description="file of bearer tokens, one a line, that HTTP calls of /v1 need"

@@ -20,6 +20,7 @@ from engine.build import build_runtime
 from engine.config import EngineConfig
 from engine.errors import (
     InvalidRequestError,
+    PermissionDeniedError,
     TidewrightError,
     UnauthenticatedError,
     UnavailableError,
@@ -27,7 +28,8 @@ from engine.errors import (
 from engine.http_server import bind_http
 from engine.server import start_grpc
 from engine.tokenizer import Tokenizer
-from engine.tokens import TokenFile, TokenInterceptor, write_token
+from engine.tokens import READ, READING, TokenFile, TokenInterceptor, write_token
+from protos import engine_pb2
 
 TOKEN, OTHER, KEY = "c" * 32, "d" * 32, "k" * 32
 
@@ -144,6 +146,50 @@ def test_controllers_may_need_a_certificate_and_prompts_do_not(
     ]
 
 
+def test_a_token_to_read_with_changes_nothing(tiny_model_dir: Path, files: Files) -> None:
+    """One client, several calls: what may be read is not what opens the rest."""
+
+    def tried(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except TidewrightError as error:
+            return type(error).__name__
+        return "done"
+
+    def ask(url: str, target: str) -> Any:
+        write(files.control, f"{TOKEN}\n{OTHER} {READ}\n")
+        access = ClientAccess(tls_ca=files.ca, token_file=files.wrong)
+        with RemoteCluster(target, 5.0, access) as cluster:
+            routing = cluster.snapshot().routing
+            return [
+                tried(lambda: cluster.events(0)),
+                tried(lambda: cluster.set_routing(routing)),
+                tried(lambda: cluster.cancel("switch-0000")),
+                tried(lambda: cluster.ticket("switch-0000")),
+            ]
+
+    guards = {"tls_cert": files.cert, "tls_key": files.key, "control_tokens": files.control}
+    denied = PermissionDeniedError.__name__
+    assert with_engine(tiny_model_dir, ask, **guards) == ["done", denied, denied, "NotFoundError"]
+
+
+def test_every_method_reads_or_acts() -> None:
+    service = engine_pb2.DESCRIPTOR.services_by_name["EngineService"]
+    of_service = {f"/{service.full_name}/{method.name}" for method in service.methods}
+    acting = {name.rpartition("/")[2] for name in of_service - READING}
+    assert acting == {"Generate", "ApplySwitch", "CancelSwitch", "SetRouting"}
+    assert {name.rpartition("/")[2] for name in READING - of_service} == {"ServerReflectionInfo"}
+
+
+def test_marks_are_for_the_file_that_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "tokens", f"{TOKEN} {READ}\n{OTHER}\n{KEY} {READ}\n{KEY}\n")
+    tokens = TokenFile(path, "--control-tokens", (READ,))
+    marks = [tokens.check(f"Bearer {token}") for token in (TOKEN, OTHER, KEY)]
+    assert marks == [READ, "", ""]  # of a token that stands there twice, the wider right
+    with pytest.raises(InvalidRequestError, match="without spaces"):
+        TokenFile(path, "--api-keys")
+
+
 def test_an_authority_of_clients_needs_a_certificate(tiny_model_dir: Path, files: Files) -> None:
     with pytest.raises(InvalidRequestError, match="an authority of clients goes with them"):
         build_ports(EngineConfig(model=str(tiny_model_dir), control_client_ca=files.ca))
@@ -240,6 +286,7 @@ def test_tokens_are_exchanged_while_running(files: Files, caplog: pytest.LogCapt
         ("short", 0o600, "of 16 characters or more"),
         ("", 0o600, "must have a token on each line"),
         (f"{TOKEN} {OTHER}", 0o600, "without spaces"),
+        (f"{TOKEN} write", 0o600, "or `read` behind it"),
         (TOKEN, 0o644, "chmod 600"),
     ],
 )
