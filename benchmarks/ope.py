@@ -25,7 +25,7 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any
@@ -85,6 +85,7 @@ class Size:
     ope: OpeConfig = OpeConfig(window=40, block=80, draws=60)  # noqa: RUF009 (frozen)
     repetitions: int = 1000  # logs of the chain
     trials: int = 200  # other logs of it, by which an estimator may be chosen
+    seed: int = 41  # of the logs
     behaviours: tuple[str, ...] = BEHAVIOURS
 
 
@@ -139,7 +140,7 @@ def visible(truth: dict[str, float], behaviours: tuple[str, ...]) -> dict[str, l
 def evaluate_log(behaviour: str, targets: list[str], size: Size) -> list[Pair]:
     """A log of one behaviour, and every estimate of its targets."""
     here = world(size.window_s)
-    log = here.log(here.policy(behaviour), 41, BEHAVIOURS.index(behaviour))
+    log = here.log(here.policy(behaviour), size.seed, BEHAVIOURS.index(behaviour))
     found = here.recalibration(log, size.ope.window)
     rng = np.random.default_rng(0)
     models = [here.model, found.cluster, *(found.draw(rng) for _ in range(size.models))]
@@ -317,8 +318,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two logs, short and few windows")
     parser.add_argument("--processes", type=int, default=2, help="default: 2")
+    parser.add_argument("--seed", type=int, default=Size.seed, help=f"of logs; default {Size.seed}")
     args = parser.parse_args()
-    size, console, begun_s = QUICK if args.quick else Size(), Console(width=200), time.monotonic()
+    size = replace(QUICK if args.quick else Size(), seed=args.seed)
+    console, begun_s = Console(width=200), time.monotonic()
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         names = sorted({*POLICIES, *size.behaviours})
         truth = dict(zip(names, pool.map(true_value, names, [size] * len(names)), strict=True))
@@ -347,6 +350,7 @@ def main() -> None:
     best, trivial = score(chosen, reported, truth), score(TRIVIAL, reported, truth)
     result: dict[str, Any] = {
         "benchmark": "ope",
+        "seed": size.seed,
         "best_estimator": chosen,
         "rel_err_median_pct": round(best.error, 2),
         "rel_err_own_pct": round(best.own, 2),

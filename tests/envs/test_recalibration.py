@@ -11,6 +11,7 @@ from engine.profile import ProfiledCluster
 from envs.build import DEFAULT_PROFILE
 from envs.recalibration import (
     COMMON,
+    DOUBLED,
     OF_SWITCHES,
     OWN,
     SWITCH,
@@ -60,20 +61,37 @@ def test_what_the_log_shows_is_found() -> None:
     np.testing.assert_allclose(simulate(found.cluster).mean(), reward.mean(), atol=0.02)
 
 
-def test_what_it_does_not_show_is_as_likely_as_what_it_does() -> None:
-    """One configuration known well; of another the mean and spread given it, in closed form."""
+@pytest.mark.parametrize(("other", "alike"), [("tp4pp1", 2), ("tp1pp4", 0), ("tp1pp1", 0)])
+def test_what_it_does_not_show_is_as_likely_as_what_it_does(other: str, alike: int) -> None:
+    """tp2pp1 known well; of another the mean and spread given it, in closed form: of tp4pp1 two
+    doublings are as one is there, of tp1pp4 two others, of tp1pp1 none."""
     theta = np.zeros(len(NAMES) + 1)
-    theta[NAMES.index("tp1pp1")] = 0.3
-    keys = KEYS[:300]
+    theta[NAMES.index("tp2pp1")] = 0.3
+    keys = ["2xtp2pp1"] * 300
     simulate = logarithms(keys)
     reward = simulate(scaled(CLUSTER, theta)) + 1e-3 * np.tile([1.0, -1.0, -1.0, 1.0], 75)
     found = recalibrate(CLUSTER, simulate, keys, reward, block=2)
-    assert found.theta[NAMES.index("tp1pp1")] == pytest.approx(0.3, abs=1e-3)
-    all_of = COMMON**2 + OWN**2
-    other = NAMES.index("tp4pp1")
-    assert found.theta[other] == pytest.approx(0.3 * COMMON**2 / all_of, abs=1e-3)
-    assert found.covariance[other, other] == pytest.approx(all_of - COMMON**4 / all_of, rel=1e-3)
+    assert found.theta[NAMES.index("tp2pp1")] == pytest.approx(0.3, abs=1e-3)
+    known = COMMON**2 + DOUBLED**2 + OWN**2
+    doublings = 0 if other == "tp1pp1" else 2
+    spread = COMMON**2 + DOUBLED**2 * doublings**2 + OWN**2
+    shared = COMMON**2 + DOUBLED**2 * alike
+    at = NAMES.index(other)
+    assert found.theta[at] == pytest.approx(0.3 * shared / known, abs=1e-3)
+    assert found.covariance[at, at] == pytest.approx(spread - shared**2 / known, rel=1e-3)
     assert found.factors()[SWITCH] == pytest.approx((1.0, OF_SWITCHES))  # it never switched
+
+
+def test_a_short_stay_is_not_lost_in_its_block() -> None:
+    """One interval in forty, as in every other block: means over blocks could not tell it apart."""
+    theta = np.zeros(len(NAMES) + 1)
+    theta[NAMES.index("tp1pp2")] = 0.3
+    keys = (["4xtp1pp1"] * 39 + ["2xtp1pp2"]) * 15
+    simulate, rng = logarithms(keys), np.random.default_rng(4)
+    reward = simulate(scaled(CLUSTER, theta)) + 0.02 * rng.standard_normal(len(keys))
+    factor, error = recalibrate(CLUSTER, simulate, keys, reward, block=40).factors()["tp1pp2"]
+    assert error < 0.2 * np.hypot(COMMON, OWN)
+    assert np.log(factor) == pytest.approx(0.3, abs=3 * error)
 
 
 def test_models_are_drawn_as_widely_as_the_log_allows() -> None:
