@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from controller.decision_log import read_log
 from controller.log_records import REQUEST_FIELDS
 from controller.observation import observation_spec
-from engine.cluster import parse_deployment_key
+from engine.cluster import SwitchPhase, parse_deployment_key
 from engine.errors import InvalidRequestError
 from envs.logged_traffic import (
     LoggedInterval,
@@ -50,6 +51,7 @@ class Part:
     steps: tuple[tuple[dict[str, Any], int], ...]  # decision, and its interval's index
     intervals: tuple[LoggedInterval, ...]
     traffic: LoggedTraffic
+    switch_s: tuple[float, ...] = ()  # of each switch that was done
 
     @property
     def spec(self) -> ObservationSpec:
@@ -136,6 +138,7 @@ class _Cutter:
     steps: list[tuple[dict[str, Any], int]] = field(default_factory=list)
     pending: dict[str, Any] | None = None
     started: dict[str, bool] = field(default_factory=dict)  # decision id -> whether its switch was
+    switch_s: list[float] = field(default_factory=list)
 
     def take(self, record: dict[str, Any]) -> Iterator[Part]:
         kind = record["record"]
@@ -154,6 +157,13 @@ class _Cutter:
                 self.pending = record
         elif kind == "switch":
             self.started[str(record.get("decision_id", ""))] = record.get("event") == "started"
+        elif kind == "outcome" and record["ticket"]["phase"] == SwitchPhase.DONE:
+            self._take_seconds(float(record["duration_s"]))
+
+    def _take_seconds(self, duration_s: float) -> None:
+        if not 0 < duration_s < inf:
+            raise ValueError(f"a switch took {duration_s} s; expected a finite number above 0.")
+        self.switch_s.append(duration_s)
 
     def _take_interval(self, record: dict[str, Any]) -> Iterator[Part]:
         interval = read_interval(record, self.header.get("request_fields", REQUEST_FIELDS))
@@ -206,8 +216,9 @@ class _Cutter:
             self.number += 1
             name, intervals = f"{self.name} part {self.number}", tuple(self.intervals)
             traffic = logged_traffic(intervals)
-            yield Part(name, self.header, tuple(self.steps), intervals, traffic)
-        self.intervals, self.steps, self.started = [], [], {}
+            steps, switch_s = tuple(self.steps), tuple(self.switch_s)
+            yield Part(name, self.header, steps, intervals, traffic, switch_s)
+        self.intervals, self.steps, self.started, self.switch_s = [], [], {}, []
 
 
 def _parts(path: Path, skipped: list[str]) -> Iterator[Part]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from controller.decision import plan_to
-from engine.cluster import parse_deployment_key
+from engine.cluster import SwitchPhase, parse_deployment_key
 from engine.errors import InfeasibleError, StaleEpochError, SwitchInProgressError
 from envs.reward import lone_seconds
 from envs.serving_env import ServingEnv
@@ -92,6 +92,12 @@ def replay_logged(env: ServingEnv, switches: Sequence[str], watch: Watch = unwat
         course.note(env, reward - env.parts.reward.switch_byte_cost * moved)
         watch(info)
     return course.run(env)
+
+
+def seconds_of_switches(env: ServingEnv) -> Floats:
+    """[K] of those that were done in the episode."""
+    done = [t.duration_s for t in env.tickets if t.phase is SwitchPhase.DONE]
+    return np.array(done, np.float64)
 
 
 def _switch(env: ServingEnv, key: str) -> tuple[int, str]:

@@ -1,12 +1,12 @@
 """A profile set right by a log: step times per parallel configuration, and what a switch takes.
 
 Steps of each parallel configuration take exp(theta) times as long as profiled, and so do switches.
-theta is fitted to the rewards of a log, replayed in the surrogate with the decisions as logged: by
-Gauss and Newton on means over stays in one deployment, with slopes by differences of about a third
-of the prior spread, and with a prior by which configurations err alike, the more so the more alike
-their degrees are. Finer differences would be noise: a queue is chaotic. What the log leaves open is
-the covariance of theta; models drawn from it show what that means for a policy
-(`policies.ope_replay`).
+theta is fitted to a log, replayed in the surrogate with the decisions as logged. What switches take
+is known by how long they took. Steps are fitted to rewards: by Gauss and Newton on means over stays
+in one deployment, with slopes by differences of about a third of the prior spread, and with a prior
+by which configurations err alike, the more so the more alike their degrees are. Finer differences
+would be noise: a queue is chaotic. What the log leaves open is the covariance of theta; models drawn
+from it show what that means for a policy (`policies.ope_replay`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,20 @@ from engine.cluster import ParallelConfig
 from engine.profile import ProfiledCluster
 from policies.ope_replay import configurations_of
 
-Floats, Ints = NDArray[np.float64], NDArray[np.int64]
-Simulate = Callable[[ProfiledCluster], Floats]
-"""A pool -> rewards [T] of the log's intervals in its surrogate, with the decisions as logged."""
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Signals:
+    """What T intervals of a log came to, in the system or in a model of it."""
+
+    reward: Floats  # [T]
+    switch_s: Floats  # [K] of each switch that was done
+
+
+Simulate = Callable[[ProfiledCluster], Signals]
+"""A pool -> the log's intervals in its surrogate, with the decisions as logged."""
 
 SWITCH = "switch"  # among the configurations' names
 # Prior spread of theta: of all alike, by doubling of tp or pp, of each, of switches.
@@ -33,6 +44,8 @@ STEPS = (0.6, 0.4, 0.3)  # prior spreads that slopes are differences over; one i
 LONGEST = 0.35  # that theta moves at once
 HALVINGS = 3  # of a step that makes it worse
 MIN_SHARE = 1e-3  # of the variance of the log's means, that the error's is at least
+SWITCH_ERROR = 0.1  # of theta of switches, where some were seen: what one factor cannot set right
+SWITCH_ROUNDS = 3  # of setting it right: part of a switch is waiting for steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,29 +109,56 @@ def recalibrate(
     cluster: ProfiledCluster,
     simulate: Simulate,
     keys: Sequence[str],
-    reward: Floats,
+    logged: Signals,
     block: int,
 ) -> Recalibration:
-    """Fitted to `reward` [T] of intervals in deployments `keys` [T]; runs `simulate` some five
-    times per configuration in them. With less than a block of log it is the prior."""
-    names = [steps.parallel.key for steps in cluster.profile.steps]
-    prior = prior_covariance([steps.parallel for steps in cluster.profile.steps])
-    theta = np.zeros(len(prior))
-    if len(reward) < block:
-        return Recalibration(cluster, theta, prior)
-    precision, stays = np.linalg.inv(prior), _Stays.of(keys, block)
+    """Fitted to what was `logged` in T intervals in deployments `keys` [T]; runs `simulate` some
+    five times per configuration in them. With less than a block of log it is the prior."""
+    parallel = [steps.parallel for steps in cluster.profile.steps]
+    covariance = prior_covariance(parallel)
+    theta = np.zeros(len(covariance))
+    if len(keys) < block:
+        return Recalibration(cluster, theta, covariance)
+    if len(logged.switch_s):
+        covariance[-1, -1] = SWITCH_ERROR**2
+        for _ in range(SWITCH_ROUNDS):
+            theta[-1] += _log_ratio(logged.switch_s, simulate(scaled(cluster, theta)).switch_s)
+
+    def rewards(of_steps: Floats) -> Floats:
+        return simulate(scaled(cluster, np.append(of_steps, theta[-1]))).reward
+
     served = {c for key in set(keys) for c in configurations_of(key)}
-    fitted = [i for i, name in enumerate(names) if name in served]
-    fitted += [len(names)] if len(set(keys)) > 1 else []
-    actual = stays.means(reward)
+    fitted = [i for i, config in enumerate(parallel) if config.key in served]
+    theta[:-1], covariance[:-1, :-1] = _fit_steps(
+        rewards, fitted, _Stays.of(keys, block), logged.reward, covariance[:-1, :-1]
+    )
+    return Recalibration(cluster, theta, covariance)
+
+
+def _log_ratio(ours: Floats, theirs: Floats) -> float:
+    """By how much ours are longer, as a mean of logarithms; 0 where there are none."""
+    return float(np.log(ours).mean() - np.log(theirs).mean()) if len(theirs) else 0.0
+
+
+def _fit_steps(
+    rewards: Callable[[Floats], Floats],
+    fitted: Sequence[int],
+    stays: _Stays,
+    logged: Floats,
+    prior: Floats,
+) -> tuple[Floats, Floats]:
+    """Most probable theta [C] of steps, and its covariance [C, C], given rewards `logged` [T] and
+    what they are in the model; of configurations that are not `fitted` only the prior speaks."""
+    theta, precision = np.zeros(len(prior)), np.linalg.inv(prior)
+    actual = stays.means(logged)
     least = max(MIN_SHARE * float(actual.var()), 1e-12)
 
     def error(at: Floats) -> Floats:
-        return (actual - stays.means(simulate(scaled(cluster, at)))) * stays.weights
+        return (actual - stays.means(rewards(at))) * stays.weights
 
     left, hessian = error(theta), precision
     for step in STEPS:
-        variance = max(float((left**2).sum()) / stays.blocks, least)
+        variance = max(float(left @ left) / stays.blocks, least)
         steps = step * np.sqrt(np.diag(prior))
         if left @ stays.weights > 0:  # where a model that is too slow still moves
             steps = -steps
@@ -135,11 +175,11 @@ def recalibrate(
                 theta, left = theta + move, tried
                 break
             move = move / 2
-    return Recalibration(cluster, theta, np.linalg.inv(hessian))
+    return theta, np.linalg.inv(hessian)
 
 
 def _cost(error: Floats, theta: Floats, variance: float, precision: Any) -> float:
-    return float((error**2).sum()) / variance + float(theta @ precision @ theta)
+    return float(error @ error) / variance + float(theta @ precision @ theta)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,8 +17,8 @@ from engine.cluster import dense_deployment, parse_deployment_key
 from engine.profile import ProfiledCluster, StepTimeModel
 from envs.build import DEFAULT_PROFILE
 from envs.logged import row_features
-from envs.logged_replay import replay_logged, replay_policy
-from envs.recalibration import Recalibration, recalibrate
+from envs.logged_replay import replay_logged, replay_policy, seconds_of_switches
+from envs.recalibration import Recalibration, Signals, recalibrate
 from envs.reward import reward_config
 from envs.serving_env import EnvParts, ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
@@ -138,6 +138,7 @@ class Log:
     decisions: LoggedDecisions
     observations: tuple[Observation, ...]
     switches: tuple[str, ...]  # key switched to at each decision, or ""
+    switch_s: Floats  # [K] of each switch that was done
 
     def target(self, policy: Policy) -> TargetDecisions:
         decisions = self.decisions
@@ -224,13 +225,14 @@ class World:
 
     def recalibration(self, log: Log, block: int) -> Recalibration:
         """Of the wrong profile, by the log."""
-        return recalibrate(
-            self.model,
-            lambda cluster: self.logged_run(log, cluster).reward,
-            [o.keys[0] for o in log.observations],
-            log.decisions.reward,
-            block,
-        )
+
+        def simulate(cluster: ProfiledCluster) -> Signals:
+            env = self.env(log.trace, cluster)
+            return Signals(replay_logged(env, log.switches).reward, seconds_of_switches(env))
+
+        keys = [o.keys[0] for o in log.observations]
+        logged = Signals(log.decisions.reward, log.switch_s)
+        return recalibrate(self.model, simulate, keys, logged, block)
 
     def log(self, policy: Policy, *seed: int) -> Log:
         trace, rng = self.trace(*seed), np.random.default_rng(seed)
@@ -252,6 +254,7 @@ class World:
             _decisions(observations, behaviour, executed, rewards, self.pipeline.config_hash),
             tuple(observations),
             tuple(switches),
+            seconds_of_switches(env),
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
 from envs.logged import LoggedRun, Part, logged_run, read_parts
-from envs.logged_replay import replay_logged, replay_policy
+from envs.logged_replay import replay_logged, replay_policy, seconds_of_switches
 from envs.offline.course import (
     Course,
     Switch,
@@ -23,7 +23,7 @@ from envs.offline.course import (
     worst_block,
 )
 from envs.offline.target import Target, load_target
-from envs.recalibration import Recalibration, recalibrate
+from envs.recalibration import Recalibration, Signals, recalibrate
 from envs.serving_env import ServingEnv
 from policies.ope import diagnose, estimate
 from policies.ope_data import Floats, Ints, Overlap, decide_on, generator_refusal
@@ -169,11 +169,12 @@ def find(question: Question, report: Report = lambda what: None) -> Findings:
     if question.recalibrate:
         report(f"fitting the model to {len(run.decisions)} decisions")
         keys = [str(d["deployment_key"]) for part in parts for d, _ in part.steps]
+        took = Signals(run.decisions.reward, np.array([s for p in parts for s in p.switch_s]))
         recalibration = recalibrate(
             target.pipeline.cluster,
-            lambda cluster: _joined([r.as_logged(cluster)[0] for r in replays]).reward,
+            lambda cluster: _signals(replays, cluster),
             keys,
-            run.decisions.reward,
+            took,
             config.window,
         )
     report(f"replaying {len(run.decisions)} decisions in the model")
@@ -226,8 +227,9 @@ class _PartReplay:
         grid_s = self.target.pipeline.config.grid_s
         return max(1, round(self.part.traffic.trace.duration_s / grid_s))
 
-    def as_logged(self, cluster: ProfiledCluster) -> tuple[ModelRun, Course]:
-        """Rows of the decisions, and the whole course, with the decisions as logged."""
+    def as_logged(self, cluster: ProfiledCluster) -> tuple[ModelRun, Course, Floats]:
+        """Rows of the decisions, the whole course, and the seconds of each switch, with the
+        decisions as logged."""
         rows, switches = self.rows, [""] * self._number
         for (decision, _), row in zip(self.part.steps, rows.tolist(), strict=True):
             if decision["executed_key"] != decision["deployment_key"]:
@@ -235,7 +237,8 @@ class _PartReplay:
         env, watched = self.target.model(self.part, cluster), Watched(self.target.reward.slo)
         run = replay_logged(env, switches, watched)
         env.close()
-        return _rows(run, rows), _course("log, in the model", run, watched, env)
+        course = _course("log, in the model", run, watched, env)
+        return _rows(run, rows), course, seconds_of_switches(env)
 
     def under_target(
         self, cluster: ProfiledCluster, rng: np.random.Generator, sampled: bool
@@ -248,11 +251,16 @@ class _PartReplay:
 
 
 def _replayed(replay: _PartReplay, cluster: ProfiledCluster, question: Question) -> _Replayed:
-    logged, course = replay.as_logged(cluster)
+    logged, course, _ = replay.as_logged(cluster)
     number = SAMPLED_RUNS if question.sampled else 1
     streams = (np.random.default_rng((question.seed, i)) for i in range(number))
     runs = [replay.under_target(cluster, rng, question.sampled) for rng in streams]
     return _Replayed(logged, tuple(run for run, _ in runs), (course, runs[0][1]))
+
+
+def _signals(replays: Sequence[_PartReplay], cluster: ProfiledCluster) -> Signals:
+    runs, _, took = zip(*(replay.as_logged(cluster) for replay in replays), strict=True)
+    return Signals(_joined(runs).reward, np.concatenate(took))
 
 
 def _drawn(

@@ -87,6 +87,21 @@ def test_the_arrivals_are_those_of_the_trace(logged: tuple[Path, list[float], Tr
     assert (found.output_tokens == trace.output_tokens).sum() >= known
 
 
+def test_what_switches_took_is_read_of_those_that_were_done(
+    logged: tuple[Path, list[float], Trace], tmp_path: Path
+) -> None:
+    told = records(logged[0])
+    outcomes = [r for r in told if r["record"] == "outcome"]
+    took = [float(r["duration_s"]) for r in outcomes]
+    assert len(took) > 3
+    (part,) = read(logged[0]).parts
+    assert part.switch_s == tuple(took)
+    outcomes[0]["ticket"]["phase"], outcomes[1]["duration_s"] = "rolled_back", -1.0
+    changed = read(write(tmp_path / "changed", told))
+    assert changed.parts[0].switch_s == tuple(took[2:])
+    assert any("a switch took -1.0 s; expected a finite" in text for text in changed.skipped)
+
+
 def test_a_torn_end_and_a_foreign_line_cost_what_they_hold(
     logged: tuple[Path, list[float], Trace], tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from envs.recalibration import (
     OF_SWITCHES,
     OWN,
     SWITCH,
+    SWITCH_ERROR,
+    Signals,
     Simulate,
     recalibrate,
     scaled,
@@ -27,14 +29,21 @@ KEYS = ["4xtp1pp1"] * 300 + ["2xtp1pp2"] * 300
 CHANGES = np.arange(600) % 3 == 0  # intervals in which a switch costs
 
 
+NONE = np.zeros(0)
+
+
 def logarithms(keys: list[str]) -> Simulate:
-    """Rewards that are less what steps and switches take, in logarithms: linear in theta."""
+    """Rewards that are less what steps and switches take, in logarithms: linear in theta. Switches
+    take their overhead and two seconds of waiting, which no factor changes."""
     served = [NAMES.index(key.partition("x")[2]) for key in keys]
 
-    def simulate(cluster: ProfiledCluster) -> Floats:
+    def simulate(cluster: ProfiledCluster) -> Signals:
         base = np.log([steps.base_s for steps in cluster.profile.steps])
-        switch = np.log(cluster.profile.switch_overhead_s)
-        return np.asarray(-base[served] - switch * CHANGES[: len(keys)] * (len(set(keys)) > 1))
+        overhead_s = cluster.profile.switch_overhead_s
+        if len(set(keys)) == 1:
+            return Signals(np.asarray(-base[served]), NONE)
+        costs = np.log(overhead_s) * CHANGES[: len(keys)]
+        return Signals(np.asarray(-base[served] - costs), 20.0 * overhead_s + np.array([2.0]))
 
     return simulate
 
@@ -48,17 +57,24 @@ def test_every_time_is_scaled() -> None:
     assert found.link_bytes_per_s == pytest.approx(were.link_bytes_per_s / np.exp(0.3))
 
 
+def logged_under(theta: Floats, simulate: Simulate, noise: Floats) -> Signals:
+    found = simulate(scaled(CLUSTER, theta))
+    return Signals(found.reward + noise, found.switch_s)
+
+
 def test_what_the_log_shows_is_found() -> None:
     theta = np.zeros(len(NAMES) + 1)
     theta[NAMES.index("tp1pp1")], theta[NAMES.index("tp1pp2")], theta[-1] = 0.4, -0.1, 0.7
     simulate, rng = logarithms(KEYS), np.random.default_rng(0)
-    reward = simulate(scaled(CLUSTER, theta)) + 0.05 * rng.standard_normal(len(KEYS))
-    found = recalibrate(CLUSTER, simulate, KEYS, reward, block=10)
+    logged = logged_under(theta, simulate, 0.05 * rng.standard_normal(len(KEYS)))
+    found = recalibrate(CLUSTER, simulate, KEYS, logged, block=10)
     for name, actual in (("tp1pp1", 0.4), ("tp1pp2", -0.1), (SWITCH, 0.7)):
         factor, error = found.factors()[name]
-        assert 0.0 < error < 0.1
+        assert 0.0 < error <= 0.1
         assert np.log(factor) == pytest.approx(actual, abs=3 * error)
-    np.testing.assert_allclose(simulate(found.cluster).mean(), reward.mean(), atol=0.02)
+    again = simulate(found.cluster)
+    np.testing.assert_allclose(again.reward.mean(), logged.reward.mean(), atol=0.02)
+    np.testing.assert_allclose(again.switch_s, logged.switch_s, rtol=0.02)
 
 
 @pytest.mark.parametrize(("other", "alike"), [("tp4pp1", 2), ("tp1pp4", 0), ("tp1pp1", 0)])
@@ -69,8 +85,8 @@ def test_what_it_does_not_show_is_as_likely_as_what_it_does(other: str, alike: i
     theta[NAMES.index("tp2pp1")] = 0.3
     keys = ["2xtp2pp1"] * 300
     simulate = logarithms(keys)
-    reward = simulate(scaled(CLUSTER, theta)) + 1e-3 * np.tile([1.0, -1.0, -1.0, 1.0], 75)
-    found = recalibrate(CLUSTER, simulate, keys, reward, block=2)
+    logged = logged_under(theta, simulate, 1e-3 * np.tile([1.0, -1.0, -1.0, 1.0], 75))
+    found = recalibrate(CLUSTER, simulate, keys, logged, block=2)
     assert found.theta[NAMES.index("tp2pp1")] == pytest.approx(0.3, abs=1e-3)
     known = COMMON**2 + DOUBLED**2 + OWN**2
     doublings = 0 if other == "tp1pp1" else 2
@@ -88,10 +104,24 @@ def test_a_short_stay_is_not_lost_in_its_block() -> None:
     theta[NAMES.index("tp1pp2")] = 0.3
     keys = (["4xtp1pp1"] * 39 + ["2xtp1pp2"]) * 15
     simulate, rng = logarithms(keys), np.random.default_rng(4)
-    reward = simulate(scaled(CLUSTER, theta)) + 0.02 * rng.standard_normal(len(keys))
-    factor, error = recalibrate(CLUSTER, simulate, keys, reward, block=40).factors()["tp1pp2"]
+    logged = logged_under(theta, simulate, 0.02 * rng.standard_normal(len(keys)))
+    found = recalibrate(CLUSTER, simulate, keys, logged, block=40)
+    factor, error = found.factors()["tp1pp2"]
     assert error < 0.2 * np.hypot(COMMON, OWN)
     assert np.log(factor) == pytest.approx(0.3, abs=3 * error)
+
+
+def test_switches_are_as_long_as_those_logged_in_the_mean_of_logarithms() -> None:
+    overhead_s = CLUSTER.profile.switch_overhead_s
+
+    def simulate(cluster: ProfiledCluster) -> Signals:
+        factor = cluster.profile.switch_overhead_s / overhead_s
+        return Signals(np.zeros(len(KEYS)), factor * np.array([0.5, 2.0]))
+
+    logged = Signals(np.zeros(len(KEYS)), 0.6 * np.array([0.4, 1.0, 2.5]))
+    found = recalibrate(CLUSTER, simulate, KEYS, logged, block=10)
+    assert found.factors()[SWITCH] == pytest.approx((0.6, SWITCH_ERROR))
+    assert np.abs(found.theta[:-1]).max() < 1e-9
 
 
 def test_models_are_drawn_as_widely_as_the_log_allows() -> None:
@@ -108,9 +138,9 @@ def test_models_are_drawn_as_widely_as_the_log_allows() -> None:
 
 
 def test_too_little_log_changes_nothing() -> None:
-    def never(cluster: ProfiledCluster) -> Floats:
+    def never(cluster: ProfiledCluster) -> Signals:
         raise AssertionError("there is nothing to fit")
 
-    found = recalibrate(CLUSTER, never, KEYS[:5], np.zeros(5), block=10)
+    found = recalibrate(CLUSTER, never, KEYS[:5], Signals(np.zeros(5), NONE), block=10)
     assert found.cluster == scaled(CLUSTER, np.zeros(len(NAMES) + 1))
     assert found.factors()["tp1pp1"] == pytest.approx((1.0, np.hypot(COMMON, OWN)))
