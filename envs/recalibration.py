@@ -5,8 +5,8 @@ theta is fitted to a log, replayed in the surrogate with the decisions as logged
 is known by how long they took. Steps are fitted to rewards: by Gauss and Newton on means over stays
 in one deployment, with slopes by differences of about a third of the prior spread, and with a prior
 by which configurations err alike, the more so the more alike their degrees are. Finer differences
-would be noise: a queue is chaotic. What the log leaves open is the covariance of theta; models drawn
-from it show what that means for a policy (`policies.ope_replay`).
+would be noise: a queue is chaotic. What the log leaves open is the covariance of theta; models
+drawn from it show what that means for a policy (`policies.ope_replay`).
 """
 
 from __future__ import annotations
