@@ -95,9 +95,9 @@ def replay_logged(env: ServingEnv, switches: Sequence[str], watch: Watch = unwat
 
 
 def seconds_of_switches(env: ServingEnv) -> Floats:
-    """[K] of those that were done in the episode."""
+    """[K] of those that were done in the episode and took any time."""
     done = [t.duration_s for t in env.tickets if t.phase is SwitchPhase.DONE]
-    return np.array(done, np.float64)
+    return np.array([duration_s for duration_s in done if duration_s > 0], np.float64)
 
 
 def _switch(env: ServingEnv, key: str) -> tuple[int, str]:
