@@ -13,6 +13,7 @@ from controller.log_records import REQUEST_FIELDS
 from engine.cluster import Request, RequestOutcome, RequestStatus
 from envs.reward import RewardConfig, RewardLedger
 from envs.workload import Trace
+from policies.base import Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,12 @@ class LoggedInterval:
     outcomes: tuple[RequestOutcome, ...]
     switched_bytes: int = 0  # of weights, by the switch that was started before it
     num_devices: int = 0  # in use at its end
+
+    @property
+    def tpot_s(self) -> Seconds:
+        """Per output token, of the requests that finished with two or more."""
+        done = [o.tpot_s for o in self.outcomes if o.status is RequestStatus.FINISHED]
+        return np.array([seconds for seconds in done if seconds is not None], np.float64)
 
 
 def read_interval(record: dict[str, Any], fields: Sequence[str] = REQUEST_FIELDS) -> LoggedInterval:

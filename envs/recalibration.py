@@ -2,11 +2,13 @@
 
 Steps of each parallel configuration take exp(theta) times as long as profiled, and so do switches.
 theta is fitted to a log, replayed in the surrogate with the decisions as logged. What switches take
-is known by how long they took. Steps are fitted to rewards: by Gauss and Newton on means over stays
-in one deployment, with slopes by differences of about a third of the prior spread, and with a prior
-by which configurations err alike, the more so the more alike their degrees are. Finer differences
-would be noise: a queue is chaotic. What the log leaves open is the covariance of theta; models
-drawn from it show what that means for a policy (`policies.ope_replay`).
+is known by how long they took. Steps are fitted to rewards and to the seconds per output token: by
+Gauss and Newton on means over stays in one deployment, with slopes by differences of about a third
+of the prior spread, and with a prior by which configurations err alike, the more so the more alike
+their degrees are. Finer differences would be noise: a queue is chaotic. Rewards say little of a
+deployment that served for two intervals; the pace of requests that ended there says nearly all.
+What the log leaves open is the covariance of theta; models drawn from it show what that means for a
+policy (`policies.ope_replay`).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Signals:
     """What T intervals of a log came to, in the system or in a model of it."""
 
     reward: Floats  # [T]
+    pace: Floats  # [T] see `pace_of`
     switch_s: Floats  # [K] of each switch that was done
 
 
@@ -44,8 +47,16 @@ STEPS = (0.6, 0.4, 0.3)  # prior spreads that slopes are differences over; one i
 LONGEST = 0.35  # that theta moves at once
 HALVINGS = 3  # of a step that makes it worse
 MIN_SHARE = 1e-3  # of the variance of the log's means, that the error's is at least
+LEAST = (1e-12, 0.02**2)  # the same of rewards, of paces: no model is right to the per cent
 SWITCH_ERROR = 0.1  # of theta of switches, where some were seen: what one factor cannot set right
 SWITCH_ROUNDS = 3  # of setting it right: part of a switch is waiting for steps
+
+
+def pace_of(tpot_s: Floats) -> float:
+    """Mean logarithm of the seconds per output token of requests that ended in an interval; nan
+    when none took any."""
+    known = tpot_s[tpot_s > 0]
+    return float(np.log(known).mean()) if len(known) else float("nan")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,13 +135,13 @@ def recalibrate(
         for _ in range(SWITCH_ROUNDS):
             theta[-1] += _log_ratio(logged.switch_s, simulate(scaled(cluster, theta)).switch_s)
 
-    def rewards(of_steps: Floats) -> Floats:
-        return simulate(scaled(cluster, np.append(of_steps, theta[-1]))).reward
+    def run(of_steps: Floats) -> Signals:
+        return simulate(scaled(cluster, np.append(of_steps, theta[-1])))
 
     served = {c for key in set(keys) for c in configurations_of(key)}
     fitted = [i for i, config in enumerate(parallel) if config.key in served]
     theta[:-1], covariance[:-1, :-1] = _fit_steps(
-        rewards, fitted, _Stays.of(keys, block), logged.reward, covariance[:-1, :-1]
+        run, fitted, _Stays.of(keys, block), logged, covariance[:-1, :-1]
     )
     return Recalibration(cluster, theta, covariance)
 
@@ -141,45 +152,49 @@ def _log_ratio(ours: Floats, theirs: Floats) -> float:
 
 
 def _fit_steps(
-    rewards: Callable[[Floats], Floats],
+    run: Callable[[Floats], Signals],
     fitted: Sequence[int],
     stays: _Stays,
-    logged: Floats,
+    logged: Signals,
     prior: Floats,
 ) -> tuple[Floats, Floats]:
-    """Most probable theta [C] of steps, and its covariance [C, C], given rewards `logged` [T] and
-    what they are in the model; of configurations that are not `fitted` only the prior speaks."""
+    """Most probable theta [C] of steps, and its covariance [C, C], given what was `logged` and what
+    the model says with another theta; of configurations not `fitted` only the prior speaks."""
     theta, precision = np.zeros(len(prior)), np.linalg.inv(prior)
     actual = stays.means(logged)
-    least = max(MIN_SHARE * float(actual.var()), 1e-12)
+    known = [row[~np.isnan(row)] for row in actual]
+    least = np.maximum([MIN_SHARE * row.var() if len(row) else 0.0 for row in known], LEAST)[
+        :, None
+    ]
 
     def error(at: Floats) -> Floats:
-        return (actual - stays.means(rewards(at))) * stays.weights
+        return np.nan_to_num(actual - stays.means(run(at))) * stays.weights
 
     left, hessian = error(theta), precision
     for step in STEPS:
-        variance = max(float(left @ left) / stays.blocks, least)
-        steps = step * np.sqrt(np.diag(prior))
-        if left @ stays.weights > 0:  # where a model that is too slow still moves
+        square = (left**2).sum(axis=1, keepdims=True) / stays.blocks
+        spread, steps = np.sqrt(np.maximum(square, least)), step * np.sqrt(np.diag(prior))
+        if left[0] @ stays.weights > 0:  # where a model that is too slow still moves
             steps = -steps
-        slopes = np.zeros((len(left), len(theta)))
+        slopes = np.zeros((left.size, len(theta)))
         for i in fitted:
-            slopes[:, i] = (left - error(theta + steps * np.eye(len(theta))[i])) / steps[i]
-        hessian = slopes.T @ slopes / variance + precision
-        downhill = slopes.T @ left / variance - precision @ theta
+            moved = error(theta + steps * np.eye(len(theta))[i])
+            slopes[:, i] = ((left - moved) / spread).ravel() / steps[i]
+        hessian = slopes.T @ slopes + precision
+        downhill = slopes.T @ (left / spread).ravel() - precision @ theta
         move = np.clip(np.linalg.solve(hessian, downhill), -LONGEST, LONGEST)
-        cost = _cost(left, theta, variance, precision)
+        cost = _cost(left / spread, theta, precision)
         for _ in range(HALVINGS):
             tried = error(theta + move)
-            if _cost(tried, theta + move, variance, precision) < cost:
+            if _cost(tried / spread, theta + move, precision) < cost:
                 theta, left = theta + move, tried
                 break
             move = move / 2
     return theta, np.linalg.inv(hessian)
 
 
-def _cost(error: Floats, theta: Floats, variance: float, precision: Any) -> float:
-    return float(error @ error) / variance + float(theta @ precision @ theta)
+def _cost(error: Floats, theta: Floats, precision: Any) -> float:
+    return float((error**2).sum()) + float(theta @ precision @ theta)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,6 +214,12 @@ class _Stays:
         shares = np.bincount(index) / block
         return cls(index, np.sqrt(shares), float(shares.sum()))
 
-    def means(self, values: Floats) -> Floats:
-        """[P] of `values` [T]."""
-        return np.asarray(np.bincount(self.index, values) / np.bincount(self.index))
+    def means(self, signals: Signals) -> Floats:
+        """[2, P] of rewards and of paces; nan where no request ended."""
+        return np.stack([self._mean(signals.reward), self._mean(signals.pace)])
+
+    def _mean(self, values: Floats) -> Floats:
+        known, number = ~np.isnan(values), len(self.weights)
+        count = np.bincount(self.index[known], minlength=number)
+        total = np.bincount(self.index[known], values[known], minlength=number)
+        return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))

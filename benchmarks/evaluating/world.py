@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,8 @@ from engine.profile import ProfiledCluster, StepTimeModel
 from envs.build import DEFAULT_PROFILE
 from envs.logged import row_features
 from envs.logged_replay import replay_logged, replay_policy, seconds_of_switches
-from envs.recalibration import Recalibration, Signals, recalibrate
-from envs.reward import reward_config
+from envs.recalibration import Recalibration, Signals, pace_of, recalibrate
+from envs.reward import reward_config, tpot_of
 from envs.serving_env import EnvParts, ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import (
@@ -31,7 +32,7 @@ from envs.traffic import (
     measure_stretch,
 )
 from envs.workload import Trace, WorkloadConfig
-from policies.base import Observation, ObservationSpec, Policy, choose
+from policies.base import Observation, ObservationSpec, Policy, TrafficColumns, choose
 from policies.baselines import (
     GreedyPolicy,
     HysteresisPolicy,
@@ -138,7 +139,7 @@ class Log:
     decisions: LoggedDecisions
     observations: tuple[Observation, ...]
     switches: tuple[str, ...]  # key switched to at each decision, or ""
-    switch_s: Floats  # [K] of each switch that was done
+    signals: Signals
 
     def target(self, policy: Policy) -> TargetDecisions:
         decisions = self.decisions
@@ -227,19 +228,18 @@ class World:
         """Of the wrong profile, by the log."""
 
         def simulate(cluster: ProfiledCluster) -> Signals:
-            env = self.env(log.trace, cluster)
-            return Signals(replay_logged(env, log.switches).reward, seconds_of_switches(env))
+            env, infos = self.env(log.trace, cluster), list[dict[str, Any]]()
+            return _signals(env, replay_logged(env, log.switches, infos.append).reward, infos)
 
         keys = [o.keys[0] for o in log.observations]
-        logged = Signals(log.decisions.reward, log.switch_s)
-        return recalibrate(self.model, simulate, keys, logged, block)
+        return recalibrate(self.model, simulate, keys, log.signals, block)
 
     def log(self, policy: Policy, *seed: int) -> Log:
         trace, rng = self.trace(*seed), np.random.default_rng(seed)
         env = self.env(trace, self.truth)
         env.reset(seed=0)
         policy.reset()
-        observations, behaviour, executed, rewards, switches = [], [], [], [], []
+        observations, behaviour, executed, rewards, switches, infos = [], [], [], [], [], []
         while not env.is_over:
             assert env.prepared is not None
             observations.append(env.prepared.observation)
@@ -248,14 +248,22 @@ class World:
             _, reward, _, _, info = env.step(action)
             executed.append(info["decision"].executed_key)
             rewards.append(reward)
+            infos.append(info)
             switches.append(executed[-1] if info["ticket"] is not None else "")
         return Log(
             trace,
             _decisions(observations, behaviour, executed, rewards, self.pipeline.config_hash),
             tuple(observations),
             tuple(switches),
-            seconds_of_switches(env),
+            _signals(env, np.array(rewards), infos),
         )
+
+
+def _signals(env: ServingEnv, reward: Floats, infos: list[dict[str, Any]]) -> Signals:
+    """Of the episode that has ended, whose steps had those `infos`."""
+    ended = [TrafficColumns(**info["traffic"]) for info in infos]
+    pace = np.array([pace_of(tpot_of(e)[e.finished]) for e in ended])
+    return Signals(reward, pace, seconds_of_switches(env))
 
 
 def _decisions(

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cluster import RequestOutcome, RequestStatus, SloSpec
-from envs.reward import slo_met
+from envs.recalibration import pace_of
+from envs.reward import slo_met, tpot_of
 from policies.base import TrafficColumns
 
 Floats = NDArray[np.float64]
@@ -103,6 +104,10 @@ class Watched:
         done, met = found.finished, slo_met(self.slo, found).astype(np.float64)
         latency_s = found.finish_s - found.ended_arrival_s
         return found.finish_s[done], latency_s[done], met[done]
+
+    def pace(self) -> Floats:
+        """[T] see `envs.recalibration.pace_of`."""
+        return np.array([pace_of(tpot_of(ended)[ended.finished]) for ended in self.traffic])
 
 
 def ended_of_log(

@@ -23,7 +23,7 @@ from envs.offline.course import (
     worst_block,
 )
 from envs.offline.target import Target, load_target
-from envs.recalibration import Recalibration, Signals, recalibrate
+from envs.recalibration import Recalibration, Signals, pace_of, recalibrate
 from envs.serving_env import ServingEnv
 from policies.ope import diagnose, estimate
 from policies.ope_data import Floats, Ints, Overlap, decide_on, generator_refusal
@@ -169,12 +169,11 @@ def find(question: Question, report: Report = lambda what: None) -> Findings:
     if question.recalibrate:
         report(f"fitting the model to {len(run.decisions)} decisions")
         keys = [str(d["deployment_key"]) for part in parts for d, _ in part.steps]
-        took = Signals(run.decisions.reward, np.array([s for p in parts for s in p.switch_s]))
         recalibration = recalibrate(
             target.pipeline.cluster,
-            lambda cluster: _signals(replays, cluster),
+            lambda cluster: _in_model(replays, cluster),
             keys,
-            took,
+            _as_logged(run),
             config.window,
         )
     report(f"replaying {len(run.decisions)} decisions in the model")
@@ -227,9 +226,9 @@ class _PartReplay:
         grid_s = self.target.pipeline.config.grid_s
         return max(1, round(self.part.traffic.trace.duration_s / grid_s))
 
-    def as_logged(self, cluster: ProfiledCluster) -> tuple[ModelRun, Course, Floats]:
-        """Rows of the decisions, the whole course, and the seconds of each switch, with the
-        decisions as logged."""
+    def as_logged(self, cluster: ProfiledCluster) -> tuple[ModelRun, Course, Signals]:
+        """Rows of the decisions, the whole course, and the signals of the rows, with the decisions
+        as logged."""
         rows, switches = self.rows, [""] * self._number
         for (decision, _), row in zip(self.part.steps, rows.tolist(), strict=True):
             if decision["executed_key"] != decision["deployment_key"]:
@@ -237,8 +236,8 @@ class _PartReplay:
         env, watched = self.target.model(self.part, cluster), Watched(self.target.reward.slo)
         run = replay_logged(env, switches, watched)
         env.close()
-        course = _course("log, in the model", run, watched, env)
-        return _rows(run, rows), course, seconds_of_switches(env)
+        found, course = _rows(run, rows), _course("log, in the model", run, watched, env)
+        return found, course, Signals(found.reward, watched.pace()[rows], seconds_of_switches(env))
 
     def under_target(
         self, cluster: ProfiledCluster, rng: np.random.Generator, sampled: bool
@@ -258,9 +257,20 @@ def _replayed(replay: _PartReplay, cluster: ProfiledCluster, question: Question)
     return _Replayed(logged, tuple(run for run, _ in runs), (course, runs[0][1]))
 
 
-def _signals(replays: Sequence[_PartReplay], cluster: ProfiledCluster) -> Signals:
-    runs, _, took = zip(*(replay.as_logged(cluster) for replay in replays), strict=True)
-    return Signals(_joined(runs).reward, np.concatenate(took))
+def _as_logged(run: LoggedRun) -> Signals:
+    """Of all decisions."""
+    pace = [pace_of(part.intervals[index].tpot_s) for part in run.parts for _, index in part.steps]
+    switch_s = [duration_s for part in run.parts for duration_s in part.switch_s]
+    return Signals(run.decisions.reward, np.array(pace), np.array(switch_s, np.float64))
+
+
+def _in_model(replays: Sequence[_PartReplay], cluster: ProfiledCluster) -> Signals:
+    found = [replay.as_logged(cluster)[2] for replay in replays]
+    return Signals(
+        np.concatenate([signals.reward for signals in found]),
+        np.concatenate([signals.pace for signals in found]),
+        np.concatenate([signals.switch_s for signals in found]),
+    )
 
 
 def _drawn(

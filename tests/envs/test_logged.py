@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from logged_controller import GRID_S, REWARD, TICKS, Even, Steered
 
+from controller.log_records import REQUEST_FIELDS
 from engine.errors import InvalidRequestError
 from engine.profile import ProfiledCluster
 from envs.logged import LoggedRun, read_logs
@@ -100,6 +101,22 @@ def test_what_switches_took_is_read_of_those_that_were_done(
     changed = read(write(tmp_path / "changed", told))
     assert changed.parts[0].switch_s == tuple(took[2:])
     assert any("a switch took -1.0 s; expected a finite" in text for text in changed.skipped)
+
+
+def test_the_seconds_per_token_of_an_interval_are_its_finished_requests(
+    logged: tuple[Path, list[float], Trace],
+) -> None:
+    (part,) = read(logged[0]).parts
+    told = [r for r in records(logged[0]) if r["record"] == "interval"]
+    at = max(range(len(told)), key=lambda i: len(told[i]["requests"]))
+    rows = [dict(zip(REQUEST_FIELDS, values, strict=True)) for values in told[at]["requests"]]
+    wanted = [
+        (r["finish_s"] - r["first_token_s"]) / (r["output_tokens"] - 1)
+        for r in rows
+        if r["status"] == "finished" and r["output_tokens"] > 1
+    ]
+    assert len(wanted) > 3
+    np.testing.assert_allclose(part.intervals[at].tpot_s, wanted)
 
 
 def test_a_torn_end_and_a_foreign_line_cost_what_they_hold(

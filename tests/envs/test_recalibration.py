@@ -18,6 +18,7 @@ from envs.recalibration import (
     SWITCH_ERROR,
     Signals,
     Simulate,
+    pace_of,
     recalibrate,
     scaled,
 )
@@ -34,16 +35,16 @@ NONE = np.zeros(0)
 
 def logarithms(keys: list[str]) -> Simulate:
     """Rewards that are less what steps and switches take, in logarithms: linear in theta. Switches
-    take their overhead and two seconds of waiting, which no factor changes."""
+    take their overhead and two seconds of waiting, which no factor changes. No request ends."""
     served = [NAMES.index(key.partition("x")[2]) for key in keys]
 
     def simulate(cluster: ProfiledCluster) -> Signals:
         base = np.log([steps.base_s for steps in cluster.profile.steps])
-        overhead_s = cluster.profile.switch_overhead_s
+        overhead_s, unknown = cluster.profile.switch_overhead_s, np.full(len(keys), np.nan)
         if len(set(keys)) == 1:
-            return Signals(np.asarray(-base[served]), NONE)
-        costs = np.log(overhead_s) * CHANGES[: len(keys)]
-        return Signals(np.asarray(-base[served] - costs), 20.0 * overhead_s + np.array([2.0]))
+            return Signals(np.asarray(-base[served]), unknown, NONE)
+        reward = -base[served] - np.log(overhead_s) * CHANGES[: len(keys)]
+        return Signals(np.asarray(reward), unknown, 20.0 * overhead_s + np.array([2.0]))
 
     return simulate
 
@@ -59,7 +60,7 @@ def test_every_time_is_scaled() -> None:
 
 def logged_under(theta: Floats, simulate: Simulate, noise: Floats) -> Signals:
     found = simulate(scaled(CLUSTER, theta))
-    return Signals(found.reward + noise, found.switch_s)
+    return Signals(found.reward + noise, found.pace + noise, found.switch_s)
 
 
 def test_what_the_log_shows_is_found() -> None:
@@ -111,14 +112,41 @@ def test_a_short_stay_is_not_lost_in_its_block() -> None:
     assert np.log(factor) == pytest.approx(0.3, abs=3 * error)
 
 
+def test_the_pace_of_requests_tells_what_rewards_do_not() -> None:
+    """One interval in forty of a configuration that rewards say nothing of, and in half of these
+    no request ended."""
+    keys = (["4xtp1pp1"] * 39 + ["2xtp1pp2"]) * 15
+    served = np.array([NAMES.index(key.partition("x")[2]) for key in keys])
+    ended = (np.arange(len(keys)) // 40) % 2 == 0
+    theta, rng = np.zeros(len(NAMES) + 1), np.random.default_rng(6)
+    theta[NAMES.index("tp1pp2")] = 0.3
+
+    def simulate(cluster: ProfiledCluster) -> Signals:
+        base = np.log([steps.base_s for steps in cluster.profile.steps])
+        return Signals(np.zeros(len(keys)), np.where(ended, base[served], np.nan), NONE)
+
+    logged = logged_under(theta, simulate, 0.02 * rng.standard_normal(len(keys)))
+    found = recalibrate(CLUSTER, simulate, keys, logged, block=40)
+    for name, actual in (("tp1pp1", 0.0), ("tp1pp2", 0.3)):
+        factor, error = found.factors()[name]
+        assert error < 0.3 * np.hypot(COMMON, OWN)
+        assert np.log(factor) == pytest.approx(actual, abs=3 * error)
+
+
+def test_the_pace_of_an_interval_is_a_mean_of_logarithms() -> None:
+    assert pace_of(np.array([0.1, 0.0, 0.4])) == pytest.approx(np.log(0.2))  # one took no time
+    assert np.isnan(pace_of(np.zeros(2)))
+    assert np.isnan(pace_of(NONE))
+
+
 def test_switches_are_as_long_as_those_logged_in_the_mean_of_logarithms() -> None:
-    overhead_s = CLUSTER.profile.switch_overhead_s
+    overhead_s, zeros = CLUSTER.profile.switch_overhead_s, np.zeros(len(KEYS))
 
     def simulate(cluster: ProfiledCluster) -> Signals:
         factor = cluster.profile.switch_overhead_s / overhead_s
-        return Signals(np.zeros(len(KEYS)), factor * np.array([0.5, 2.0]))
+        return Signals(zeros, zeros, factor * np.array([0.5, 2.0]))
 
-    logged = Signals(np.zeros(len(KEYS)), 0.6 * np.array([0.4, 1.0, 2.5]))
+    logged = Signals(zeros, zeros, 0.6 * np.array([0.4, 1.0, 2.5]))
     found = recalibrate(CLUSTER, simulate, KEYS, logged, block=10)
     assert found.factors()[SWITCH] == pytest.approx((0.6, SWITCH_ERROR))
     assert np.abs(found.theta[:-1]).max() < 1e-9
@@ -141,6 +169,6 @@ def test_too_little_log_changes_nothing() -> None:
     def never(cluster: ProfiledCluster) -> Signals:
         raise AssertionError("there is nothing to fit")
 
-    found = recalibrate(CLUSTER, never, KEYS[:5], Signals(np.zeros(5), NONE), block=10)
+    found = recalibrate(CLUSTER, never, KEYS[:5], Signals(np.zeros(5), np.zeros(5), NONE), block=10)
     assert found.cluster == scaled(CLUSTER, np.zeros(len(NAMES) + 1))
     assert found.factors()["tp1pp1"] == pytest.approx((1.0, np.hypot(COMMON, OWN)))
