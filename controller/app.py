@@ -16,6 +16,7 @@ from controller.config import ControllerConfig
 from controller.control_channel import ClientAccess
 from controller.decision import DecisionConfig, DecisionPipeline
 from controller.decision_log import DecisionLog, read_tail
+from controller.heap import settle_heap
 from controller.http_front import RunningFront, start_http
 from controller.leadership import build_lease, lead
 from controller.lease import Lease
@@ -259,6 +260,7 @@ async def _serve(
     shown = f"{scheme}://{config.host}:{front.port}" if front is not None else "none"
     try:
         watching.start()
+        settle_heap()
         thread.start()
         print(
             f"tidewright controller ready: grpc {config.host}:{port} dashboard {shown} "

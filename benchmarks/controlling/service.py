@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from controller.decision_log import DecisionLog
+from controller.heap import settle_heap
 from controller.loop import ControlLoop
 from controller.operations import Operations
 from controller.policy_server import PolicyServer
@@ -54,6 +55,7 @@ async def main(num_devices: int, key: str, folder: str) -> None:
     served, port = await start_grpc(loop, Operations(loop), sessions, "127.0.0.1", 0)
     published_s: list[float] = []
     loop.listeners.insert(0, lambda: published_s.append(time.monotonic()))
+    settle_heap()
     print(json.dumps({"port": port}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         record = await asyncio.to_thread(loop.tick)
