@@ -320,9 +320,11 @@ class DecisionPipeline:
     def _follow(self, snapshot: ClusterSnapshot) -> None:
         """Remember the deployment before the present one, for undo."""
         configs = snapshot.deployment.configs
-        if self._present is not None and deployment_key(configs) != deployment_key(self._present):
-            self._last = self._present
-        self._present = configs
+        before, self._present = self._present, configs
+        if before is None or before == configs:
+            return
+        if deployment_key(before) != deployment_key(configs):
+            self._last = before
 
     # -- resolve ------------------------------------------------------------------------
 
@@ -376,19 +378,16 @@ class DecisionPipeline:
         policy_name: str,
         decision_id: str,
     ) -> Decision:
-        candidates = prepared.candidates
-        executed = candidates[found.executed]
-        chosen_key = candidates[action].key if 0 <= action < len(candidates) else ""
-        reason = executed.origin if not found.vetoes else f"keep: {found.vetoes[0]}"
+        keys, origin = prepared.observation.keys, prepared.candidates[found.executed].origin
         return Decision(
             decision_id=decision_id,
             at_s=prepared.at_s,
             action=action,
-            chosen_key=chosen_key,
-            executed_key=executed.key,
+            chosen_key=keys[action] if 0 <= action < len(keys) else "",
+            executed_key=keys[found.executed],
             propensity=found.propensity,
             policy=policy_name,
-            reason=reason,
+            reason=origin if not found.vetoes else f"keep: {found.vetoes[0]}",
             vetoes=found.vetoes,
             plan=plan,
         )

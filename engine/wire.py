@@ -131,7 +131,7 @@ def _extend(repeated: Any, items: Any) -> None:
             repeated.add(phase=phase, duration_s=duration_s)
     else:
         for item in items:
-            repeated.add(values=item)
+            repeated.add().values.extend(item)
 
 
 def _enum_prefix(kind: type[StrEnum]) -> str:

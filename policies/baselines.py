@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from engine.errors import InvalidRequestError
 from policies.base import Observation, ObservationSpec
 
 KEEP_ROW = 0
+Seconds = TypeVar("Seconds", float, NDArray[np.float64])
 
 
 def one_hot(observation: Observation, row: int) -> NDArray[np.float64]:
@@ -146,7 +148,7 @@ class ScalingPolicy:
         return one_hot(observation, int(np.argmax(np.where(legal, headroom, -np.inf))))
 
 
-def switch_cost_s(stop_s: NDArray[np.float64], latency_s: float) -> NDArray[np.float64]:
+def switch_cost_s(stop_s: Seconds, latency_s: float) -> Seconds:
     """What a stop costs, in request-seconds per arrival rate: the requests in flight, latency_s of
     arrivals, wait for all of it, and those that arrive in it half of it on average."""
     return stop_s * (latency_s + stop_s / 2.0)
@@ -181,26 +183,29 @@ class HysteresisPolicy:
     def reset(self) -> None:
         self._pending, self._streak = "", 0
 
-    def _advantage_s(self, observation: Observation) -> NDArray[np.float64]:
+    def _advantage_s(self, observation: Observation) -> list[float]:
         """Gain minus cost of each filled row in seconds; keep is zero, masked rows -inf."""
         rows = observation.candidates[: len(observation.keys)].astype(np.float64)
-        latency_s, stop_s = np.exp(rows[:, self._latency]), rows[:, self._switch]
-        gain_s = self._config.horizon_s * (1.0 - latency_s / latency_s[KEEP_ROW])
-        cost_s = switch_cost_s(stop_s, latency_s[KEEP_ROW]) / latency_s[KEEP_ROW]
-        advantage_s = gain_s - self._config.margin * cost_s
-        advantage_s[KEEP_ROW] = 0.0
-        return np.where(observation.mask[: len(rows)], advantage_s, -np.inf)
+        latencies_s, stops_s = np.exp(rows[:, self._latency]), rows[:, self._switch]
+        keep_s, *others_s = latencies_s.tolist()
+        found = [0.0]  # few rows: floats are faster than arrays
+        for latency_s, stop_s in zip(others_s, stops_s[1:].tolist(), strict=True):
+            gain_s = self._config.horizon_s * (1.0 - latency_s / keep_s)
+            found.append(gain_s - self._config.margin * (switch_cost_s(stop_s, keep_s) / keep_s))
+        legal = observation.mask[: len(rows)].tolist()
+        return [a if is_legal else -math.inf for a, is_legal in zip(found, legal, strict=True)]
 
     def relative_costs(self, observation: Observation) -> NDArray[np.float64]:
         """[K] what each legal row costs over the horizon as a share of what keep does, whatever
         was seen before; inf elsewhere."""
         costs = np.full(len(observation.mask), np.inf)
         advantage_s = self._advantage_s(observation)
-        costs[: len(advantage_s)] = 1.0 - advantage_s / self._config.horizon_s
+        costs[: len(advantage_s)] = [1.0 - a / self._config.horizon_s for a in advantage_s]
         return costs
 
     def probabilities(self, observation: Observation) -> NDArray[np.float64]:
-        row = int(np.argmax(self._advantage_s(observation)))
+        advantage_s = self._advantage_s(observation)
+        row = advantage_s.index(max(advantage_s))
         if row == KEEP_ROW:
             self.reset()
             return one_hot(observation, KEEP_ROW)
