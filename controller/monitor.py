@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,7 @@ class Monitor:
         self._interval = np.zeros(num_types)  # expected arrivals since the last interval ended
         self._ended = np.zeros(6)  # decayed: count, latency, count with ttft, ttft, tpot's count,..
         self._num_open = 0
-        self._quarters: deque[tuple[int, Floats]] = deque(maxlen=4)
+        self._quarters: deque[tuple[int, tuple[float, ...]]] = deque(maxlen=4)
         self._length_weight = np.full(num_types, CENTRE_WEIGHT)
         self._length_sum = centres(self._typing) * CENTRE_WEIGHT
         self.posterior.reset()
@@ -157,19 +158,17 @@ class Monitor:
         self._decay_to(now_s)
         elapsed_s = max(now_s - self._interval_start_s, 1e-9)
         rates = self._interval / elapsed_s
-        quarter = int(now_s // QUARTER_S)
+        quarter, arrived = int(now_s // QUARTER_S), tuple(self._interval.tolist())
         if self._quarters and self._quarters[-1][0] == quarter:
-            counts = self._quarters[-1][1]
-            counts += self._interval
-        else:
-            self._quarters.append((quarter, self._interval.copy()))
+            arrived = tuple(map(add, self._quarters.pop()[1], arrived))
+        self._quarters.append((quarter, arrived))
         self._interval[:], self._interval_start_s = 0.0, now_s
         return np.asarray(rates)
 
-    def recent_counts(self, now_s: float) -> tuple[Floats, ...]:
+    def recent_counts(self, now_s: float) -> tuple[tuple[float, ...], ...]:
         """Arrivals[J] in each quarter of the last hour that had any, intervals taken only."""
         first = int(now_s // QUARTER_S) - 3
-        return tuple(counts for q, counts in self._quarters if q >= first and counts.any())
+        return tuple([counts for q, counts in self._quarters if q >= first and any(counts)])
 
     def interval_s(self, now_s: float) -> float:
         """Seconds since the last interval was taken."""
@@ -194,29 +193,37 @@ class Monitor:
     def state(self, snapshot: ClusterSnapshot) -> MonitorState:
         """The view at the snapshot's time. Call after the events up to it were observed."""
         self._decay_to(snapshot.now_s)
-        live = [s for s in snapshot.replicas if s.alive and _is_finite(s)]
-        usage = [s.kv_blocks_used / s.kv_blocks_total for s in live if s.kv_blocks_total > 0]
+        running = waiting = waiting_tokens = context_tokens = 0
+        usage: list[float] = []
+        for s in snapshot.replicas:
+            if s.alive and _is_finite(s):
+                running += s.num_running
+                waiting += s.num_waiting
+                waiting_tokens += s.waiting_prompt_tokens
+                context_tokens += s.running_context_tokens
+                if s.kv_blocks_total > 0:
+                    usage.append(s.kv_blocks_used / s.kv_blocks_total)
+        waiting += snapshot.num_queued_unrouted
         age_s = self._age_s(snapshot)
         is_stale = not age_s <= self._stale_after_s
-        counted = sum(s.num_running + s.num_waiting for s in live) + snapshot.num_queued_unrouted
         count, latency, ttft_n, ttft, tpot_n, tpot = self._ended.tolist()
-        lengths = (self._length_sum / self._length_weight[:, None]).tolist()
+        prompts, outputs = (self._length_sum / self._length_weight[:, None]).T.tolist()
         return MonitorState(
             at_s=snapshot.now_s,
             observed_s=max(snapshot.now_s - self._start_s, 0.0),
             rates=self._rates(snapshot.now_s),
-            num_outstanding=self._num_open if is_stale else counted,
-            num_waiting=sum(s.num_waiting for s in live) + snapshot.num_queued_unrouted,
-            waiting_prompt_tokens=sum(s.waiting_prompt_tokens for s in live),
-            running_context_tokens=sum(s.running_context_tokens for s in live),
+            num_outstanding=self._num_open if is_stale else running + waiting,
+            num_waiting=waiting,
+            waiting_prompt_tokens=waiting_tokens,
+            running_context_tokens=context_tokens,
             kv_usage_mean=sum(usage) / len(usage) if usage else 0.0,
             kv_usage_max=max(usage, default=0.0),
             num_finished_recent=count,
             latency_s=latency / count if count > 0 else 0.0,
             ttft_s=ttft / ttft_n if ttft_n > 0 else 0.0,
             tpot_s=tpot / tpot_n if tpot_n > 0 else 0.0,
-            prompt_tokens=tuple(row[0] for row in lengths),
-            output_tokens=tuple(row[1] for row in lengths),
+            prompt_tokens=tuple(prompts),
+            output_tokens=tuple(outputs),
             stats_age_s=age_s,
             is_stale=is_stale,
         )

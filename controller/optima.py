@@ -17,7 +17,7 @@ from controller.deployments import Counts, neighbours
 from controller.library import Floats, Library, Space, has_library, list_homogeneous
 from controller.milp import Pool, fewest_devices, filled, least_latency, most_headroom
 from controller.packing import packs, spread
-from controller.scoring import NONE, Cache, Key, Scorer
+from controller.scoring import NONE, Cache, Demand, Key, Scorer
 from controller.solvers import SOLVERS
 from controller.switch_costs import Budget, SwitchCosts
 
@@ -127,14 +127,14 @@ class Optima:
         return search.live if index is None else _counts(listed[index])
 
     def best_each(
-        self, search: Search, rates: Floats, tail: float, roomy: Floats
+        self, search: Search, demand: Demand, tail: float, roomy: Floats
     ) -> tuple[Counts, ...]:
-        """In one call: `most_headroom` at rates[0], at rates[1], and over rates[2:] with that tail;
-        `least_latency` at rates[0], and at rates[1]; the most headroom of the homogeneous, and of
-        roomy[K, C], at rates[0]. There are deployments to choose from."""
+        """In one call: `most_headroom` in scenario 0, in 1, and over the others with that tail;
+        `least_latency` in 0, and in 1; the most headroom of the homogeneous, and of roomy[K, C], in
+        0. There are deployments to choose from."""
         listed, contenders, alike = search.listed, search.contenders, self.homogeneous(search.space)
         lists = listed, contenders, alike, roomy
-        found = self.scorer.best_each(lists, search.present, rates, search.lengths_key, tail)
+        found = self.scorer.best_each(lists, search.present, demand, tail)
         most = [search.live if i < 0 else _counts(contenders[i]) for i in found[:3]]
         fastest = [
             _counts(listed[i]) if i >= 0 else most[k] if i == NONE else search.live

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from controller.library import LIBRARY_DEVICES, MAX_DEPLOYMENTS, Space, has_libr
 from controller.optima import Optima, Search
 from controller.packing import nodes_of
 from controller.predictor import Forecast
-from controller.scoring import Cache, Key, PlannerConfig, Scorer
+from controller.scoring import Cache, Demand, Key, PlannerConfig, Scorer
 from controller.slo_rates import SloRates
 from controller.switch_costs import Budget, SwitchCosts
 from engine.cluster import (
@@ -84,6 +85,7 @@ class Planner:
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
         self._estimates, self._plans = Cache(), Cache(256)  # a plan is asked for again soon
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
+        self._mixes = Cache(256)
         listed = has_library(self.configs, self._space(()))
         self.is_quick = listed and self.config.planner == "exact"  # solves no MILP
         if self.config.planner == "exhaustive" and not listed:
@@ -169,7 +171,7 @@ class Planner:
         forecast: Forecast,
         last_configs: Sequence[ParallelConfig] | None = None,
         lengths: Floats | None = None,
-        recent: Sequence[ArrayLike] = (),
+        recent: Sequence[tuple[float, ...]] = (),
         mixing: Floats | None = None,
     ) -> tuple[Candidate, ...]:
         """Candidates for this tick: keep first, then what each rule proposes, without doubles.
@@ -186,7 +188,7 @@ class Planner:
             self.scorer.rates_key(forecast.q90),
             self.scorer.lengths_key(lengths, mixing),
             tuple(last_configs) if last_configs else None,
-            tuple(map(self.scorer.rates_key, recent)),
+            tuple([self._mixes.get(seen, partial(self.scorer.rates_key, seen)) for seen in recent]),
         )
         return self._plans.get(tick, lambda: self._propose(tick))
 
@@ -213,12 +215,13 @@ class Planner:
         search = self.optima.search(
             tick.space, tick.lengths_key, live, (tick.q50, tick.q90), [c for _, c in named]
         )
+        demand = self.scorer.demand(self._scenarios(tick), tick.lengths_key)
         chosen: dict[Counts, list[str]] = {live: []}
-        for name, counts in [*self._picks(tick, search), *named]:
+        for name, counts in [*self._picks(tick, search, demand), *named]:
             is_keep = counts == present
             chosen.setdefault(live if is_keep else counts, []).append(name)
         rows = list(chosen.items())[: self.config.max_candidates]
-        return self._candidates(tick, rows)
+        return self._candidates(tick, rows, demand.first(2))
 
     def _fitting(self, configs: Sequence[ParallelConfig], space: Space) -> Counts | None:
         """Counts of those configurations; None where there is no room for them, or where they
@@ -243,13 +246,13 @@ class Planner:
             return fewest or self.optima.most_headroom(search, self.scorer.rates(q90)[None])
         return self.optima.most_headroom(search, self.scorer.rates(q50)[None])
 
-    def _picks(self, tick: _Tick, search: Search) -> list[tuple[str, Counts]]:
+    def _picks(self, tick: _Tick, search: Search, demand: Demand) -> list[tuple[str, Counts]]:
         """(rule, deployment), in order of importance."""
         if not len(search.listed):  # too few devices are alive for any replica
             return []
         optima, q50, q90 = self.optima, tick.q50, tick.q90
         most, most_q90, robust, fastest, fastest_q90, alike, roomy = optima.best_each(
-            search, self._scenarios(tick), self.config.worst_share, self._largest_kv(search)
+            search, demand, self.config.worst_share, self._largest_kv(search)
         )
         budget = Budget(self.config.switch_budget_bytes, self.config.switch_budget_s)
         if self.config.planner == "exact" and self.config.objective == "goodput":
@@ -303,11 +306,12 @@ class Planner:
         )
 
     def _candidates(
-        self, tick: _Tick, rows: Sequence[tuple[Counts, list[str]]]
+        self, tick: _Tick, rows: Sequence[tuple[Counts, list[str]]], demand: Demand
     ) -> tuple[Candidate, ...]:
-        """The first row is keep, whose dead replicas get no traffic."""
+        """At the median demand and the high one. The first row is keep, whose dead replicas get no
+        traffic."""
         listed = np.array([counts for counts, _ in rows], np.float64)
-        at50, at90 = self.scorer.score(listed, (tick.q50, tick.q90), tick.lengths_key)
+        at50, at90 = self.scorer.score_at(listed, demand)
         kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
         each = self._each(listed, at50.shares)
         headroom, latency_s = at50.headroom.tolist(), at50.latency_s.tolist()
@@ -345,11 +349,9 @@ class Planner:
         dead: Collection[int] = (),
     ) -> Routes:
         """[type][replica] from each[C][J]; the dead get nothing."""
-        index, nothing = self._index, [0.0] * len(each[0])
-        columns = [
-            each[index[parallel]] if i not in dead and parallel in index else nothing
-            for i, parallel in enumerate(configs)
-        ]
+        nothing = [0.0] * len(each[0])
+        known = enumerate(map(self._index.get, configs))
+        columns = [nothing if c is None or i in dead else each[c] for i, c in known]
         return tuple(zip(*columns, strict=True)) if columns else ((),) * len(nothing)
 
 

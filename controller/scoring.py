@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,6 +93,17 @@ class Scores:
     headroom: Floats
     latency_s: Floats
     shares: Floats
+
+
+class Demand(NamedTuple):
+    """Traffic in S scenarios, and how many replicas of a configuration it would keep busy."""
+
+    rates: Floats  # [S, J] requests per second
+    loads: Floats  # [S, C, J]; see `Scorer.loads`
+    lengths_key: Key
+
+    def first(self, number: int) -> Demand:
+        return Demand(self.rates[:number], self.loads[:number], self.lengths_key)
 
 
 class Cache:
@@ -226,9 +237,13 @@ class Scorer:
         with np.errstate(divide="ignore"):
             return np.asarray(rates[..., None, :] / served)
 
+    def demand(self, rates: Floats, lengths_key: Key) -> Demand:
+        """Of rates[S, J]."""
+        return Demand(rates, self.loads(rates, lengths_key), lengths_key)
+
     def rates_key(self, rates: ArrayLike) -> Key:
         """Total and shares of the rates, with the coverage floor, rounded in ln."""
-        given = [min(max(r, 0.0), MAX_RATE) if r == r else 0.0 for r in _floats(rates)]
+        given = [min(r, MAX_RATE) if r > 0.0 else 0.0 for r in _floats(rates)]  # nan is not
         total = sum(given)
         if total < self.config.min_rate_per_s:
             total, given = self.config.min_rate_per_s, self._prior
@@ -252,8 +267,12 @@ class Scorer:
     def score(self, counts: ArrayLike, rates_keys: Sequence[Key], lengths_key: Key) -> list[Scores]:
         """Headroom, latency and shares of every deployment at each rate vector."""
         rates = np.array([self.rates(key) for key in rates_keys])
-        model, rho = self.model(lengths_key), self.config.max_utilisation
-        loads = plain = self.loads(rates, lengths_key)
+        return self.score_at(counts, self.demand(rates, lengths_key))
+
+    def score_at(self, counts: ArrayLike, demand: Demand) -> list[Scores]:
+        """The same in each scenario."""
+        rates, loads, lengths_key = demand
+        model, rho, plain = self.model(lengths_key), self.config.max_utilisation, loads
         if self._slo_rates is not None:  # what misses the targets anyhow is routed for throughput
             plain = rates[:, None, :] / model.rates
         listed, limits = np.asarray(counts, np.float64), (MAX_HEADROOM, MAX_LATENCY_S)
@@ -300,13 +319,12 @@ class Scorer:
         self,
         lists: tuple[Floats, Floats, Floats, Floats],
         present: Floats,
-        rates: Floats,
-        lengths_key: Key,
+        demand: Demand,
         tail: float,
     ) -> tuple[int, ...]:
-        """`controller.headroom_kernel.best_each` of its four lists at rates[S, J]."""
-        loads, rho = self.loads(rates, lengths_key), self.config.max_utilisation
-        latencies = self._latencies(lists[0], lengths_key)
+        """`controller.headroom_kernel.best_each` of its four lists."""
+        rates, loads, lengths_key = demand
+        rho, latencies = self.config.max_utilisation, self._latencies(lists[0], lengths_key)
         found: tuple[int, ...] = kernel.best_each(
             *lists, present, loads, rates, rho, tail, *latencies
         )

@@ -131,7 +131,8 @@ def test_what_each_rule_picks_is_what_it_picks_alone(
         mixes *= load * scorer.most_headroom(search.listed, mixes[:1], lengths_key)[1]
         keys = [scorer.rates_key(mix) for mix in mixes]
         rates = np.array([scorer.rates(key) for key in keys])
-        assert optima.best_each(search, rates, 0.0, search.listed[:3])[:5] == (
+        demand = scorer.demand(rates, lengths_key)
+        assert optima.best_each(search, demand, 0.0, search.listed[:3])[:5] == (
             *(optima.most_headroom(search, part) for part in (rates[:1], rates[1:2], rates[2:])),
             *(optima.least_latency(search, key) for key in keys[:2]),
         )

@@ -252,8 +252,8 @@ def test_answers_do_not_depend_on_what_was_asked_before(
     key = f"{devices // 2}xtp2pp1"
     for k in range(10):
         mix = rates * np.linspace(1.0, 1.0 + 0.1 * k, 4)
-        used.propose(_snapshot(key), _forecast(mix), recent=[rates])
-    args = (_snapshot(key), _forecast(rates * 1.01), None, None, [rates[::-1]])
+        used.propose(_snapshot(key), _forecast(mix), recent=[tuple(rates)])
+    args = (_snapshot(key), _forecast(rates * 1.01), None, None, [tuple(rates[::-1])])
     assert used.propose(*args) == fresh.propose(*args)
 
 

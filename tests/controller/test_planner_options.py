@@ -195,7 +195,9 @@ def test_every_candidate_is_homogeneous_and_the_best_of_those(
     planner = Planner(make_cluster(devices, 8), four_types, config, default)
     scale, present = devices / 8, f"1xtp2pp1+{devices - 2}xtp1pp1"
     for last in (parse_deployment_key(f"{devices // 2}xtp2pp1"), default):
-        rows = planner.propose(_snapshot(present), _forecast(RATES * scale), last, None, [RATES])
+        rows = planner.propose(
+            _snapshot(present), _forecast(RATES * scale), last, None, [tuple(RATES)]
+        )
         by_rule = _by_rule(rows)
         assert rows[0].key == present
         assert all(len(set(row.configs)) == 1 for row in rows[1:])
