@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -101,12 +102,15 @@ class Review:
     propensity: float  # total probability of the rows that end in the executed one
 
 
-Shape = tuple[tuple[ParallelConfig, int], ...]  # configurations and how many replicas of each
+class Shape(NamedTuple):
+    alike: tuple[tuple[ParallelConfig, int], ...]  # configurations and how many replicas of each
+    num_devices: int
 
 
 @lru_cache(maxsize=4096)
 def _shape(configs: tuple[ParallelConfig, ...]) -> Shape:
-    return tuple((parallel, len(list(alike))) for parallel, alike in groupby(configs))
+    alike = tuple((parallel, len(list(group))) for parallel, group in groupby(configs))
+    return Shape(alike, sum(parallel.num_devices for parallel in configs))
 
 
 @lru_cache(maxsize=4096)
@@ -121,10 +125,6 @@ def _fits(spec: ClusterSpec, configs: tuple[ParallelConfig, ...]) -> bool:
     return True
 
 
-def _devices(shape: Shape) -> int:
-    return sum(parallel.num_devices * number for parallel, number in shape)
-
-
 class _Tick:
     """The vetoes of one tick that differ between candidates."""
 
@@ -133,7 +133,7 @@ class _Tick:
         live = tuple(c for i, c in enumerate(keep.configs) if i not in now.dead)
         self._live = _shape(live)
         self._alive = now.spec.num_devices - len(set(now.snapshot.dead_devices))
-        self._keep_devices = _devices(self._live)
+        self._keep_devices = self._live.num_devices
         self._keep_coverage = self._coverage(self._live)
 
     def reasons(self, candidate: Candidate) -> Iterator[str]:
@@ -155,11 +155,11 @@ class _Tick:
             yield "disagreement"
 
     def _infeasible(self, candidate: Candidate, shape: Shape) -> bool:
-        return not _fits(self._now.spec, candidate.configs) or _devices(shape) > self._alive
+        return not _fits(self._now.spec, candidate.configs) or shape.num_devices > self._alive
 
     def _changes_too_much(self, shape: Shape) -> bool:
         """More devices only count while keep has the headroom to wait for them."""
-        change = _devices(shape) - self._keep_devices
+        change = shape.num_devices - self._keep_devices
         if change > 0 and self._keep.headroom < self._config.min_headroom:
             return False
         return abs(change) > self._config.max_capacity_change * self._now.spec.num_devices
@@ -167,9 +167,9 @@ class _Tick:
     def _coverage(self, shape: Shape) -> list[float]:
         """Per type, what these replicas take of it alone over what may arrive of it."""
         capacity = self._now.capacity
-        rows = [(capacity[parallel], n) for parallel, n in shape if parallel in capacity]
+        rows = [(capacity[parallel], n) for parallel, n in shape.alike if parallel in capacity]
         return [
-            sum(row[j] * n for row, n in rows) / demand if demand > 0 else np.inf
+            sum([row[j] * n for row, n in rows]) / demand if demand > 0 else np.inf
             for j, demand in enumerate(self._now.demand)
         ]
 
@@ -205,7 +205,7 @@ class _Tick:
             and candidate.headroom * factor < keep.headroom
             and candidate.headroom_q90 * factor < keep.headroom_q90
             and candidate.kv_capacity_tokens <= keep.kv_capacity_tokens
-            and _devices(shape) >= self._keep_devices
+            and shape.num_devices >= self._keep_devices
         )
 
 

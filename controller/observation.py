@@ -22,6 +22,7 @@ from policies.base import Floats, Observation, ObservationSpec
 OBSERVATION_VERSION = 1
 DEGREES = (1, 2, 4, 8)  # tensor- and pipeline-parallel degrees; larger ones count as the last
 MAX_RATIO = 10.0  # headrooms and latency ratios are cut here
+MAX_LOG = 2.0 * math.log(MAX_RATIO)
 MAX_SWITCH_S = 600.0
 FEATURE_LIMIT = MAX_SWITCH_S  # no feature is larger in magnitude
 LONG_AGO_S = 3600.0
@@ -113,8 +114,9 @@ def build_observation(
     keep, num_state, width = candidates[0], len(spec.state_features), len(spec.candidate_features)
     features = _state(situation, keep, spec.grid_s)
     assert len(features) == num_state, (len(features), num_state)
+    most_bytes = _pool_weight_bytes(situation.spec)
     for candidate in candidates:
-        features += _candidate_row(situation, keep, candidate, spec.grid_s)
+        features += _candidate_row(situation, keep, candidate, spec.grid_s, most_bytes)
     both = np.zeros(num_state + spec.max_candidates * width, np.float32)
     both[: len(features)] = features
     _bounded(both)
@@ -134,7 +136,7 @@ def _bounded(features: Floats) -> Floats:
 
 
 def _ln1(value: float) -> float:
-    return math.log1p(max(value, 0.0))
+    return math.log1p(value) if value > 0.0 else 0.0
 
 
 def _state(situation: Situation, keep: Candidate, grid_s: float) -> list[float]:
@@ -166,26 +168,23 @@ def _state(situation: Situation, keep: Candidate, grid_s: float) -> list[float]:
         len(set(snapshot.dead_devices)) / spec.num_devices,
         _ln1(grid_s),
     ]
-    for j in range(len(situation.forecast.mean)):
-        values += _type_values(monitor, situation.forecast, j)
+    expected = situation.forecast
+    lengths = zip(monitor.prompt_tokens, monitor.output_tokens, strict=True)
+    rates = zip(*monitor.rates, expected.mean, expected.q90, strict=True)
+    for seen, error, (prompt, output) in zip(rates, expected.relative_error, lengths, strict=True):
+        values += map(_ln1, seen)
+        values += (
+            min(error, MAX_RATIO),
+            math.log(max(prompt, 1.0)) / 10.0,
+            math.log(max(output, 1.0)) / 10.0,
+        )
     return values
 
 
-def _type_values(monitor: MonitorState, forecast: Forecast, j: int) -> list[float]:
-    return [
-        *(_ln1(scale[j]) for scale in monitor.rates),
-        _ln1(forecast.mean[j]),
-        _ln1(forecast.q90[j]),
-        min(forecast.relative_error[j], MAX_RATIO),
-        math.log(max(monitor.prompt_tokens[j], 1.0)) / 10.0,
-        math.log(max(monitor.output_tokens[j], 1.0)) / 10.0,
-    ]
-
-
 def _ratio(value: float, reference: float) -> float:
-    """ln(value / reference), cut at +-ln MAX_RATIO^2."""
-    limit = 2.0 * math.log(MAX_RATIO)
-    return max(-limit, min(limit, math.log(max(value, 1e-9) / max(reference, 1e-9))))
+    """ln(value / reference), cut at +-MAX_LOG."""
+    found = math.log(max(value, 1e-9) / max(reference, 1e-9))
+    return -MAX_LOG if found < -MAX_LOG else found if found < MAX_LOG else MAX_LOG
 
 
 @lru_cache(maxsize=16)
@@ -213,9 +212,9 @@ def _shape(configs: tuple[ParallelConfig, ...], num_devices: int) -> tuple[float
 
 
 def _candidate_row(
-    situation: Situation, keep: Candidate, candidate: Candidate, grid_s: float
+    situation: Situation, keep: Candidate, candidate: Candidate, grid_s: float, most_bytes: float
 ) -> list[float]:
-    """In the order of CANDIDATE_NAMES."""
+    """In the order of CANDIDATE_NAMES; `most_bytes` is `_pool_weight_bytes`."""
     spec, origins = situation.spec, candidate.origin.split("+")
     devices = spec.num_devices
     switch_s = min(candidate.switch_s, MAX_SWITCH_S)
@@ -233,7 +232,7 @@ def _candidate_row(
         switch_s,
         _ln1(switch_s),
         min(switch_s / grid_s, MAX_RATIO),
-        candidate.weight_bytes / _pool_weight_bytes(spec),
+        candidate.weight_bytes / most_bytes,
         _ratio(candidate.kv_capacity_tokens, keep.kv_capacity_tokens),
         _ratio(candidate.kv_capacity_tokens, spec.model.max_model_len),
         candidate.num_devices_changed / devices,
