@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +29,56 @@ DRIFT_FACTOR = 2.0  # an error this many times the usual one is large
 USUAL_INTERVALS = 100  # memory of the usual error
 # Step of the correction of a forecaster's own q90, in standard deviations of Poisson counts.
 CORRECTION_STEP = 0.1
+
+
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+@compiled
+def _score(actual: Any, forecast: Any, interval_s: float, error: Any, relative: Any) -> None:
+    """Fills error[J], in units, and moves relative[J] towards what it was this time."""
+    for j in range(len(actual)):
+        off = actual[j] - forecast[j]
+        error[j] = off / math.sqrt(forecast[j] + 1.0 / interval_s)
+        found = abs(off) / max(actual[j], 1.0 / interval_s)
+        relative[j] += 0.1 * (min(found, 10.0) - relative[j])
+
+
+@compiled
+def _around(mean: Any, interval_s: float, errors: Any) -> Any:
+    """Median and q90, [J] each, from errors[N, J] in ascending order."""
+    last, q50, q90 = len(errors) - 1, np.empty(len(mean)), np.empty(len(mean))
+    for j in range(len(mean)):
+        unit = math.sqrt(mean[j] + 1.0 / interval_s)
+        q50[j] = mean[j] + errors[last // 2, j] * unit
+        q90[j] = mean[j] + errors[math.ceil(0.9 * last), j] * unit
+    return q50, q90
+
+
+@compiled
+def _most_large(squares: Any, usual: Any, least: float) -> int:
+    """Of squares[N, J], how many of one type at most are far above usual[J], or `least`."""
+    most = 0
+    for j in range(len(usual)):
+        limit, number = DRIFT_FACTOR**2 * max(usual[j], least), 0
+        for square in squares[:, j]:
+            number += square > limit
+        most = max(most, number)
+    return most
+
+
+def _own(values: Floats) -> Floats:
+    """As the compiled functions take them, whatever a forecaster has made."""
+    return np.array(values, np.float64)
+
+
+@lru_cache(maxsize=1)
+def _warm_up() -> None:
+    """Compiles everything, or loads it, so that no forecast waits for it."""
+    one, square = np.ones(1), np.ones((1, 1))
+    _score(one, one, 1.0, one, one)
+    _around(one, 1.0, square)
+    _most_large(square, one, 1.0)
 
 
 class Drift(StrEnum):
@@ -68,9 +121,6 @@ class HorizonErrors:
         self._correction = np.zeros(self._num_types)  # of q90, in units
         self._pending: deque[tuple[Floats, Floats | None]] = deque()
 
-    def _unit(self, forecast: Floats) -> Floats:
-        return np.asarray(np.sqrt(forecast + 1.0 / self._interval_s))
-
     def expect(self, mean: Floats, q90: Floats | None) -> None:
         self._pending.append((mean, q90))
 
@@ -79,29 +129,27 @@ class HorizonErrors:
         if len(self._pending) < self._ahead:
             return None
         forecast, q90 = self._pending.popleft()
-        unit, off = self._unit(forecast), actual - forecast
+        error: Floats = self._errors[self._num_errors % MEMORY_INTERVALS]
+        _score(_own(actual), _own(forecast), self._interval_s, error, self._relative)
         if q90 is not None:
-            missed = actual > q90 + self._correction * unit
+            missed = actual > q90 + self._correction * self._unit(forecast)
             step = CORRECTION_STEP / np.sqrt(self._interval_s)
             self._correction += step * np.where(missed, 0.9, -0.1)
-        error = np.asarray(off / unit)
-        self._errors[self._num_errors % MEMORY_INTERVALS] = error
         self._num_errors += 1
-        relative = np.abs(off) / np.maximum(actual, 1.0 / self._interval_s)
-        self._relative += 0.1 * (np.minimum(relative, 10.0) - self._relative)
         return error
 
     def around(self, mean: Floats, drift: Drift) -> Forecast:
         """The forecast `mean`[J] with its quantiles, never below zero and never crossing."""
-        errors, unit = np.sort(self._errors[: self._num_errors], axis=0), self._unit(mean)
-        last = len(errors) - 1
-        q50 = mean + errors[last // 2] * unit
-        q90 = mean + errors[math.ceil(0.9 * last)] * unit
+        errors = np.sort(self._errors[: self._num_errors], axis=0)
+        q50, q90 = _around(_own(mean), self._interval_s, errors)
         return self._forecast(mean, q50, q90, drift)
 
     def corrected(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
         """The forecaster's own quantiles, q90 as corrected by now."""
         return self._forecast(mean, q50, q90 + self._correction * self._unit(mean), drift)
+
+    def _unit(self, forecast: Floats) -> Floats:
+        return np.asarray(np.sqrt(forecast + 1.0 / self._interval_s))
 
     def _forecast(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
         q50s = [max(rate, 0.0) for rate in q50.tolist()]
@@ -139,10 +187,8 @@ class DriftDetector:
     def state(self) -> Drift:
         if self._num_errors < 2 * DRIFT_INTERVALS:
             return Drift.STABLE
-        large = self._recent > DRIFT_FACTOR**2 * np.maximum(self._usual, self._poisson)
-        if 2 * np.count_nonzero(large) < DRIFT_INTERVALS:  # of all types together
-            return Drift.STABLE
-        return Drift.DRIFTING if 2 * large.sum(axis=0).max() >= DRIFT_INTERVALS else Drift.STABLE
+        large = _most_large(self._recent, self._usual, self._poisson)
+        return Drift.DRIFTING if 2 * large >= DRIFT_INTERVALS else Drift.STABLE
 
 
 class ErrorTracker:
@@ -154,6 +200,7 @@ class ErrorTracker:
                 f"a forecaster needs interval_s > 0 and horizons of 1 interval and more, 1 among "
                 f"them, got {interval_s} and {tuple(horizons)}."
             )
+        _warm_up()
         self._horizons = {h: HorizonErrors(num_types, interval_s, h) for h in sorted(horizons)}
         self._drift = DriftDetector(num_types, interval_s)
 
