@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -290,4 +290,10 @@ class Optima:
 
 
 def _counts(row: Floats) -> Counts:
-    return tuple(map(int, row.tolist()))
+    return _read(row.tobytes())
+
+
+@lru_cache(maxsize=4096)
+def _read(row: bytes) -> Counts:
+    """The same few are best again and again."""
+    return tuple(map(int, np.frombuffer(row).tolist()))

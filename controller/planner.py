@@ -121,8 +121,7 @@ class Planner:
         def build() -> PlanEstimate:
             listed = np.array([counts], np.float64)
             (scores,) = self.scorer.score(listed, [rates_key], lengths_key)
-            (each,) = self._each(listed, scores.shares)
-            routing = self._routing(configs, each)
+            routing = self._routing(configs, counts, scores.shares[0].tolist())
             return PlanEstimate(float(scores.headroom[0]), float(scores.latency_s[0]), routing)
 
         return self._estimates.get((tuple(configs), rates_key, lengths_key), build)
@@ -313,7 +312,7 @@ class Planner:
         listed = np.array([counts for counts, _ in rows], np.float64)
         at50, at90 = self.scorer.score_at(listed, demand)
         kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
-        each = self._each(listed, at50.shares)
+        shares = at50.shares.tolist()
         headroom, latency_s = at50.headroom.tolist(), at50.latency_s.tolist()
         headroom_q90 = at90.headroom.tolist()
         costs, overhead_s = tick.switches, self.cluster.profile.switch_overhead_s
@@ -325,7 +324,7 @@ class Planner:
                 Candidate(
                     configs=configs,
                     origin="+".join(origins if i else ["keep", *origins]),
-                    routing=self._routing(configs, each[i], () if i else tick.dead),
+                    routing=self._routing(configs, counts, shares[i], () if i else tick.dead),
                     headroom=headroom[i],
                     headroom_q90=headroom_q90[i],
                     latency_s=latency_s[i],
@@ -337,19 +336,18 @@ class Planner:
             )
         return tuple(found)
 
-    def _each(self, listed: Floats, shares: Floats) -> list[list[list[float]]]:
-        """[N][C][J] the share of a configuration, split evenly over its replicas."""
-        split: list[list[list[float]]] = (shares / np.maximum(listed, 1.0)[..., None]).tolist()
-        return split
-
     def _routing(
         self,
         configs: Sequence[ParallelConfig],
-        each: list[list[float]],
+        counts: Counts,
+        shares: list[list[float]],
         dead: Collection[int] = (),
     ) -> Routes:
-        """[type][replica] from each[C][J]; the dead get nothing."""
-        nothing = [0.0] * len(each[0])
+        """[type][replica] from shares[C][J], split evenly over the live replicas of each, of which
+        there are counts[C]; the dead get nothing."""
+        nothing = [0.0] * len(shares[0])
+        pairs = zip(shares, counts, strict=True)
+        each = [[s / n for s in row] if n else nothing for row, n in pairs]
         known = enumerate(map(self._index.get, configs))
         columns = [nothing if c is None or i in dead else each[c] for i, c in known]
         return tuple(zip(*columns, strict=True)) if columns else ((),) * len(nothing)
