@@ -9,17 +9,18 @@ from typing import Any
 import grpc
 
 from engine.errors import InvalidRequestError
+from engine.grpc_server import HandlerInterceptor
 
 
-class DeadlineInterceptor(grpc.aio.ServerInterceptor):
+class DeadlineInterceptor(HandlerInterceptor):
     """For the methods of one service; health and reflection are left alone."""
 
     def __init__(self, service_name: str) -> None:
+        super().__init__()
         self._prefix = f"/{service_name}/"
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = await continuation(details)
-        if handler is None or not details.method.startswith(self._prefix):
+    def wrap(self, path: str, handler: Any) -> Any:
+        if not path.startswith(self._prefix):
             return handler
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from controller.gate import Credentials, Gate, method_of
 from controller.gated_call import GatedCall
 from engine.errors import InvalidRequestError
-from engine.grpc_server import responses_of
+from engine.grpc_server import HandlerInterceptor, responses_of
 
 BEARER = "bearer "
 
@@ -40,17 +40,15 @@ def _host_of(peer: str) -> str:
     return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind
 
 
-class GateInterceptor(grpc.aio.ServerInterceptor):
+class GateInterceptor(HandlerInterceptor):
     """For every method of every service of a server."""
 
     def __init__(self, gate: Gate) -> None:
+        super().__init__()
         self._gate = gate
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        path = details.method.lstrip("/")
+    def wrap(self, path: str, handler: Any) -> Any:
+        path = path.lstrip("/")
         serializer = handler.response_serializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(

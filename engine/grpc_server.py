@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -15,17 +16,31 @@ from engine.error_details import DETAILS_KEY, details_of
 from engine.errors import TidewrightError, UnavailableError
 from engine.wire import ERROR_KEY, name_of, status_of
 
+MAX_HANDLERS = 256  # that an interceptor remembers; handlers that refuse are made per call
 MAX_MESSAGE_BYTES = 64 << 20  # a switch plan lists every tensor slice
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns a TidewrightError into its status, with its class name in the trailing metadata and in
-    the rich status."""
+class HandlerInterceptor(grpc.aio.ServerInterceptor):
+    """Puts another handler in the place of each. It is made once per method and handler: what it
+    decides of a call, it decides when it is called."""
+
+    def __init__(self) -> None:
+        self._wrapped = lru_cache(MAX_HANDLERS)(self.wrap)
+
+    def wrap(self, path: str, handler: Any) -> Any:
+        """The handler to call for the method `/service/Method`."""
+        raise NotImplementedError
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
-        if handler is None:
-            return None
+        return None if handler is None else self._wrapped(details.method, handler)
+
+
+class ErrorInterceptor(HandlerInterceptor):
+    """Turns a TidewrightError into its status, with its class name in the trailing metadata and in
+    the rich status."""
+
+    def wrap(self, path: str, handler: Any) -> Any:
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream),
