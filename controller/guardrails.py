@@ -232,7 +232,8 @@ def mask_reasons(
 def guard_map(reasons: Sequence[str], rows: int) -> tuple[int, ...]:
     """Row -> executed row, for that many rows: those past the candidates and vetoed ones become
     keep. `reasons` holds one entry per candidate."""
-    return tuple(row if row < len(reasons) and not reasons[row] else KEEP for row in range(rows))
+    ends = [KEEP if reason else row for row, reason in enumerate(reasons[:rows])]
+    return (*ends, *[KEEP] * (rows - len(ends)))
 
 
 def review(reasons: Sequence[str], action: int, probabilities: ArrayLike | None = None) -> Review:

@@ -81,7 +81,6 @@ class Planner:
             self.standing = (tuple(default_configs),)
         self.scorer = Scorer(cluster, typing, self.config, slo_rates)
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
-        self._index = {parallel: i for i, parallel in enumerate(self.configs)}
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
         self._estimates, self._plans = Cache(), Cache(256)  # a plan is asked for again soon
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
@@ -121,7 +120,7 @@ class Planner:
         def build() -> PlanEstimate:
             listed = np.array([counts], np.float64)
             (scores,) = self.scorer.score(listed, [rates_key], lengths_key)
-            routing = self._routing(configs, counts, scores.shares[0].tolist())
+            routing = self._routing(configs, counts, scores.shares[0])
             return PlanEstimate(float(scores.headroom[0]), float(scores.latency_s[0]), routing)
 
         return self._estimates.get((tuple(configs), rates_key, lengths_key), build)
@@ -312,7 +311,6 @@ class Planner:
         listed = np.array([counts for counts, _ in rows], np.float64)
         at50, at90 = self.scorer.score_at(listed, demand)
         kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
-        shares = at50.shares.tolist()
         headroom, latency_s = at50.headroom.tolist(), at50.latency_s.tolist()
         headroom_q90 = at90.headroom.tolist()
         costs, overhead_s = tick.switches, self.cluster.profile.switch_overhead_s
@@ -324,7 +322,7 @@ class Planner:
                 Candidate(
                     configs=configs,
                     origin="+".join(origins if i else ["keep", *origins]),
-                    routing=self._routing(configs, counts, shares[i], () if i else tick.dead),
+                    routing=self._routing(configs, counts, at50.shares[i], () if i else tick.dead),
                     headroom=headroom[i],
                     headroom_q90=headroom_q90[i],
                     latency_s=latency_s[i],
@@ -340,16 +338,21 @@ class Planner:
         self,
         configs: Sequence[ParallelConfig],
         counts: Counts,
-        shares: list[list[float]],
+        shares: Floats,
         dead: Collection[int] = (),
     ) -> Routes:
         """[type][replica] from shares[C][J], split evenly over the live replicas of each, of which
         there are counts[C]; the dead get nothing."""
-        nothing = [0.0] * len(shares[0])
-        pairs = zip(shares, counts, strict=True)
-        each = [[s / n for s in row] if n else nothing for row, n in pairs]
-        known = enumerate(map(self._index.get, configs))
-        columns = [nothing if c is None or i in dead else each[c] for i, c in known]
+        nothing = [0.0] * shares.shape[1]
+        each = {
+            parallel: [share / number for share in row.tolist()]
+            for parallel, number, row in zip(self.configs, counts, shares, strict=True)
+            if number
+        }
+        columns = [
+            nothing if i in dead else each.get(parallel, nothing)
+            for i, parallel in enumerate(configs)
+        ]
         return tuple(zip(*columns, strict=True)) if columns else ((),) * len(nothing)
 
 

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -157,6 +158,7 @@ class Scorer:
         self._centres, self._prior = centres(typing), _floats(prior(typing))
         self._models, self._rates, self._served = Cache(64), Cache(256), Cache(64)
         self._floors = Cache(64)
+        self._power = lru_cache(CACHE_SIZE)(lambda k: float(np.exp(k * config.rate_step)))
         self._last_lengths: tuple[Floats | None, Floats | None, Key] = (None, None, ())
         self._slo_rates = slo_rates if config.capacity == "slo" else None
         if self._slo_rates is not None:
@@ -255,8 +257,7 @@ class Scorer:
         """[J] requests per second; not to be written to."""
 
         def build() -> Floats:
-            told = np.exp(np.array(rates_key) * self.config.rate_step)
-            total, *shares = told.tolist()
+            total, *shares = map(self._power, rates_key)
             whole = sum(shares)
             return np.array([total * share / whole for share in shares])
 

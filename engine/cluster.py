@@ -375,7 +375,7 @@ class Routing:
             shares = list(chain.from_iterable(rows))
             if shares and not (min(shares) >= 0 and sum(shares) < inf):  # nan has no sum below
                 raise ValueError(f"routing {name} are {rows}; expected finite shares of 0 or more.")
-        if any(edge < 0 for edge in self.prompt_edges):
+        if min(self.prompt_edges, default=0) < 0:
             raise ValueError(f"prompt edges are {self.prompt_edges}; expected 0 or more.")
 
 

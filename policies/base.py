@@ -83,7 +83,7 @@ def choose(
 ) -> int:
     """Index of the action: the most probable one, or drawn."""
     if deterministic:
-        return int(np.argmax(probabilities))
+        return int(probabilities.argmax())
     return int(rng.choice(len(probabilities), p=probabilities))
 
 
