@@ -30,7 +30,7 @@ def credentials_of(context: Any) -> Credentials:
     return Credentials(
         peer=_host_of(context.peer()),
         token=token[len(BEARER) :] if known and token else ("" if given else None),
-        certificates=tuple(dict.fromkeys(n.decode(errors="replace") for n in names)),
+        certificates=tuple(dict.fromkeys([n.decode(errors="replace") for n in names])),
     )
 
 

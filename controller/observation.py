@@ -121,10 +121,9 @@ def build_observation(
     both[: len(features)] = features
     _bounded(both)
     state, rows = both[:num_state], both[num_state:].reshape(spec.max_candidates, width)
-    mask = np.zeros(spec.max_candidates, np.bool_)
-    mask[: len(candidates)] = [not reason for reason in mask_reasons]
-    keys = tuple(c.key for c in candidates)
-    return Observation(state, rows, mask, keys)
+    legal = [not reason for reason in mask_reasons]
+    mask = np.array(legal + [False] * (spec.max_candidates - len(legal)), np.bool_)
+    return Observation(state, rows, mask, tuple([c.key for c in candidates]))
 
 
 def _bounded(features: Floats) -> Floats:

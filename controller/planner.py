@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -82,9 +83,10 @@ class Planner:
         self.scorer = Scorer(cluster, typing, self.config, slo_rates)
         self.configs, self.optima = self.scorer.configs, Optima(self.scorer)
         self._kv_tokens = self.scorer.model(self.scorer.lengths_key(None)).kv_tokens
+        self._kv_each: list[int] = self._kv_tokens.astype(int).tolist()
         self._estimates, self._plans = Cache(), Cache(256)  # a plan is asked for again soon
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
-        self._mixes = Cache(256)
+        self._mixes, self._sums = Cache(256), Cache(256)
         listed = has_library(self.configs, self._space(()))
         self.is_quick = listed and self.config.planner == "exact"  # solves no MILP
         if self.config.planner == "exhaustive" and not listed:
@@ -286,17 +288,22 @@ class Planner:
         """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
         one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
         last hour."""
-        mid, high = self.scorer.rates(tick.q50), self.scorer.rates(tick.q90)
-        types = len(mid)
-        found = np.empty((2 + types + len(tick.recent), types))
-        found[:] = mid
-        found[1] = high
-        for j, most in enumerate(np.maximum(mid, high).tolist()):
-            found[2 + j, j] = most
-        if tick.recent:
-            seen = np.array([self.scorer.rates(key) for key in tick.recent])
-            found[2 + types :] = mid.sum() * seen / seen.sum(axis=1, keepdims=True)
-        return found
+        (mid, total), (high, _) = self._rates(tick.q50), self._rates(tick.q90)
+        found = [mid, high]
+        for j, (rate, most) in enumerate(zip(mid, high, strict=True)):
+            found.append([*mid[:j], max(rate, most), *mid[j + 1 :]])
+        for seen, whole in map(self._rates, tick.recent):
+            found.append([total * rate / whole for rate in seen])
+        return np.array(found)
+
+    def _rates(self, key: Key) -> tuple[list[float], float]:
+        """As the scorer has them, and their sum."""
+
+        def build() -> tuple[list[float], float]:
+            rates = self.scorer.rates(key)
+            return rates.tolist(), float(rates.sum())
+
+        return self._sums.get(key, build)
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:
         return self._costs.get(
@@ -309,10 +316,9 @@ class Planner:
         """At the median demand and the high one. The first row is keep, whose dead replicas get no
         traffic."""
         listed = np.array([counts for counts, _ in rows], np.float64)
-        at50, at90 = self.scorer.score_at(listed, demand)
-        kv_tokens = (listed @ self._kv_tokens).astype(int).tolist()
-        headroom, latency_s = at50.headroom.tolist(), at50.latency_s.tolist()
-        headroom_q90 = at90.headroom.tolist()
+        scores = self.scorer.score_at(listed, demand)
+        headroom, headroom_q90 = scores.headroom.tolist()
+        latency_s, shares = scores.latency_s[0].tolist(), scores.shares[0]
         costs, overhead_s = tick.switches, self.cluster.profile.switch_overhead_s
         found = []
         for i, (counts, origins) in enumerate(rows):
@@ -322,11 +328,11 @@ class Planner:
                 Candidate(
                     configs=configs,
                     origin="+".join(origins if i else ["keep", *origins]),
-                    routing=self._routing(configs, counts, at50.shares[i], () if i else tick.dead),
+                    routing=self._routing(configs, counts, shares[i], () if i else tick.dead),
                     headroom=headroom[i],
                     headroom_q90=headroom_q90[i],
                     latency_s=latency_s[i],
-                    kv_capacity_tokens=kv_tokens[i],
+                    kv_capacity_tokens=sum(map(mul, counts, self._kv_each)),
                     weight_bytes=cost.weight_bytes if cost else 0,
                     switch_s=cost.seconds + overhead_s if cost else 0.0,
                     num_devices_changed=cost.devices_changed if cost else 0,
@@ -345,8 +351,8 @@ class Planner:
         there are counts[C]; the dead get nothing."""
         nothing = [0.0] * shares.shape[1]
         each = {
-            parallel: [share / number for share in row.tolist()]
-            for parallel, number, row in zip(self.configs, counts, shares, strict=True)
+            self.configs[c]: [share / number for share in shares[c].tolist()]
+            for c, number in enumerate(counts)
             if number
         }
         columns = [

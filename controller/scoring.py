@@ -89,7 +89,8 @@ class PlannerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Figures of N deployments at one rate vector; shares[N, C, J] of the types' traffic."""
+    """Figures of N deployments at one rate vector; shares[N, C, J] of the types' traffic.
+    Or in each of S scenarios: [S, N] and [S, N, C, J]."""
 
     headroom: Floats
     latency_s: Floats
@@ -268,9 +269,10 @@ class Scorer:
     def score(self, counts: ArrayLike, rates_keys: Sequence[Key], lengths_key: Key) -> list[Scores]:
         """Headroom, latency and shares of every deployment at each rate vector."""
         rates = np.array([self.rates(key) for key in rates_keys])
-        return self.score_at(counts, self.demand(rates, lengths_key))
+        found = self.score_at(counts, self.demand(rates, lengths_key))
+        return list(map(Scores, found.headroom, found.latency_s, found.shares))
 
-    def score_at(self, counts: ArrayLike, demand: Demand) -> list[Scores]:
+    def score_at(self, counts: ArrayLike, demand: Demand) -> Scores:
         """The same in each scenario."""
         rates, loads, lengths_key = demand
         model, rho, plain = self.model(lengths_key), self.config.max_utilisation, loads
@@ -278,7 +280,7 @@ class Scorer:
             plain = rates[:, None, :] / model.rates
         listed, limits = np.asarray(counts, np.float64), (MAX_HEADROOM, MAX_LATENCY_S)
         found = kernel.score_all(listed, loads, plain, rates, rho, model.arrays, *limits)
-        return list(map(Scores, *found))
+        return Scores(*found)
 
     def most_headroom(
         self, counts: Floats, rates: Floats, lengths_key: Key, tail: float = 0.0
