@@ -130,7 +130,7 @@ class _Tick:
 
     def __init__(self, now: Circumstances, keep: Candidate, config: GuardrailConfig) -> None:
         self._now, self._keep, self._config = now, keep, config
-        live = tuple(c for i, c in enumerate(keep.configs) if i not in now.dead)
+        live = tuple([c for i, c in enumerate(keep.configs) if i not in now.dead])
         self._live = _shape(live)
         self._alive = now.spec.num_devices - len(set(now.snapshot.dead_devices))
         self._keep_devices = self._live.num_devices

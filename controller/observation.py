@@ -17,7 +17,7 @@ import numpy as np
 from controller.monitor import SCALES, MonitorState
 from controller.predictor import Forecast
 from engine.cluster import Candidate, ClusterSnapshot, ClusterSpec, ModelSpec, ParallelConfig
-from policies.base import Floats, Observation, ObservationSpec
+from policies.base import Observation, ObservationSpec
 
 OBSERVATION_VERSION = 1
 DEGREES = (1, 2, 4, 8)  # tensor- and pipeline-parallel degrees; larger ones count as the last
@@ -110,7 +110,8 @@ def build_observation(
     candidates: Sequence[Candidate],
     mask_reasons: Sequence[str],
 ) -> Observation:
-    """State and candidate rows as float32; rows past the last candidate are zero and masked."""
+    """State and candidate rows as float32, unknowns as zero, everything within FEATURE_LIMIT; rows
+    past the last candidate are zero and masked."""
     keep, num_state, width = candidates[0], len(spec.state_features), len(spec.candidate_features)
     features = _state(situation, keep, spec.grid_s)
     assert len(features) == num_state, (len(features), num_state)
@@ -119,19 +120,14 @@ def build_observation(
         features += _candidate_row(situation, keep, candidate, spec.grid_s, most_bytes)
     both = np.zeros(num_state + spec.max_candidates * width, np.float32)
     both[: len(features)] = features
-    _bounded(both)
+    if not math.isfinite(sum(features)):
+        np.nan_to_num(both, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
+    np.maximum(both, -FEATURE_LIMIT, out=both)
+    np.minimum(both, FEATURE_LIMIT, out=both)
     state, rows = both[:num_state], both[num_state:].reshape(spec.max_candidates, width)
     legal = [not reason for reason in mask_reasons]
     mask = np.array(legal + [False] * (spec.max_candidates - len(legal)), np.bool_)
     return Observation(state, rows, mask, tuple([c.key for c in candidates]))
-
-
-def _bounded(features: Floats) -> Floats:
-    """Unknowns as zero, everything within FEATURE_LIMIT. In place."""
-    if not np.isfinite(features).all():
-        np.nan_to_num(features, copy=False, nan=0.0, posinf=MAX_RATIO, neginf=-MAX_RATIO)
-    np.maximum(features, -FEATURE_LIMIT, out=features)
-    return np.minimum(features, FEATURE_LIMIT, out=features)
 
 
 def _ln1(value: float) -> float:

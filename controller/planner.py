@@ -288,22 +288,20 @@ class Planner:
         """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
         one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
         last hour."""
-        (mid, total), (high, _) = self._rates(tick.q50), self._rates(tick.q90)
-        found = [mid, high]
+        median = self.scorer.rates(tick.q50)
+        mid, high = median.tolist(), self.scorer.rates(tick.q90).tolist()
+        found, total = [mid, high], float(median.sum())
         for j, (rate, most) in enumerate(zip(mid, high, strict=True)):
             found.append([*mid[:j], max(rate, most), *mid[j + 1 :]])
-        for seen, whole in map(self._rates, tick.recent):
-            found.append([total * rate / whole for rate in seen])
+        for key in tick.recent:
+            rates, whole = self._sums.get(key, partial(self._rates, key))
+            found.append([total * rate / whole for rate in rates])
         return np.array(found)
 
     def _rates(self, key: Key) -> tuple[list[float], float]:
         """As the scorer has them, and their sum."""
-
-        def build() -> tuple[list[float], float]:
-            rates = self.scorer.rates(key)
-            return rates.tolist(), float(rates.sum())
-
-        return self._sums.get(key, build)
+        rates = self.scorer.rates(key)
+        return rates.tolist(), float(rates.sum())
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:
         return self._costs.get(
