@@ -48,7 +48,8 @@ LONGEST = 0.35  # that theta moves at once
 HALVINGS = 3  # of a step that makes it worse
 MIN_SHARE = 1e-3  # of the variance of the log's means, that the error's is at least
 LEAST = (1e-12, 0.02**2)  # the same of rewards, of paces: no model is right to the per cent
-SWITCH_ERROR = 0.1  # of theta of switches, where some were seen: what one factor cannot set right
+# Of theta of steps and of switches, however much log there is: what one factor cannot set right.
+STEP_ERROR, SWITCH_ERROR = 0.05, 0.1
 SWITCH_ROUNDS = 3  # of setting it right: part of a switch is waiting for steps
 
 
@@ -190,7 +191,7 @@ def _fit_steps(
                 theta, left = theta + move, tried
                 break
             move = move / 2
-    return theta, np.linalg.inv(hessian)
+    return theta, np.linalg.inv(hessian) + STEP_ERROR**2 * np.eye(len(theta))
 
 
 def _cost(error: Floats, theta: Floats, precision: Any) -> float:
