@@ -34,12 +34,20 @@ CORRECTION_STEP = 0.1
 compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
+def _unit(forecast: Any, interval_s: float) -> Any:
+    """Of errors of that rate, or of each of those rates."""
+    return np.sqrt(forecast + 1.0 / interval_s)
+
+
+_compiled_unit = compiled(_unit)
+
+
 @compiled
 def _score(actual: Any, forecast: Any, interval_s: float, error: Any, relative: Any) -> None:
     """Fills error[J], in units, and moves relative[J] towards what it was this time."""
     for j in range(len(actual)):
         off = actual[j] - forecast[j]
-        error[j] = off / math.sqrt(forecast[j] + 1.0 / interval_s)
+        error[j] = off / _compiled_unit(forecast[j], interval_s)
         found = abs(off) / max(actual[j], 1.0 / interval_s)
         relative[j] += 0.1 * (min(found, 10.0) - relative[j])
 
@@ -49,7 +57,7 @@ def _around(mean: Any, interval_s: float, errors: Any) -> Any:
     """Median and q90, [J] each, from errors[N, J] in ascending order."""
     last, q50, q90 = len(errors) - 1, np.empty(len(mean)), np.empty(len(mean))
     for j in range(len(mean)):
-        unit = math.sqrt(mean[j] + 1.0 / interval_s)
+        unit = _compiled_unit(mean[j], interval_s)
         q50[j] = mean[j] + errors[last // 2, j] * unit
         q90[j] = mean[j] + errors[math.ceil(0.9 * last), j] * unit
     return q50, q90
@@ -132,7 +140,7 @@ class HorizonErrors:
         error: Floats = self._errors[self._num_errors % MEMORY_INTERVALS]
         _score(_own(actual), _own(forecast), self._interval_s, error, self._relative)
         if q90 is not None:
-            missed = actual > q90 + self._correction * self._unit(forecast)
+            missed = actual > q90 + self._correction * _unit(forecast, self._interval_s)
             step = CORRECTION_STEP / np.sqrt(self._interval_s)
             self._correction += step * np.where(missed, 0.9, -0.1)
         self._num_errors += 1
@@ -146,10 +154,8 @@ class HorizonErrors:
 
     def corrected(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
         """The forecaster's own quantiles, q90 as corrected by now."""
-        return self._forecast(mean, q50, q90 + self._correction * self._unit(mean), drift)
-
-    def _unit(self, forecast: Floats) -> Floats:
-        return np.asarray(np.sqrt(forecast + 1.0 / self._interval_s))
+        corrected = q90 + self._correction * _unit(mean, self._interval_s)
+        return self._forecast(mean, q50, corrected, drift)
 
     def _forecast(self, mean: Floats, q50: Floats, q90: Floats, drift: Drift) -> Forecast:
         q50s = [max(rate, 0.0) for rate in q50.tolist()]

@@ -124,8 +124,9 @@ def recalibrate(
     logged: Signals,
     block: int,
 ) -> Recalibration:
-    """Fitted to what was `logged` in T intervals in deployments `keys` [T]; runs `simulate` some
-    five times per configuration in them. With less than a block of log it is the prior."""
+    """Fitted to what was `logged` in T intervals in deployments `keys` [T]; runs `simulate` three
+    times per configuration in them, and up to thirteen times more. With less than a block of log it
+    is the prior."""
     parallel = [steps.parallel for steps in cluster.profile.steps]
     covariance = prior_covariance(parallel)
     theta = np.zeros(len(covariance))
@@ -164,9 +165,8 @@ def _fit_steps(
     theta, precision = np.zeros(len(prior)), np.linalg.inv(prior)
     actual = stays.means(logged)
     known = [row[~np.isnan(row)] for row in actual]
-    least = np.maximum([MIN_SHARE * row.var() if len(row) else 0.0 for row in known], LEAST)[
-        :, None
-    ]
+    varied = [MIN_SHARE * row.var() if len(row) else 0.0 for row in known]
+    least = np.maximum(varied, LEAST)[:, None]
 
     def error(at: Floats) -> Floats:
         return np.nan_to_num(actual - stays.means(run(at))) * stays.weights

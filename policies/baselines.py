@@ -16,7 +16,7 @@ from engine.errors import InvalidRequestError
 from policies.base import Observation, ObservationSpec
 
 KEEP_ROW = 0
-Seconds = TypeVar("Seconds", float, NDArray[np.float64])
+OneOrMany = TypeVar("OneOrMany", float, NDArray[np.float64])
 
 
 def one_hot(observation: Observation, row: int) -> NDArray[np.float64]:
@@ -148,7 +148,7 @@ class ScalingPolicy:
         return one_hot(observation, int(np.argmax(np.where(legal, headroom, -np.inf))))
 
 
-def switch_cost_s(stop_s: Seconds, latency_s: float) -> Seconds:
+def switch_cost_s(stop_s: OneOrMany, latency_s: float) -> OneOrMany:
     """What a stop costs, in request-seconds per arrival rate: the requests in flight, latency_s of
     arrivals, wait for all of it, and those that arrive in it half of it on average."""
     return stop_s * (latency_s + stop_s / 2.0)

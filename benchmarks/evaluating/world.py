@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,9 @@ from engine.profile import ProfiledCluster, StepTimeModel
 from envs.build import DEFAULT_PROFILE
 from envs.logged import row_features
 from envs.logged_replay import replay_logged, replay_policy, seconds_of_switches
-from envs.recalibration import Recalibration, Signals, pace_of, recalibrate
-from envs.reward import reward_config, tpot_of
+from envs.offline.course import Watched
+from envs.recalibration import Recalibration, Signals, recalibrate
+from envs.reward import reward_config
 from envs.serving_env import EnvParts, ServingEnv
 from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import (
@@ -32,7 +32,7 @@ from envs.traffic import (
     measure_stretch,
 )
 from envs.workload import Trace, WorkloadConfig
-from policies.base import Observation, ObservationSpec, Policy, TrafficColumns, choose
+from policies.base import Observation, ObservationSpec, Policy, choose
 from policies.baselines import (
     GreedyPolicy,
     HysteresisPolicy,
@@ -228,8 +228,8 @@ class World:
         """Of the wrong profile, by the log."""
 
         def simulate(cluster: ProfiledCluster) -> Signals:
-            env, infos = self.env(log.trace, cluster), list[dict[str, Any]]()
-            return _signals(env, replay_logged(env, log.switches, infos.append).reward, infos)
+            env, watched = self.env(log.trace, cluster), Watched(self.reward.slo)
+            return _signals(env, replay_logged(env, log.switches, watched).reward, watched)
 
         keys = [o.keys[0] for o in log.observations]
         return recalibrate(self.model, simulate, keys, log.signals, block)
@@ -239,7 +239,8 @@ class World:
         env = self.env(trace, self.truth)
         env.reset(seed=0)
         policy.reset()
-        observations, behaviour, executed, rewards, switches, infos = [], [], [], [], [], []
+        observations, behaviour, executed, rewards, switches = [], [], [], [], []
+        watched = Watched(self.reward.slo)
         while not env.is_over:
             assert env.prepared is not None
             observations.append(env.prepared.observation)
@@ -248,22 +249,20 @@ class World:
             _, reward, _, _, info = env.step(action)
             executed.append(info["decision"].executed_key)
             rewards.append(reward)
-            infos.append(info)
+            watched(info)
             switches.append(executed[-1] if info["ticket"] is not None else "")
         return Log(
             trace,
             _decisions(observations, behaviour, executed, rewards, self.pipeline.config_hash),
             tuple(observations),
             tuple(switches),
-            _signals(env, np.array(rewards), infos),
+            _signals(env, np.array(rewards), watched),
         )
 
 
-def _signals(env: ServingEnv, reward: Floats, infos: list[dict[str, Any]]) -> Signals:
-    """Of the episode that has ended, whose steps had those `infos`."""
-    ended = [TrafficColumns(**info["traffic"]) for info in infos]
-    pace = np.array([pace_of(tpot_of(e)[e.finished]) for e in ended])
-    return Signals(reward, pace, seconds_of_switches(env))
+def _signals(env: ServingEnv, reward: Floats, watched: Watched) -> Signals:
+    """Of the episode that has ended."""
+    return Signals(reward, watched.pace(), seconds_of_switches(env))
 
 
 def _decisions(
