@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -39,9 +38,11 @@ def run(argv: list[str]) -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     config = parse_config(build_parser(), ControllerConfig, argv)
+    import uvloop
+
     from controller.app import serve
 
-    asyncio.run(serve(config))
+    uvloop.run(serve(config))
 
 
 def add_token(argv: list[str]) -> None:

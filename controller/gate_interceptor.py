@@ -17,12 +17,12 @@ from engine.grpc_server import HandlerInterceptor, responses_of
 BEARER = "bearer "
 
 
-def credentials_of(context: Any) -> Credentials:
-    """From metadata and, with TLS, the client's verified certificate."""
+def credentials_of(context: Any, secure: bool) -> Credentials:
+    """From metadata and, on a `secure` port, the client's verified certificate."""
     given = [v for k, v in context.invocation_metadata() or () if k == "authorization"]
     token = given[0] if len(given) == 1 and isinstance(given[0], str) else None
     known = token is not None and token[: len(BEARER)].lower() == BEARER
-    auth = context.auth_context() or {}
+    auth = (context.auth_context() if secure else None) or {}
     names = [
         *auth.get("x509_common_name", ()),
         *auth.get("x509_subject_alternative_name", ()),
@@ -41,11 +41,11 @@ def _host_of(peer: str) -> str:
 
 
 class GateInterceptor(HandlerInterceptor):
-    """For every method of every service of a server."""
+    """For every method of every service of a server; `secure`: its port speaks TLS."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, secure: bool) -> None:
         super().__init__()
-        self._gate = gate
+        self._gate, self._secure = gate, secure
 
     def wrap(self, path: str, handler: Any) -> Any:
         path = path.lstrip("/")
@@ -83,7 +83,7 @@ class GateInterceptor(HandlerInterceptor):
 
     def _unary(self, path: str, handler: Any) -> Any:
         async def gated(raw: bytes, context: Any) -> Any:
-            call = GatedCall(self._gate, path, credentials_of(context))
+            call = GatedCall(self._gate, path, credentials_of(context, self._secure))
             try:
                 call.caller = self._gate.admit(path, call.credentials)
                 call.request = self._parsed(path, handler, raw)
@@ -100,7 +100,7 @@ class GateInterceptor(HandlerInterceptor):
         method = handler.unary_stream or handler.stream_stream
 
         async def gated(raw: Any, context: Any) -> AsyncIterator[Any]:
-            call = GatedCall(self._gate, path, credentials_of(context))
+            call = GatedCall(self._gate, path, credentials_of(context, self._secure))
             try:
                 call.caller = self._gate.admit(path, call.credentials)
                 request = parsed(path, handler, raw)

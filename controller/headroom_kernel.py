@@ -108,25 +108,18 @@ def _pivot(table: Any, basis: Any, rows: int, width: int) -> bool:
 
 
 @compiled
-def _solve(
-    loads: Any, capacity: Any, used: Any, table: Any, basis: Any, shares: Any, prices: Any
-) -> float:
-    """theta of one deployment; fills shares[C, J] (zero where unused) and prices[J].
-
-    loads[C, J] > 0, capacity[C] (0: unused). `used`, `table`, `basis` are scratch. theta is 0 where
-    a type can be served by nobody; its shares are equal then.
-    """
-    configs, types = loads.shape
-    num_used = 0
-    for c in range(configs):
-        if capacity[c] > 0.0:
-            used[num_used] = c
-            num_used += 1
-    shares[:] = 0.0
-    prices[:] = 0.0
-    if num_used == 0:
-        prices[:] = 1.0 / types
-        return 0.0
+def _pivot_all(
+    loads: Any,
+    capacity: Any,
+    used: Any,
+    num_used: int,
+    table: Any,
+    basis: Any,
+    shares: Any,
+    prices: Any,
+) -> None:
+    """Fills shares[C, J] and prices[J], of any sum, by the simplex."""
+    types = loads.shape[1]
     rows = types + num_used
     width = _fill_table(loads, capacity, used, num_used, table)
     basis[:rows] = -1
@@ -139,14 +132,20 @@ def _solve(
             k, j = divmod(column, types)
             if table[row, width - 1] > 1e-9:
                 shares[used[k], j] = table[row, width - 1]
-    peak = 0.0
+    for j in range(types):
+        prices[j] = max(table[rows, 1 + num_used * types + j], 0.0)
+
+
+@compiled
+def _theta(loads: Any, capacity: Any, used: Any, num_used: int, shares: Any, prices: Any) -> float:
+    """What shares[C, J] come to; each type's are made to sum to 1, and so are prices[J]."""
+    types, peak = loads.shape[1], 0.0
     for j in range(types):
         total = 0.0
         for k in range(num_used):
             total += shares[used[k], j]
         for k in range(num_used):
             shares[used[k], j] = shares[used[k], j] / total if total > 0.0 else 1.0 / num_used
-        prices[j] = max(table[rows, 1 + num_used * types + j], 0.0)
     for k in range(num_used):
         busy = 0.0
         for j in range(types):
@@ -155,6 +154,75 @@ def _solve(
         peak = max(peak, busy / capacity[used[k]])
     prices /= prices.sum()
     return float(1.0 / peak)
+
+
+@compiled
+def _solve_two(
+    first: Any, second: Any, capacity: float, other: float, shares: Any, prices: Any
+) -> None:
+    """Fills shares[2, J] and prices[J] (of any sum) of replicas of two configurations, from their
+    finite loads[J] and capacities. In order of first[j] / second[j], a type s is split: those
+    before it are served by the one, those after it by the other, and both are as busy."""
+    types = len(first)
+    order = np.arange(types)
+    for k in range(1, types):
+        j, at = order[k], k
+        while at > 0 and first[order[at - 1]] * second[j] > first[j] * second[order[at - 1]]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = j
+    before, after = 0.0, second.sum()
+    for k in range(types):
+        s = order[k]
+        after -= second[s]
+        ratio = second[s] / first[s]
+        per_theta = (second[s] + max(after, 0.0) + ratio * before) / (other + ratio * capacity)
+        part = (capacity * per_theta - before) / first[s]
+        if part <= 1.0 or k == types - 1:
+            break
+        before += first[s]
+    for i in range(k):
+        shares[0, order[i]] = 1.0
+    for i in range(k + 1, types):
+        shares[1, order[i]] = 1.0
+    shares[0, s] = min(max(part, 0.0), 1.0)
+    shares[1, s] = 1.0 - shares[0, s]
+    for j in range(types):
+        prices[j] = min(first[j] / first[s], second[j] / second[s])
+
+
+@compiled
+def _solve(
+    loads: Any, capacity: Any, used: Any, table: Any, basis: Any, shares: Any, prices: Any
+) -> float:
+    """theta of one deployment; fills shares[C, J] (zero where unused) and prices[J].
+
+    loads[C, J] > 0, capacity[C] (0: unused). `used`, `table`, `basis` are scratch. theta is 0 where
+    a type can be served by nobody; its shares are equal then. Of one configuration, or two, that
+    serve all types no pivot is needed.
+    """
+    configs, types = loads.shape
+    num_used = 0
+    for c in range(configs):
+        if capacity[c] > 0.0:
+            used[num_used] = c
+            num_used += 1
+    shares[:] = 0.0
+    prices[:] = 0.0
+    if num_used == 0:
+        prices[:] = 1.0 / types
+        return 0.0
+    if num_used <= 2 and _scale(loads, used, num_used)[1]:
+        if num_used == 1:
+            shares[used[0]], prices[:] = 1.0, loads[used[0]]
+        else:
+            a, b = used[0], used[1]
+            part = np.zeros((2, types))
+            _solve_two(loads[a], loads[b], capacity[a], capacity[b], part, prices)
+            shares[a], shares[b] = part[0], part[1]
+    else:
+        _pivot_all(loads, capacity, used, num_used, table, basis, shares, prices)
+    return _theta(loads, capacity, used, num_used, shares, prices)
 
 
 @compiled
@@ -471,6 +539,12 @@ def load_floors(model: Any, rho: float, parts: int) -> Any:
 
 
 @compiled
+def _level(headroom: float) -> int:
+    """That of the utilisation at that headroom, of 1 or more."""
+    return min(int(LEVELS / headroom), LEVELS - 1)
+
+
+@compiled
 def _least_of(floors: Any, level: int, c: int, worth: Any) -> Any:
     """What a replica of c adds at least to the latencies of its requests less what they are worth
     [C, P, V] at their prices, per second and per unit of utilisation; and part and corner of it."""
@@ -504,12 +578,12 @@ def _worth_of(floors: Any, c: int, prices: Any, worth: Any) -> None:
 
 
 @compiled
-def _least_load_s(floors: Any, first: int, prices: Any, least: Any) -> None:
-    """Fills least[L, C], from level `first` of utilisation: `_least_of` at prices[J]."""
+def _least_load_s(floors: Any, first: int, last: int, prices: Any, least: Any) -> None:
+    """Fills least[L, C] at those levels of utilisation: `_least_of` at prices[J]."""
     worth = np.empty(floors[2].shape)
     for c in range(least.shape[1]):
         _worth_of(floors, c, prices, worth)
-        for level in range(first, len(least)):
+        for level in range(first, last + 1):
             least[level, c] = _least_of(floors, level, c, worth)[0]
 
 
@@ -520,7 +594,7 @@ def _tune_prices(
     """Raises what prices[J] say of the deployment that they come from, whose latencies sum to
     `latency`: Polyak's subgradient steps (USSR Comp. Maths. 9, 1969)."""
     requests = floors[1]
-    level, busy = min(int(LEVELS / theta), LEVELS - 1), rho / theta
+    level, busy = _level(theta), rho / theta
     worth, tried = np.empty(floors[2].shape), prices.copy()
     most, slope = -np.inf, np.empty(len(prices))
     for _ in range(TUNING):
@@ -630,7 +704,6 @@ def _least_latency(
     active, bounds = everything[above >= 1.0], np.zeros(number)
     many = floors[0].shape[1] > 1
     least, size = np.empty((LEVELS, configs)), FIRST
-    first = int(LEVELS / above.max()) if len(active) else 0
     best, solved = np.inf, 0
     theta = _solve(loads, rho * present, used, table, basis, shares, duals)
     present_s = _latency_s(model, present, rates, shares) if theta >= 1.0 else np.inf
@@ -642,13 +715,18 @@ def _least_latency(
     while True:
         if apart:
             _least_own_s(model, loads, rates, prices, least)
-        elif not exact[active].all():
-            _least_load_s(floors, min(first, LEVELS - 1), prices, least)
+        else:
+            low, high = np.inf, 0.0
+            for i in active:
+                if not exact[i]:
+                    low, high = min(low, above[i]), max(high, above[i])
+            if high > 0.0:
+                _least_load_s(floors, _level(high), _level(low), prices, least)
         base, kept = np.dot(prices, rates), 0
         for i in active:
             if not exact[i]:
                 busy = rho / above[i]
-                load = _dot(counts, i, least[min(int(LEVELS / above[i]), LEVELS - 1)])
+                load = _dot(counts, i, least[_level(above[i])])
                 if load <= 0.0:
                     busy = rho / max(_dot(counts, i, each), 1.0)
                 bounds[i] = max(bounds[i], (base + load * busy) / total)
@@ -732,6 +810,41 @@ def least_latency_or(
 
 
 @compiled
+def scenarios(powers: Any, served: Any) -> Any:
+    """Rates[2 + J + R, J] and loads[2 + J + R, C, J] from powers[2 + R, 1 + J], the totals and
+    shares of the median forecast, of the high one, and of R mixes seen lately; at served[C, J].
+
+    Those two forecasts; the median with one type at a time as high as its forecast allows; and
+    the median's total in each of the mixes."""
+    num_given, types = len(powers), powers.shape[1] - 1
+    rates = np.empty((num_given + types, types))
+    for k in range(num_given):
+        row, whole = (k if k < 2 else types + k), 0.0
+        for j in range(types):
+            whole += powers[k, 1 + j]
+        for j in range(types):
+            rates[row, j] = powers[k, 0] * powers[k, 1 + j] / whole
+    total = 0.0
+    for j in range(types):
+        total += rates[0, j]
+        rates[2 + j] = rates[0]
+        rates[2 + j, j] = max(rates[0, j], rates[1, j])
+    for row in range(2 + types, len(rates)):
+        whole = 0.0
+        for j in range(types):
+            whole += rates[row, j]
+        for j in range(types):
+            rates[row, j] = total * rates[row, j] / whole
+    loads = np.full((len(rates), *served.shape), np.inf)
+    for row in range(len(rates)):
+        for c in range(len(served)):
+            for j in range(types):
+                if served[c, j] > 0.0:
+                    loads[row, c, j] = rates[row, j] / served[c, j]
+    return rates, loads
+
+
+@compiled
 def best_each(
     listed: Any,
     contenders: Any,
@@ -776,3 +889,4 @@ def warm_up() -> None:
     lists = square, square, square, square, one
     best_each(*lists, cube, cube[:, 0], 0.9, 0.0, model, floors, False, 1.0)
     dominated(square, np.zeros(1, np.int64), square)
+    scenarios(np.ones((3, 2)), square)

@@ -86,7 +86,7 @@ class Planner:
         self._kv_each: list[int] = self._kv_tokens.astype(int).tolist()
         self._estimates, self._plans = Cache(), Cache(256)  # a plan is asked for again soon
         self._switches, self._costs, self._parts = Cache(256), Cache(256), Cache()
-        self._mixes, self._sums = Cache(256), Cache(256)
+        self._mixes = Cache(256)
         listed = has_library(self.configs, self._space(()))
         self.is_quick = listed and self.config.planner == "exact"  # solves no MILP
         if self.config.planner == "exhaustive" and not listed:
@@ -215,7 +215,7 @@ class Planner:
         search = self.optima.search(
             tick.space, tick.lengths_key, live, (tick.q50, tick.q90), [c for _, c in named]
         )
-        demand = self.scorer.demand(self._scenarios(tick), tick.lengths_key)
+        demand = self.scorer.scenarios(tick.q50, tick.q90, tick.recent, tick.lengths_key)
         chosen: dict[Counts, list[str]] = {live: []}
         for name, counts in [*self._picks(tick, search, demand), *named]:
             is_keep = counts == present
@@ -283,25 +283,6 @@ class Planner:
         if self.optima.library(search.space) is None:
             return build()
         return self._parts.get(("kv", search.space), build)
-
-    def _scenarios(self, tick: _Tick) -> Floats:
-        """[2 + S, J] the median forecast and the high one, then what the next interval may be like:
-        one type at a time is as high as its forecast allows, or the mix is that of a quarter of the
-        last hour."""
-        median = self.scorer.rates(tick.q50)
-        mid, high = median.tolist(), self.scorer.rates(tick.q90).tolist()
-        found, total = [mid, high], float(median.sum())
-        for j, (rate, most) in enumerate(zip(mid, high, strict=True)):
-            found.append([*mid[:j], max(rate, most), *mid[j + 1 :]])
-        for key in tick.recent:
-            rates, whole = self._sums.get(key, partial(self._rates, key))
-            found.append([total * rate / whole for rate in rates])
-        return np.array(found)
-
-    def _rates(self, key: Key) -> tuple[list[float], float]:
-        """As the scorer has them, and their sum."""
-        rates = self.scorer.rates(key)
-        return rates.tolist(), float(rates.sum())
 
     def _costs_from(self, current: Deployment) -> SwitchCosts:
         return self._costs.get(

@@ -90,20 +90,25 @@ class PolicyServer:
     ) -> ActResult:
         """Never raises: when the rule fails too, the answer is keep. `policy` takes the place of
         the active one this time. Only what a policy wants is explored around."""
-        found = self._answer(observation, actor, policy or self.policy)
-        probabilities, deterministic = found.probabilities, self.deterministic
-        if self._exploration is not None and not found.failure and actor is Actor.POLICY:
+        probabilities, name, reason, failure = self._answer(
+            observation, actor, policy or self.policy
+        )
+        deterministic = self.deterministic
+        if self._exploration is not None and not failure and actor is Actor.POLICY:
             probabilities, deterministic = self._exploration.mix(probabilities, observation), False
         probabilities = probabilities / probabilities.sum()
         action = choose(probabilities, rng, deterministic)
-        return ActResult(probabilities, action, found.policy, found.reason, found.failure)
+        return ActResult(probabilities, action, name, reason, failure)
 
-    def _answer(self, observation: Observation, actor: Actor, policy: Policy) -> ActResult:
+    def _answer(
+        self, observation: Observation, actor: Actor, policy: Policy
+    ) -> tuple[Floats, str, str, str]:
+        """Of `ActResult`: probabilities, policy, reason and failure."""
         failure, name, reason = "", policy.name, "policy"
         if actor is Actor.POLICY:
             probabilities, failure = self.ask(policy, observation)
             if not failure:
-                return ActResult(probabilities, KEEP, name, reason)
+                return probabilities, name, reason, ""
             self.num_fallbacks += 1
             failure, reason = f"{name} {failure}", f"fallback: {name} {failure}"
         else:
@@ -113,7 +118,7 @@ class PolicyServer:
         if problem:
             reason, failure = f"{reason}; {rule.name} {problem}", failure or problem
             probabilities = np.eye(1, len(observation.mask), KEEP)[0]
-        return ActResult(probabilities, KEEP, "keep" if problem else rule.name, reason, failure)
+        return probabilities, "keep" if problem else rule.name, reason, failure
 
     def ask(self, policy: Policy, observation: Observation) -> tuple[Floats, str]:
         """A policy's answer and what is wrong with it. A question that is late is withdrawn

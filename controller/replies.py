@@ -15,7 +15,7 @@ from controller.oversight import Hold
 from controller.predictor import Forecast
 from controller.records import Mode
 from controller.roster import PolicyInfo
-from controller.tick_records import candidate_views, type_rates
+from controller.tick_records import candidate_fields, rate_fields
 from engine.cluster import Candidate, Routing, WorkloadType
 from engine.wire import to_proto
 from protos import control_pb2 as pb
@@ -161,10 +161,10 @@ def decided(found: Decided, routing: Routing, types: Sequence[WorkloadType]) -> 
         reason=decision_reason(found.act, decision),
         vetoes=decision.vetoes,
     )
-    for view in candidate_views(found.prepared, found.act):
-        to_proto(view, response.candidates.add())
-    for rate in type_rates(found.prepared, types):
-        to_proto(rate, response.rates.add())
+    for fields in candidate_fields(found.prepared, found.act):
+        response.candidates.add(**fields)
+    for fields in rate_fields(found.prepared, types):
+        response.rates.add(**fields)
     if decision.plan is not None:
         to_proto(decision.plan, response.plan)
     to_proto(routing, response.routing)

@@ -244,6 +244,13 @@ class Scorer:
         """Of rates[S, J]."""
         return Demand(rates, self.loads(rates, lengths_key), lengths_key)
 
+    def scenarios(self, q50: Key, q90: Key, recent: Sequence[Key], lengths_key: Key) -> Demand:
+        """At the median forecast and the high one, then in what the next interval may be like: one
+        type at a time is as high as its forecast allows, or the mix is one of the `recent`."""
+        powers = np.array([[*map(self._power, key)] for key in (q50, q90, *recent)])
+        rates, loads = kernel.scenarios(powers, self.headroom_rates(lengths_key))
+        return Demand(rates, loads, lengths_key)
+
     def rates_key(self, rates: ArrayLike) -> Key:
         """Total and shares of the rates, with the coverage floor, rounded in ln."""
         given = [min(r, MAX_RATE) if r > 0.0 else 0.0 for r in _floats(rates)]  # nan is not

@@ -308,11 +308,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return replies.decided(found, routing, self._loop.pipeline.typing.types)
 
     async def ReportMetrics(self, request: Any, context: Any) -> Any:
-        events = tuple(from_proto(ClusterEvent, e) for e in request.events)
-        policy, lost = self._loop.policy_server.policy, request.num_events_lost
-        number = await asyncio.to_thread(
-            self._sessions.report, request.session, policy, events, lost
-        )
+        policy = self._loop.policy_server.policy
+
+        def run() -> int:
+            events = [from_proto(ClusterEvent, e) for e in request.events]
+            return self._sessions.report(request.session, policy, events, request.num_events_lost)
+
+        number = await asyncio.to_thread(run)
         return control_pb2.ReportMetricsResponse(num_events=number)
 
 
@@ -340,6 +342,7 @@ async def start_grpc(
     def add(server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
 
-    interceptors = [GateInterceptor(security.gate), DeadlineInterceptor(SERVICE_NAME)]
     limit, credentials = security.max_message_bytes, security.credentials
+    gate = GateInterceptor(security.gate, secure=credentials is not None)
+    interceptors = [gate, DeadlineInterceptor(SERVICE_NAME)]
     return await start_server(add, SERVICE_NAME, host, port, interceptors, credentials, limit)

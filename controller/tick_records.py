@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from controller.decision import PreparedDecision
 from controller.log_records import decision_reason
@@ -35,8 +36,8 @@ def observed_record(
         at_s=prepared.at_s,
         status=TickStatus.OBSERVED,
         mode=mode,
-        candidates=candidate_views(prepared, act),
-        rates=type_rates(prepared, types),
+        candidates=tuple(CandidateView(**found) for found in candidate_fields(prepared, act)),
+        rates=tuple(TypeRate(**found) for found in rate_fields(prepared, types)),
         epoch=snapshot.epoch,
         deployment_key=snapshot.deployment.key,
         num_waiting=prepared.monitor_state.num_waiting,
@@ -64,32 +65,34 @@ def decided_record(
     )
 
 
-def type_rates(prepared: PreparedDecision, types: Sequence[WorkloadType]) -> tuple[TypeRate, ...]:
-    """Forecast and seen lately, of each type."""
+def rate_fields(
+    prepared: PreparedDecision, types: Sequence[WorkloadType]
+) -> Iterator[dict[str, Any]]:
+    """Forecast and seen lately, of each type: the fields of `TypeRate`, also in the protocol."""
     forecast, actual = prepared.forecast, prepared.monitor_state.rates[0]
-    return tuple(
-        TypeRate(t.name, q50, q90, rate)
-        for t, q50, q90, rate in zip(types, forecast.q50, forecast.q90, actual, strict=True)
-    )
+    for t, q50, q90, rate in zip(types, forecast.q50, forecast.q90, actual, strict=True):
+        yield {
+            "type": t.name,
+            "forecast_p50_per_s": q50,
+            "forecast_p90_per_s": q90,
+            "actual_per_s": rate,
+        }
 
 
-def candidate_views(prepared: PreparedDecision, act: ActResult | None) -> tuple[CandidateView, ...]:
-    """As the policy saw them; with the probabilities that it gave, if it was asked."""
+def candidate_fields(prepared: PreparedDecision, act: ActResult | None) -> Iterator[dict[str, Any]]:
+    """Of each as the policy saw it, with the probability that it gave if it was asked: the fields
+    of `CandidateView`, here and in the protocol."""
     keys, legal = prepared.observation.keys, prepared.observation.mask.tolist()
     given = [None] * len(legal) if act is None else act.probabilities.tolist()
     rows = zip(keys, prepared.candidates, prepared.mask_reasons, legal, given, strict=False)
-    return tuple(
-        [
-            CandidateView(
-                key=key,
-                origin=c.origin,
-                legal=is_legal,
-                mask_reason=reason,
-                probability=probability,
-                headroom=c.headroom,
-                predicted_switch_s=c.switch_s,
-                weight_bytes=c.weight_bytes,
-            )
-            for key, c, reason, is_legal, probability in rows
-        ]
-    )
+    for key, c, reason, is_legal, probability in rows:
+        yield {
+            "key": key,
+            "origin": c.origin,
+            "legal": is_legal,
+            "mask_reason": reason,
+            "probability": probability,
+            "headroom": c.headroom,
+            "predicted_switch_s": c.switch_s,
+            "weight_bytes": c.weight_bytes,
+        }

@@ -185,11 +185,10 @@ class HysteresisPolicy:
 
     def _advantage_s(self, observation: Observation) -> list[float]:
         """Gain minus cost of each filled row in seconds; keep is zero, masked rows -inf."""
-        rows = observation.candidates[: len(observation.keys)].astype(np.float64)
-        latencies_s, stops_s = np.exp(rows[:, self._latency]), rows[:, self._switch]
-        keep_s, *others_s = latencies_s.tolist()
-        found = [0.0]  # few rows: floats are faster than arrays
-        for latency_s, stop_s in zip(others_s, stops_s[1:].tolist(), strict=True):
+        rows = observation.candidates[: len(observation.keys)]
+        keep_s, *others_s = map(math.exp, rows[:, self._latency].tolist())
+        stops_s, found = rows[:, self._switch].tolist(), [0.0]  # few: floats beat arrays
+        for latency_s, stop_s in zip(others_s, stops_s[1:], strict=True):
             gain_s = self._config.horizon_s * (1.0 - latency_s / keep_s)
             found.append(gain_s - self._config.margin * (switch_cost_s(stop_s, keep_s) / keep_s))
         legal = observation.mask[: len(rows)].tolist()

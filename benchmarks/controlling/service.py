@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import uvloop
+
 from controller.decision_log import DecisionLog
 from controller.heap import settle_heap
 from controller.loop import ControlLoop
@@ -64,4 +66,4 @@ async def main(num_devices: int, key: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    uvloop.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -13,6 +13,8 @@ from controller.headroom_kernel import (
     LEVELS,
     MANY,
     _least_load_s,
+    _scratch,
+    _solve,
     _tune_prices,
     best_each,
     least_latency,
@@ -368,7 +370,7 @@ def test_no_mix_takes_less_than_the_floors_say(
     alone_s = (model.steps * (model.base_s[:, None] + model.added_s)).mean(axis=0)
     prices = alone_s * rng.uniform(0.0, 3.0, 4)
     least = np.empty((LEVELS, len(model.configs)))
-    _least_load_s(floors, 0, prices, least)
+    _least_load_s(floors, 0, LEVELS - 1, prices, least)
     busy = RHO * rng.uniform(0.01, 1.0, 200)
     mixes = rng.dirichlet(np.full(4, 0.3), 200)
     for c in range(len(model.configs)):
@@ -402,7 +404,7 @@ def test_tuned_prices_say_more_and_never_too_much(
         prices, least = np.full(4, latency_s), np.empty((LEVELS, len(row)))
         values = []
         for _ in range(2):
-            _least_load_s(floors, 0, prices, least)
+            _least_load_s(floors, 0, LEVELS - 1, prices, least)
             values.append(prices @ rates + RHO / theta * (row @ least[level]))
             _tune_prices(floors, row, rates, RHO, theta, total_s, prices)
         assert values[0] <= values[1] <= total_s * (1 + 1e-9)
@@ -427,6 +429,27 @@ def test_scores_equal_the_plain_simplex_and_latency(
     assert theta == pytest.approx(plain, rel=1e-8)
     assert shares.sum(axis=1) == pytest.approx(np.ones((12, 4)))
     assert latency_s == pytest.approx(mean_latency_s(model, rows, counts, shares * rates))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 4))
+def test_prices_of_a_solved_deployment_say_its_headroom(seed: int, types: int, used: int) -> None:
+    """By duality: no prices bound it below its headroom, and these meet it. With equal ratios of
+    loads, where several optima are as good, too."""
+    rng = np.random.default_rng(seed)
+    loads = np.exp(rng.normal(0.0, 1.0, (6, types)))
+    loads[1] = np.where(rng.random(types) < 0.3, 2.0 * loads[0], loads[1])
+    capacity = np.zeros(6)
+    capacity[:used] = RHO * rng.integers(1, 5, used)
+    shares, prices = np.empty((6, types)), np.empty(types)
+    theta = _solve(loads, capacity, *_scratch(6, types), shares, prices)
+    plain, _ = simplex_batch(loads[None], capacity[None])
+    bound = capacity @ (prices / loads).max(axis=1)
+    assert theta == pytest.approx(plain[0], rel=1e-8)
+    assert bound == pytest.approx(theta, rel=1e-7)
+    assert prices.sum() == pytest.approx(1.0)
+    assert shares.sum(axis=0) == pytest.approx(np.ones(types))
+    assert ((loads * shares).sum(axis=1) <= capacity / theta * (1 + 1e-9)).all()
 
 
 def test_large_pools_have_no_library() -> None:
