@@ -16,8 +16,9 @@ from operator import add
 import numpy as np
 from numpy.typing import NDArray
 
+from controller import counting
 from controller.posterior import TypePosterior
-from controller.workload import add_rows, assign, centres
+from controller.workload import assign, centres
 from engine.cluster import (
     Arrival,
     ClusterEvent,
@@ -29,6 +30,7 @@ from engine.cluster import (
 )
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 SCALES = (0.25, 1.0, 4.0)  # of window_s: fast, medium and slow rates
 CENTRE_WEIGHT = 20.0  # finished requests that a type's fitted centre counts as
 QUARTER_S = 900.0
@@ -114,44 +116,49 @@ class Monitor:
             [a.request_class for a in arrivals],
             [a.client_id for a in arrivals],
         )
-        times = np.array([a.arrival_s for a in arrivals])
-        self._decay_to(float(times.max()))
-        weight = np.exp(np.minimum(times - self._last_s, 0.0)[None] / self._taus[:, None])
-        self._arrived += weight @ rows
-        self._interval += rows.sum(axis=0)
+        self._add_arrivals(np.array([a.arrival_s for a in arrivals], np.float64), rows)
+
+    def _add_arrivals(self, arrival_s: Floats, rows: Floats) -> None:
+        """[N], and [N, J] what is known of their types."""
+        self._decay_to(float(arrival_s.max()))
+        counting.add_arrivals(
+            arrival_s, rows, self._last_s, self._taus, self._arrived, self._interval
+        )
 
     def _count_finished(self, finished: list[RequestOutcome]) -> None:
-        lengths = np.array([(o.prompt_tokens, o.output_tokens) for o in finished], np.float64)
-        types = assign(self._typing, lengths[:, 0], lengths[:, 1])
+        prompt = np.array([o.prompt_tokens for o in finished], np.int64)
+        output = np.array([o.output_tokens for o in finished], np.int64)
+        types = assign(self._typing, prompt, output)
         self.posterior.observe_given(
             [o.prompt_tokens for o in finished],
             types,
             [o.request_class for o in finished],
             [o.client_id for o in finished],
         )
-        keep = 1.0 - 1.0 / LENGTH_MEMORY
-        counts = np.bincount(types, minlength=len(self._typing.types))
-        faded = keep**counts
-        self._length_weight = self._length_weight * faded + counts
-        self._length_sum *= faded[:, None]
-        add_rows(self._length_sum, types, lengths)
-        self._decay_to(max(o.finish_s for o in finished))
-        for outcome in finished:
-            self._count_latency(outcome)
-
-    def _count_latency(self, outcome: RequestOutcome) -> None:
-        weight = math.exp(min(outcome.finish_s - self._last_s, 0.0) / self._window_s)
-        ttft_s, tpot_s = outcome.ttft_s, outcome.tpot_s
-        self._ended += weight * np.array(
-            (
-                1.0,
-                outcome.finish_s - outcome.arrival_s,
-                0.0 if ttft_s is None else 1.0,
-                ttft_s or 0.0,
-                0.0 if tpot_s is None else 1.0,
-                tpot_s or 0.0,
+        arrival_s, first_token_s, finish_s = (
+            np.array(times, np.float64)  # None becomes nan
+            for times in zip(
+                *[(o.arrival_s, o.first_token_s, o.finish_s) for o in finished], strict=True
             )
         )
+        self._add_finished(types, prompt, output, arrival_s, first_token_s, finish_s)
+
+    def _add_finished(
+        self,
+        types: Counts,
+        prompt_tokens: Counts,
+        output_tokens: Counts,
+        arrival_s: Floats,
+        first_token_s: Floats,
+        finish_s: Floats,
+    ) -> None:
+        """[N] each; a time to the first token that is not known is nan."""
+        keep = 1.0 - 1.0 / LENGTH_MEMORY
+        lengths = self._length_weight, self._length_sum
+        counting.add_lengths(types, prompt_tokens, output_tokens, keep, *lengths)
+        self._decay_to(float(finish_s.max()))
+        times = arrival_s, first_token_s, finish_s
+        counting.add_latencies(*times, output_tokens, self._last_s, self._window_s, self._ended)
 
     def take_interval(self, now_s: float) -> Floats:
         """[J] mean arrival rates since the last call (or reset), in requests per second."""

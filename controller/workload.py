@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from controller import counting
 from engine.cluster import WorkloadType, WorkloadTyping
 from engine.errors import InvalidRequestError
 
@@ -90,45 +89,9 @@ def assign(
     typing: WorkloadTyping, prompt_tokens: ArrayLike, output_tokens: ArrayLike
 ) -> NDArray[np.int64]:
     """[N] nearest type in (ln prompt, ln output) of finished requests."""
-    points = _log_lengths(prompt_tokens, output_tokens)
-    found: NDArray[np.int64] = _nearest(points, _log_centres(typing))
+    lengths = np.asarray(prompt_tokens, np.float64), np.asarray(output_tokens, np.float64)
+    found: NDArray[np.int64] = counting.nearest(*lengths, _log_centres(typing))
     return found
-
-
-@lru_cache(maxsize=1)
-def _warm_up() -> None:
-    """Compiles everything, or loads it, so that no decision waits for it."""
-    one, first = np.zeros((1, 2)), np.zeros(1, np.int64)
-    add_rows(one, _nearest(one, one), one)
-    _count(one, first, first)
-
-
-@numba.njit(cache=True, nogil=True)
-def _nearest(points: Any, centres: Any) -> Any:
-    """[N] which of centres[J, 2] each of points[N, 2] is nearest to; of equals the first."""
-    found = np.zeros(len(points), np.int64)
-    for i in range(len(points)):
-        least = np.inf
-        for j in range(len(centres)):
-            x, y = points[i, 0] - centres[j, 0], points[i, 1] - centres[j, 1]
-            if x * x + y * y < least:
-                least, found[i] = x * x + y * y, j
-    return found
-
-
-@numba.njit(cache=True, nogil=True)
-def add_rows(sums: Any, kinds: Any, rows: Any) -> None:
-    """Adds rows[N, K] to sums[J, K] by kinds[N], one after another."""
-    for i in range(len(kinds)):
-        for k in range(rows.shape[1]):
-            sums[kinds[i], k] += rows[i, k]
-
-
-@numba.njit(cache=True, nogil=True)
-def _count(counts: Any, buckets: Any, types: Any) -> None:
-    """Adds 1 to counts[bucket, type] of each of N, one after another."""
-    for i in range(len(types)):
-        counts[buckets[i], types[i]] += 1.0
 
 
 def prompt_edges(typing: WorkloadTyping) -> tuple[int, ...]:
@@ -155,7 +118,7 @@ class PromptPosterior:
     def __init__(
         self, typing: WorkloadTyping, smoothing: float = 4.0, memory_requests: float = 4000.0
     ) -> None:
-        _warm_up()
+        counting.warm_up()
         self.edges = prompt_edges(typing)
         self._edges = np.array(self.edges, np.float64)
         self._decay = 1.0 - 1.0 / memory_requests
@@ -183,9 +146,12 @@ class PromptPosterior:
         taken = self.matrix * number
         self.mixing: Floats = np.asarray(taken.T @ self.matrix / taken.sum(axis=0)[:, None])
 
-    def buckets(self, prompt_tokens: ArrayLike) -> NDArray[np.intp]:
+    def buckets(self, prompt_tokens: ArrayLike) -> NDArray[np.int64]:
         """[N] row of `matrix` for each prompt length."""
-        return np.asarray(np.searchsorted(self._edges, prompt_tokens, side="left"))
+        found: NDArray[np.int64] = counting.buckets(
+            self._edges, np.asarray(prompt_tokens, np.int64)
+        )
+        return found
 
     def rows(self, prompt_tokens: ArrayLike) -> Floats:
         """[N, J] P(type | prompt) of arrivals."""
@@ -196,5 +162,5 @@ class PromptPosterior:
         if not len(types):
             return
         self._counts *= math.pow(self._decay, len(types))
-        _count(self._counts, self.buckets(prompt_tokens), types)
+        counting.add_pairs(self._counts, self.buckets(prompt_tokens), types)
         self._refresh()

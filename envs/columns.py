@@ -13,9 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from controller.decision import DecisionPipeline
-from controller.monitor import LENGTH_MEMORY, Monitor
-from controller.workload import add_rows, assign
+from controller.monitor import Monitor
+from controller.workload import assign
 from engine.cluster import ClusterEvent, ClusterSnapshot, Drivable, SloSpec
+from envs import settling
 from envs.reward import (
     WORST,
     RewardConfig,
@@ -24,7 +25,7 @@ from envs.reward import (
     lone_seconds,
     reward_terms,
     slo_met,
-    tpot_of,
+    times_of,
 )
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
@@ -59,46 +60,25 @@ class ColumnMonitor(Monitor):
         arrived, ended = len(traffic.arrival_s), len(traffic.finish_s)
         self._num_open = max(0, self._num_open + arrived - ended)
         if arrived:
-            self._count_arrival_columns(traffic)
+            rows = self.posterior.rows(traffic.arrival_prompt_tokens)
+            self._add_arrivals(traffic.arrival_s, rows)
         if traffic.finished.any():
             self._count_finished_columns(traffic)
-
-    def _count_arrival_columns(self, traffic: TrafficColumns) -> None:
-        rows = self.posterior.rows(traffic.arrival_prompt_tokens)
-        times = traffic.arrival_s
-        self._decay_to(float(times.max()))
-        weight = np.exp(np.minimum(times - self._last_s, 0.0)[None] / self._taus[:, None])
-        self._arrived += weight @ rows
-        self._interval += rows.sum(axis=0)
 
     def _count_finished_columns(self, traffic: TrafficColumns) -> None:
         done = traffic.finished
         prompt, output = traffic.prompt_tokens[done], traffic.output_tokens[done]
         types = assign(self._typing, prompt, output)
         self.posterior.observe(prompt, types)
-        keep = 1.0 - 1.0 / LENGTH_MEMORY
-        counts = np.bincount(types, minlength=len(self._typing.types))
-        faded = keep**counts
-        self._length_weight = self._length_weight * faded + counts
-        self._length_sum *= faded[:, None]
-        lengths = np.empty((len(types), 2))
-        lengths[:, 0], lengths[:, 1] = prompt, output
-        add_rows(self._length_sum, types, lengths)
-        finish_s, first_s = traffic.finish_s[done], traffic.first_token_s[done]
-        self._decay_to(float(finish_s.max()))
-        weight = np.exp(np.minimum(finish_s - self._last_s, 0.0) / self._window_s)
-        arrival_s, figures = traffic.ended_arrival_s[done], np.ones((6, len(weight)))
-        figures[1], figures[3] = finish_s - arrival_s, first_s - arrival_s
-        figures[4] = output > 1
-        tokens = np.maximum(output - 1, 1)
-        figures[5] = np.where(output > 1, (finish_s - first_s) / tokens, 0.0)
-        self._ended += figures @ weight
+        times = traffic.ended_arrival_s, traffic.first_token_s, traffic.finish_s
+        self._add_finished(types, prompt, output, *(each[done] for each in times))
 
 
 class ColumnLedger:
     """`RewardLedger` over one trace that is submitted in order, starting at `start_s`."""
 
     def __init__(self, config: RewardConfig, trace: Trace, start_s: float) -> None:
+        settling.warm_up()
         self.config = config
         self._stretch = config.stretch.of(config, trace)
         self._reference_s = self._stretch * lone_seconds(config, trace)
@@ -116,18 +96,12 @@ class ColumnLedger:
         device_s: float = 0.0,
     ) -> RewardTerms:
         """As `RewardLedger.settle`."""
-        index = traffic.index
-        is_new = ~self._is_charged[index]
-        served = self.parts(traffic)[:, is_new & traffic.finished].sum(axis=1)
-        unserved = int((is_new & ~traffic.finished).sum())
-        self._is_charged[index] = True
         arrived = int(np.searchsorted(self._arrival_s, now_s, side="right"))
-        asked = slice(self._first_open, arrived)
-        overdue = ~self._is_charged[asked] & (self._due_s[asked] <= now_s)
-        self._is_charged[asked] |= overdue
-        unserved += int(overdue.sum())
-        is_open = ~self._is_charged[asked]
-        self._first_open += int(is_open.argmax()) if is_open.any() else len(is_open)
+        ended = traffic.index, traffic.finished, self.parts(traffic)
+        span = self._first_open, arrived
+        served, unserved, self._first_open = settling.charge(
+            *ended, self._is_charged, self._due_s, span, now_s
+        )
         return reward_terms(self.config, served, unserved, switched_bytes, device_s)
 
     def loss(self, before: ClusterSnapshot, after: Rollout) -> float:
@@ -154,17 +128,16 @@ class ColumnLedger:
     def parts(self, ended: TrafficColumns) -> Seconds:
         """[3, E] `parts_of_utility` of each request, as if it had finished."""
         config, weigh = self.config, self.config.utility
-        worst = weigh.worst_slowdown
-        latency_s = ended.finish_s - ended.ended_arrival_s
-        by_latency = log_worths(latency_s / self._reference_s[ended.index], worst)
-        reference_s = self._stretch[ended.index] * config.ref_tpot_s
-        by_tpot = np.where(
-            ended.output_tokens > 1, log_worths(tpot_of(ended) / reference_s, worst), by_latency
+        weights = float(weigh.latency), float(weigh.tpot), float(weigh.slo)
+        met = slo_met(config.slo, ended)
+        references = (
+            self._reference_s[ended.index],
+            self._stretch[ended.index] * config.ref_tpot_s,
         )
-        by_slo = np.where(slo_met(config.slo, ended), 1.0, -1.0)
-        found = np.empty((3, len(latency_s)))
-        found[0], found[1] = weigh.latency * by_latency, weigh.tpot * by_tpot
-        found[2] = weigh.slo * by_slo
+        found: Seconds = settling.weighted_parts(
+            *(weights, float(weigh.worst_slowdown), met),
+            *(ended.output_tokens, times_of(ended), references),
+        )
         return found
 
 

@@ -44,6 +44,8 @@ from numpy.typing import NDArray
 
 from engine.cluster import NO_SLO, Request, RequestOutcome, RequestStatus, SloSpec, UtilitySpec
 from engine.profile import ProfiledCluster, StepTimeModel
+from envs import settling
+from envs.settling import log_worth
 from envs.workload import Trace
 from policies.base import Seconds, TrafficColumns
 
@@ -137,12 +139,6 @@ def _first_token_s(step: StepTimeModel) -> float:
 # One request
 
 
-def log_worth(slowdown: float, worst_slowdown: float) -> float:
-    """1 at the reference or faster, -1 at `worst_slowdown` times it or slower."""
-    fall = 2.0 * math.log(max(slowdown, 1e-9)) / math.log(worst_slowdown)
-    return max(-1.0, min(1.0, 1.0 - fall))
-
-
 def log_worths(slowdown: Seconds, worst_slowdown: float) -> Seconds:
     """`log_worth` of each."""
     fall = 2.0 * np.log(np.maximum(slowdown, 1e-9)) / math.log(worst_slowdown)
@@ -168,14 +164,15 @@ def parts_of_utility(
 
 def slo_met(slo: SloSpec, ended: TrafficColumns) -> NDArray[np.bool_]:
     """[E] `SloSpec.is_met_by` of each request."""
-    met = ended.finished
-    if slo.ttft_s > 0 or slo.ttft_per_prompt_token_s > 0:
-        due_s = slo.ttft_s + slo.ttft_per_prompt_token_s * ended.prompt_tokens
-        ttft_s = ended.first_token_s - ended.ended_arrival_s
-        met = met & ~((due_s > 0) & (ttft_s > due_s))
-    if slo.tpot_s > 0:
-        met = met & ~((ended.output_tokens > 1) & (tpot_of(ended) > slo.tpot_s))
-    return met
+    limits = float(slo.ttft_s), float(slo.tpot_s), float(slo.ttft_per_prompt_token_s)
+    lengths = ended.prompt_tokens, ended.output_tokens
+    found: NDArray[np.bool_] = settling.slo_met(limits, ended.finished, lengths, times_of(ended))
+    return found
+
+
+def times_of(ended: TrafficColumns) -> tuple[Seconds, Seconds, Seconds]:
+    """Of arrival, first token and end, as `envs.settling` takes them."""
+    return ended.ended_arrival_s, ended.first_token_s, ended.finish_s
 
 
 def tpot_of(ended: TrafficColumns) -> Seconds:
