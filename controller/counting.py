@@ -40,6 +40,28 @@ def add_pairs(counts: Any, rows: Any, columns: Any) -> None:
 
 
 @compiled
+def posterior(weights: Any) -> Any:
+    """[B, J] shares of weights[B, J] in each bucket; and [J, J] what requests are of, bucket by
+    bucket, that are taken for a type by those shares. Rows sum to 1."""
+    number, types = weights.shape
+    shares, mixing, taken = np.empty((number, types)), np.zeros((types, types)), np.zeros(types)
+    for b in range(number):
+        total = 0.0
+        for j in range(types):
+            total += weights[b, j]
+        for j in range(types):
+            shares[b, j] = weights[b, j] / total
+        for i in range(types):
+            taken[i] += weights[b, i]
+            for j in range(types):
+                mixing[i, j] += weights[b, i] * shares[b, j]
+    for i in range(types):
+        for j in range(types):
+            mixing[i, j] /= taken[i]
+    return shares, mixing
+
+
+@compiled
 def add_arrivals(
     arrival_s: Any, rows: Any, now_s: float, taus_s: Any, arrived: Any, interval: Any
 ) -> None:
@@ -103,6 +125,7 @@ def warm_up() -> None:
     nearest(one, one, np.ones((1, 2)))
     buckets(one, first)
     add_pairs(square, first, first)
+    posterior(square)
     add_arrivals(one, square, 0.0, one, square.copy(), one.copy())
     add_lengths(first, first, first, 1.0, one.copy(), np.ones((1, 2)))
     add_latencies(one, one, one, first, 0.0, 1.0, np.zeros(6))

@@ -35,7 +35,7 @@ CUTS = 2  # prices that bound headroom before latency is looked at
 FIRST, ROUND = 8, 128  # solved before bounds are looked at again; later twice as many each time
 PARTS, MANY = 16, 2000  # of mixes on a replica, told apart where there are many deployments
 LEVELS = 64  # of utilisation, at which what a replica adds is tabulated
-TUNING = 50  # steps towards prices that say the most
+TUNING = 10  # steps towards prices that say the most
 TIE = 1e-9  # relative; of deployments this close the first in the list is the best
 
 
@@ -509,30 +509,37 @@ def load_floors(model: Any, rho: float, parts: int) -> Any:
     requests, mixes = np.zeros((configs, parts, most, types)), np.empty((most, types))
     stepping, alone = np.zeros((configs, parts, most)), np.zeros((configs, parts, most))
     waiting, step_s = np.empty((LEVELS, configs, parts)), np.empty((LEVELS, configs, parts))
+    below = np.minimum(rho * np.arange(LEVELS) / LEVELS, RHO_KNEE)
+    logs = np.log(np.maximum(below, 1e-300))
+    busy = np.empty(types)
     for c in range(configs):
-        rate = service[c] * steps
-        busy = stage_share[c] * rate * added_s[c]
+        for j in range(types):
+            busy[j] = stage_share[c] * service[c, j] * steps[j] * added_s[c, j]
         width = (busy.max() - busy.min()) / parts
         for part in range(parts):
             start = busy.min() + part * width
             number[c, part] = _corners(busy, start, start + width, mixes)
             added_full_s, fewest, places = np.inf, np.inf, 0.0
             for v in range(number[c, part]):
-                requests[c, part, v] = mixes[v] * service[c]
-                stepping[c, part, v] = (mixes[v] * rate).sum()
-                alone[c, part, v] = (mixes[v] * rate * (base_s[c] + added_s[c])).sum()
-                cycles = (mixes[v] * rate / max_running[c]).sum()
-                added_full_s = min(added_full_s, (mixes[v] * busy).sum() / cycles)
-                fewest = min(fewest, stepping[c, part, v] / cycles)
-                places = max(places, stepping[c, part, v] / cycles)
+                rate, lone, cycles, work = 0.0, 0.0, 0.0, 0.0
+                for j in range(types):
+                    own = mixes[v, j] * service[c, j]
+                    requests[c, part, v, j] = own
+                    rate += own * steps[j]
+                    lone += own * steps[j] * (base_s[c] + added_s[c, j])
+                    cycles += own * steps[j] / max_running[c, j]
+                    work += mixes[v, j] * busy[j]
+                stepping[c, part, v], alone[c, part, v] = rate, lone
+                added_full_s = min(added_full_s, work / cycles)
+                fewest, places = min(fewest, rate / cycles), max(places, rate / cycles)
             stretch = max(1.0, stage_share[c] * min(pp[c], max(fewest, 1.0)))
             full_s = stretch * base_s[c] + added_full_s
+            stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
             power = np.sqrt(2.0 * (places + 1.0)) - 1.0
             for level in range(LEVELS):
                 load = rho * level / LEVELS
-                below = min(load, RHO_KNEE)
-                waiting[level, c, part] = 1.0 + below**power / (1.0 - below) / places
-                stretched_s = max(1.0, stage_share[c] * pp[c]) * base_s[c]
+                wait = np.exp(power * logs[level]) / (1.0 - below[level])
+                waiting[level, c, part] = 1.0 + wait / places
                 cycle_s = stretched_s / (1.0 - min(load * start, 1.0 - 1e-9))
                 step_s[level, c, part] = waiting[level, c, part] * min(cycle_s, full_s)
     return number, requests, stepping, alone, waiting, step_s
@@ -702,17 +709,21 @@ def _least_latency(
     everything, total = np.arange(number), rates.sum()
     above, each = _headroom_bounds(counts, loads, rho)
     active, bounds = everything[above >= 1.0], np.zeros(number)
+    least = np.empty((LEVELS, configs))
     many = floors[0].shape[1] > 1
-    least, size = np.empty((LEVELS, configs)), FIRST
-    best, solved = np.inf, 0
+    start = ROUND if many else FIRST  # to solve once a better one was found
+    best, solved, size, tuned = np.inf, 0, FIRST, apart
+    fastest, spare = present, np.inf  # the best so far, and its headroom
     theta = _solve(loads, rho * present, used, table, basis, shares, duals)
     present_s = _latency_s(model, present, rates, shares) if theta >= 1.0 else np.inf
     if present_s < np.inf:
-        best, size = present_s, ROUND
+        best, spare, size = present_s, theta, start
         _prices_of(model, present, rates, shares, prices)
-        if many:
-            _tune_prices(floors, present, rates, rho, theta, best * total, prices)
+    known = prices.copy()
     while True:
+        if best < np.inf and not tuned and (many or size > FIRST):
+            prices[:], tuned = known, True
+            _tune_prices(floors, fastest, rates, rho, spare, best * total, prices)
         if apart:
             _least_own_s(model, loads, rates, prices, least)
         else:
@@ -741,7 +752,7 @@ def _least_latency(
             return (-2 if best < np.inf else -1), best, solved, present_s
         prices[:] = 0.0
         order = _lowest(bounds, left, size)
-        size *= 2 if best < np.inf else 1
+        size *= 2
         for i in order:
             if bounds[i] > best * (1.0 + TIE):
                 break
@@ -750,11 +761,10 @@ def _least_latency(
             if theta >= 1.0:
                 values[i] = _latency_s(model, counts[i], rates, shares)
                 if values[i] < best:
-                    best = values[i]
+                    best, size, tuned = values[i], start, apart
+                    fastest, spare = counts[i], theta
                     _prices_of(model, counts[i], rates, shares, prices)
-                    if many:
-                        _tune_prices(floors, counts[i], rates, rho, theta, best * total, prices)
-                    size = ROUND
+                    known[:] = prices
                     break
         if len(left) > FIRST:
             _cut(counts, active, loads, rho, duals, above, exact)
@@ -780,7 +790,8 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
     the replicas; at any prices z[J] per request it is at least sum_j z_j lambda_j, plus what
     `_least_load_s` says for each replica at the least utilisation. Otherwise the utilisation is at
     most rho over the headroom, and `_least_own_s` says it. The prices are what requests take in the
-    best deployment so far, in a long list such that the sum says the most of that deployment.
+    best deployment so far; in a long list, and where a round has found none better, they are such
+    that the sum says the most of that deployment.
     """
     parts = num_parts(len(counts), apart)
     return _least_latency_of(counts, loads, rates, rho, model, parts, apart)

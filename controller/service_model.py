@@ -108,9 +108,20 @@ class ServiceModel:
 def mixed_rates(rates: Floats, mixing: Floats) -> Floats:
     """[C, J] service rates of guessed types, from those[C, J] of true ones; 0 where a type that
     is not served is among them."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        work = np.where(mixing > 0.0, mixing / rates[:, None, :], 0.0)  # [C, i, j]
-        return np.asarray(1.0 / work.sum(axis=2))
+    return np.asarray(_mixed_rates(np.ascontiguousarray(rates), np.ascontiguousarray(mixing)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _mixed_rates(rates: Any, mixing: Any) -> Any:
+    found = np.zeros(rates.shape)
+    for c in range(len(rates)):
+        for i in range(len(mixing)):
+            work = 0.0
+            for j in range(len(mixing)):
+                if mixing[i, j] > 0.0:
+                    work += mixing[i, j] / rates[c, j] if rates[c, j] > 0.0 else np.inf
+            found[c, i] = 1.0 / work
+    return found
 
 
 def feasible_configs(cluster: ProfiledCluster) -> tuple[ParallelConfig, ...]:

@@ -139,12 +139,10 @@ class PromptPosterior:
 
     def _refresh(self) -> None:
         """All that follows from the counts, as they are counted: decisions ask for it later."""
-        weight = self._pseudo + self._counts
-        number = weight.sum(axis=1, keepdims=True)
-        self.matrix: Floats = weight / number
+        self.matrix: Floats
+        self.mixing: Floats
+        self.matrix, self.mixing = counting.posterior(self._pseudo + self._counts)
         self.table: tuple[tuple[float, ...], ...] = tuple(map(tuple, self.matrix.tolist()))
-        taken = self.matrix * number
-        self.mixing: Floats = np.asarray(taken.T @ self.matrix / taken.sum(axis=0)[:, None])
 
     def buckets(self, prompt_tokens: ArrayLike) -> NDArray[np.int64]:
         """[N] row of `matrix` for each prompt length."""
