@@ -66,7 +66,7 @@ class ColumnMonitor(Monitor):
             self._count_finished_columns(traffic)
 
     def _count_finished_columns(self, traffic: TrafficColumns) -> None:
-        done = traffic.finished
+        done: Any = slice(None) if traffic.finished.all() else traffic.finished
         prompt, output = traffic.prompt_tokens[done], traffic.output_tokens[done]
         types = assign(self._typing, prompt, output)
         self.posterior.observe(prompt, types)
