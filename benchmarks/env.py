@@ -195,7 +195,7 @@ def main() -> None:
     table.add_row("ppo_vs_learner_only", f"{ratio:.2f}", "", "")
     console = Console(width=110)
     console.print(
-        f"{setup.cluster.profile.model} on {DEVICES} {setup.cluster.profile.device}s, "
+        f"{setup.cluster.profile.model} on {DEVICES} x {setup.cluster.profile.device}; "
         f"{NUM_ENVS} environments, {CORES} cores; {switched:.1%} of drawn decisions switched; "
         f"PPO as in {CONFIG.name}: {ppo.n_steps} steps a rollout, batches of {ppo.batch_size}, "
         f"{ppo.n_epochs} epochs, {ppo.hidden_size} wide"

@@ -16,16 +16,18 @@ from controller.decision import DecisionPipeline
 from controller.monitor import Monitor
 from controller.workload import assign
 from engine.cluster import ClusterEvent, ClusterSnapshot, Drivable, SloSpec
-from envs import settling
 from envs.reward import (
     WORST,
     RewardConfig,
     RewardTerms,
+    charge,
     log_worths,
     lone_seconds,
     reward_terms,
     slo_met,
     times_of,
+    warm_up,
+    weighted_parts,
 )
 from envs.traffic_feed import IntervalCounts
 from envs.workload import Trace
@@ -78,7 +80,7 @@ class ColumnLedger:
     """`RewardLedger` over one trace that is submitted in order, starting at `start_s`."""
 
     def __init__(self, config: RewardConfig, trace: Trace, start_s: float) -> None:
-        settling.warm_up()
+        warm_up()
         self.config = config
         self._stretch = config.stretch.of(config, trace)
         self._reference_s = self._stretch * lone_seconds(config, trace)
@@ -99,7 +101,7 @@ class ColumnLedger:
         arrived = int(np.searchsorted(self._arrival_s, now_s, side="right"))
         ended = traffic.index, traffic.finished, self.parts(traffic)
         span = self._first_open, arrived
-        served, unserved, self._first_open = settling.charge(
+        served, unserved, self._first_open = charge(
             *ended, self._is_charged, self._due_s, span, now_s
         )
         return reward_terms(self.config, served, unserved, switched_bytes, device_s)
@@ -134,7 +136,7 @@ class ColumnLedger:
             self._reference_s[ended.index],
             self._stretch[ended.index] * config.ref_tpot_s,
         )
-        found: Seconds = settling.weighted_parts(
+        found: Seconds = weighted_parts(
             *(weights, float(weigh.worst_slowdown), met),
             *(ended.output_tokens, times_of(ended), references),
         )
