@@ -238,9 +238,10 @@ class ServingEnv(gymnasium.Env[Floats, np.int64]):
 
     def _as_seen(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
         """The snapshot; in a stale span the last one before it, at the present time."""
-        if not any(span.covers(snapshot.now_s - self.start_s) for span in self._stale):
-            self._seen = snapshot
-        return replace(self._seen, now_s=snapshot.now_s)
+        if any(span.covers(snapshot.now_s - self.start_s) for span in self._stale):
+            return replace(self._seen, now_s=snapshot.now_s)
+        self._seen = snapshot
+        return snapshot
 
     def _take_events(self, cluster: Drivable) -> tuple[ClusterEvent, ...]:
         batch = cluster.events(self._cursor)

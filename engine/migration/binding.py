@@ -28,10 +28,9 @@ def bind_sequence(
     drain_s = max_remaining_tokens * kv.decode_step_s
     migrate_s = kv_bytes / kv.link_bytes_per_s if fits_target and num_computed_tokens else None
     recompute_s = num_computed_tokens / kv.prefill_tokens_per_s
-    costs = [(recompute_s, Binding.RECOMPUTE), (drain_s, Binding.DRAIN)]
-    if migrate_s is not None:
-        costs.insert(0, (migrate_s, Binding.MIGRATE))
-    _, binding = min(costs, key=lambda cost: cost[0])  # the first of equals
+    binding = Binding.RECOMPUTE if recompute_s <= drain_s else Binding.DRAIN
+    if migrate_s is not None and migrate_s <= min(recompute_s, drain_s):
+        binding = Binding.MIGRATE
     return BoundSequence(request_id, binding, drain_s, migrate_s, recompute_s)
 
 

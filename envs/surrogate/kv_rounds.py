@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -225,7 +224,10 @@ class KvRounds:
     def _start_over(self, key: int) -> None:
         """There is no room for its blocks, or nothing in them any more."""
         self._recompute.append(key)
-        self._bound[key] = replace(self._bound[key], binding=Binding.RECOMPUTE, migrate_s=None)
+        bound = self._bound[key]
+        self._bound[key] = BoundSequence(
+            bound.request_id, Binding.RECOMPUTE, bound.drain_s, None, bound.recompute_s
+        )
 
     def _give_back(self, host: SurrogateCluster, key: int, now_s: float) -> None:
         kept = self._kept.pop(key, None)
