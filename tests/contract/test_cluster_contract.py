@@ -247,8 +247,8 @@ def test_unknown_tickets(cluster: Drivable) -> None:
 
 def test_switch_under_load_loses_nothing(cluster: Drivable) -> None:
     cursor, before = end_of_log(cluster), cluster.snapshot()
-    requests = submit(cluster, [(30, 90)] * 6 + [(60, 40)] * 4)
-    cluster.advance(before.now_s + 0.3)
+    requests = submit(cluster, [(30, 220)] * 6 + [(60, 40)] * 4)
+    wait_until(cluster, lambda: sum(s.num_running for s in cluster.snapshot().replicas) >= 6)
     plan = replace(plan_to(cluster, another_key(cluster)), decision_id="d1")
     ticket = cluster.apply(plan)
     assert not ticket.phase.is_terminal
