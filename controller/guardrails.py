@@ -7,11 +7,10 @@ guardrails, in their order; docs/guardrails.md explains it and is checked agains
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby, repeat
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -168,15 +167,10 @@ class _Tick:
     def _coverage(self, shape: Shape) -> list[float]:
         """Per type, what these replicas take of it alone over what may arrive of it."""
         capacity = self._now.capacity
-        rows = [
-            [rate * n for rate in capacity[parallel]]
-            for parallel, n in shape.alike
-            if parallel in capacity
-        ]
-        totals = map(sum, zip(*rows, strict=True)) if rows else repeat(0.0)
+        rows = [(capacity[parallel], n) for parallel, n in shape.alike if parallel in capacity]
         return [
-            total / demand if demand > 0 else math.inf
-            for demand, total in zip(self._now.demand, totals, strict=False)
+            sum([row[j] * n for row, n in rows]) / demand if demand > 0 else np.inf
+            for j, demand in enumerate(self._now.demand)
         ]
 
     def _covers_too_little(self, shape: Shape) -> bool:

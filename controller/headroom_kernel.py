@@ -821,9 +821,9 @@ def least_latency_or(
 
 
 @compiled
-def scenarios(powers: Any, served: Any) -> Any:
-    """Rates[2 + J + R, J] and loads[2 + J + R, C, J] from powers[2 + R, 1 + J], the totals and
-    shares of the median forecast, of the high one, and of R mixes seen lately; at served[C, J].
+def scenarios(powers: Any) -> Any:
+    """Rates[2 + J + R, J] from powers[2 + R, 1 + J], the totals and shares of the median forecast,
+    of the high one, and of R mixes seen lately.
 
     Those two forecasts; the median with one type at a time as high as its forecast allows; and
     the median's total in each of the mixes."""
@@ -846,13 +846,7 @@ def scenarios(powers: Any, served: Any) -> Any:
             whole += rates[row, j]
         for j in range(types):
             rates[row, j] = total * rates[row, j] / whole
-    loads = np.full((len(rates), *served.shape), np.inf)
-    for row in range(len(rates)):
-        for c in range(len(served)):
-            for j in range(types):
-                if served[c, j] > 0.0:
-                    loads[row, c, j] = rates[row, j] / served[c, j]
-    return rates, loads
+    return rates
 
 
 @compiled
@@ -900,4 +894,4 @@ def warm_up() -> None:
     lists = square, square, square, square, one
     best_each(*lists, cube, cube[:, 0], 0.9, 0.0, model, floors, False, 1.0)
     dominated(square, np.zeros(1, np.int64), square)
-    scenarios(np.ones((3, 2)), square)
+    scenarios(np.ones((3, 2)))

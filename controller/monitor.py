@@ -129,12 +129,8 @@ class Monitor:
         prompt = np.array([o.prompt_tokens for o in finished], np.int64)
         output = np.array([o.output_tokens for o in finished], np.int64)
         types = assign(self._typing, prompt, output)
-        self.posterior.observe_given(
-            [o.prompt_tokens for o in finished],
-            types,
-            [o.request_class for o in finished],
-            [o.client_id for o in finished],
-        )
+        labels = [o.request_class for o in finished], [o.client_id for o in finished]
+        self.posterior.observe_given(prompt, types, *labels)
         arrival_s, first_token_s, finish_s = (
             np.array(times, np.float64)  # None becomes nan
             for times in zip(

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from controller.workload import Floats, PromptPosterior
 from engine.cluster import LABEL_CHARS, WorkloadTyping
@@ -112,7 +112,7 @@ class TypePosterior(PromptPosterior):
 
     def observe_given(
         self,
-        prompt_tokens: Sequence[int],
+        prompt_tokens: ArrayLike,
         types: NDArray[np.int64],
         classes: Sequence[str],
         clients: Sequence[str],

@@ -248,8 +248,7 @@ class Scorer:
         """At the median forecast and the high one, then in what the next interval may be like: one
         type at a time is as high as its forecast allows, or the mix is one of the `recent`."""
         powers = np.array([[*map(self._power, key)] for key in (q50, q90, *recent)])
-        rates, loads = kernel.scenarios(powers, self.headroom_rates(lengths_key))
-        return Demand(rates, loads, lengths_key)
+        return self.demand(kernel.scenarios(powers), lengths_key)
 
     def rates_key(self, rates: ArrayLike) -> Key:
         """Total and shares of the rates, with the coverage floor, rounded in ln."""
