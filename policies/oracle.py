@@ -1,15 +1,18 @@
-"""What is possible with hindsight: a beam search that can be carried out, and bounds that cannot
-be beaten.
+"""What is possible with hindsight: searches for courses that can be carried out, and bounds that
+cannot be beaten.
 
-The beam knows all arrivals and output lengths, tries courses of switches in the simulator and keeps
-the best few of each step: an achievable reference, not an optimum. The bounds are proven, and say
-how much there is above it at most.
+A search knows all arrivals and output lengths and tries courses of switches in the simulator. The
+beam keeps the best few of each step; `refine` takes whole courses and changes them block by block
+while that helps. Both are achievable references, not optima. The bounds are proven, and say how
+much there is above them at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, starmap
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +41,24 @@ class BeamConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RefineConfig:
+    """Frozen before anything is compared."""
+
+    step_s: float = 60.0  # between decisions
+    blocks: tuple[int, ...] = (20, 10, 5, 2, 1)  # steps that change together, one size at a time
+    deployments: int = 4  # to choose from, beside those of the courses that it starts with
+
+    def __post_init__(self) -> None:
+        if self.step_s <= 0 or not self.blocks or min(self.blocks) < 1 or self.deployments < 1:
+            raise InvalidRequestError(
+                "refining needs step_s > 0, blocks of at least one step and one deployment, got "
+                f"{self.step_s}, {self.blocks} and {self.deployments}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class World:
-    """What the beam knows: deployments to choose from, and the future. Requests go where least is
+    """What a search knows: deployments to choose from, and the future. Requests go where least is
     going on."""
 
     keys: tuple[str, ...]
@@ -65,11 +84,18 @@ class Course:
         return self.switches[-1][1] if going else deployment_key(self.snapshot.deployment.configs)
 
     @property
+    def num_open(self) -> int:
+        now = self.snapshot
+        return now.num_arrived - now.num_finished - now.num_rejected
+
+    @property
     def cost(self) -> float:
         """What is still in the system is charged as requests were in the mean so far."""
-        now = self.snapshot
-        left = now.num_arrived - now.num_finished - now.num_rejected
-        return self.spent * (1.0 + left / max(now.num_arrived, 1))
+        return self.spent * (1.0 + self.num_open / max(self.snapshot.num_arrived, 1))
+
+    def is_worse_than(self, other: Course) -> bool:
+        """Or the same, at one time: it has cost as much, and no less is still in the system."""
+        return self.spent >= other.spent and self.num_open >= other.num_open
 
 
 def beam_search(start: Simulator, world: World, until_s: float, config: BeamConfig) -> Course:
@@ -123,6 +149,86 @@ def _best(courses: list[Course], width: int) -> list[Course]:
     for course in sorted(courses, key=lambda c: c.cost):
         kept.setdefault(course.key, course)
     return list(kept.values())[:width]
+
+
+# --------------------------------------------------------------------------------------
+# Refining whole courses
+
+Wanted = tuple[str, ...]
+"""The deployment wanted from each step on. While a switch is in flight the next one waits; what
+cannot be reached is left."""
+
+
+def wanted_of(
+    first: str, switches: Iterable[tuple[float, str]], until_s: float, step_s: float
+) -> Wanted:
+    """What these switches, (second, key), come to on a grid of steps from 0 to `until_s`."""
+    wanted = [first] * ceil(until_s / step_s - 1e-9)
+    for at_s, key in sorted(switches):
+        step = round(at_s / step_s)
+        wanted[step:] = [key] * len(wanted[step:])
+    return tuple(wanted)
+
+
+def refine(
+    start: Simulator,
+    world: World,
+    until_s: float,
+    config: RefineConfig,
+    firsts: Sequence[Wanted],
+    total: Callable[[Course], float],
+) -> Course:
+    """A course with no more of `total`, in the end, than the best of `firsts`.
+
+    Block by block, long ones first, another deployment is tried; what does better stays. A trial is
+    given up at the end of its block, or later, where it is worse than what there is.
+    """
+    origin = Course(start.fork(), start.snapshot(), 0.0)
+    begins_s = np.arange(origin.snapshot.now_s, until_s - 1e-9, config.step_s).tolist()
+    borders_s = [*begins_s, until_s]
+    futures = list(starmap(world.future, pairwise(borders_s)))
+
+    def follow(begin: Course, wanted: Wanted, first: int) -> Iterator[Course]:
+        """Where it stands after each step from `first` on."""
+        course = begin
+        for step in range(first, len(futures)):
+            course = _towards(
+                course, world, futures[step], float(borders_s[step + 1]), wanted[step]
+            )
+            yield course
+
+    def try_block(wanted: Wanted, block: range) -> list[Course] | None:
+        """From the block on, unless it is given up."""
+        found = []
+        for course in follow(best[block.start], wanted, block.start):
+            found.append(course)
+            step = block.start + len(found)
+            if step >= block.stop and course.is_worse_than(best[step]):
+                return None
+        return found if total(found[-1]) < total(best[-1]) else None
+
+    tried = [([origin, *follow(origin, wanted, 0)], wanted) for wanted in dict.fromkeys(firsts)]
+    best, wanted = min(tried, key=lambda each: total(each[0][-1]))
+    for size in config.blocks:
+        for begin in range(0, len(futures), size):
+            block = range(begin, min(begin + size, len(futures)))
+            for key in world.keys:
+                other = (*wanted[:begin], *(key for _ in block), *wanted[block.stop :])
+                if other != wanted and (found := try_block(other, block)) is not None:
+                    best, wanted = best[: begin + 1] + found, other
+    return best[-1]
+
+
+def _towards(course: Course, world: World, future: Future, end_s: float, key: str) -> Course:
+    """One step on, with a switch to `key` if it is to be had."""
+    if key != course.key and not course.snapshot.switch_in_flight:
+        plan = world.plan(course.snapshot, key)
+        if plan is not None:
+            try:
+                return _roll(course, world, future, end_s, plan)
+            except TidewrightError:  # it cannot be started from here
+                pass
+    return _roll(course, world, future, end_s, None)
 
 
 # --------------------------------------------------------------------------------------

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from controller.decision import plan_to
-from engine.cluster import (
-    ClusterSnapshot,
-    SwitchPlan,
-    dense_deployment,
-    parse_deployment_key,
-)
-from engine.errors import InfeasibleError, InvalidRequestError
-from envs.columns import ColumnLedger
-from envs.lookahead import future_of
+from engine.errors import InvalidRequestError
 from envs.study.bounds import bounds
 from envs.study.config import Cell, StudyConfig
+from envs.study.hindsight import HINDSIGHT, By, beam_windows, deployments, refined_windows
 from envs.study.rules import (
     LEARNED,
     Rule,
@@ -40,14 +32,10 @@ from envs.study.world import (
     run_windows,
     shares_of_types,
 )
-from envs.surrogate.cluster import SurrogateCluster
 from envs.traffic import homogeneous_keys
 from envs.workload import Trace
-from policies.base import TrafficColumns, request_seconds
 from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
-from policies.oracle import World as Beam
-from policies.oracle import beam_search
 
 Report = Callable[[str], None]
 
@@ -61,6 +49,8 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
     runs = [*statics, *_run_rules(world, ladder(world, tuned), report)]
     guarded, learned = _learned(world, tuned, report) if cell.policy else (None, [])
     runs += learned
+    if guarded and config.refine:
+        runs += _refined(world, tuned, guarded, statics, report)
     training: dict[str, float] = {}
     if cell.ladder == "full" or cell.beam:
         report("beam")
@@ -94,22 +84,28 @@ def run_anew(
     names: Sequence[str],
     report: Report,
 ) -> dict[str, Any]:
-    """The result of a cell with these rules of its ladder run anew, or without any its learned
-    policies; all else stays. Raises TidewrightErrors."""
+    """The result of a cell with these rules of its ladder, or hindsight, run anew, or without any
+    its learned policies; all else stays. Raises TidewrightErrors."""
     began_s = time.perf_counter()
     world = build_world(config, Cell.model_validate(before["cell"]), traces)
     tuned = HysteresisConfig(**before["hysteresis"])
     changed: dict[str, Any] = {}
     if names:
         of_ladder = {rule.name: rule for rule in ladder(world, tuned)}
-        if unknown := [name for name in names if name not in of_ladder]:
+        possible = [*of_ladder, HINDSIGHT] if config.refine and before["guarded"] else [*of_ladder]
+        if unknown := [name for name in names if name not in possible]:
             raise InvalidRequestError(
                 f"the ladder of cell {world.cell.name} has no rule {', '.join(unknown)}; expected "
-                f"of {', '.join(of_ladder)}."
+                f"of {', '.join(possible)}."
             )
-        rules = [of_ladder[name] for name in names]
+        rules = [of_ladder[name] for name in names if name in of_ladder]
         scores = _run_rules(world, rules, report)
-        others = [r for r in before["runs"] if r["rule"] not in names]
+        if HINDSIGHT in names:
+            statics = [RunScore(**r) for r in before["runs"] if "static" in r["detail"]]
+            guarded = GuardedConfig(**before["guarded"])
+            scores += _refined(world, tuned, guarded, statics, report)
+        again = {score.rule for score in scores}
+        others = [r for r in before["runs"] if r["rule"] not in again]
     else:
         guarded, scores = _learned(world, tuned, report)
         changed["guarded"] = asdict(guarded)
@@ -230,7 +226,7 @@ def _badness(world: World, score: RunScore) -> float:
 
 
 # --------------------------------------------------------------------------------------
-# The beam
+# Hindsight
 
 
 def _training_headroom(
@@ -243,46 +239,39 @@ def _training_headroom(
 
 
 def _beam(world: World, windows: Sequence[Trace], statics: Sequence[RunScore]) -> RunScore:
-    """Over the best static deployments and the fastest at every load."""
+    keys = _ranked_deployments(world, statics, world.config.beam_deployments)
+    records = beam_windows(world, windows, keys)
+    return _score(world, "beam", records, {"meaning": "with hindsight", "keys": list(keys)})
+
+
+def _ranked_deployments(world: World, statics: Sequence[RunScore], number: int) -> tuple[str, ...]:
+    """Those that hindsight chooses from."""
     ranked = sorted(statics, key=lambda s: _badness(world, s))
     keys = [str(s.detail["key"]) for s in ranked if s.detail["static"] != "by_load"]
-    fastest = [str(world.initial_key), _fastest(world)]
-    keys = list(dict.fromkeys([*fastest, *keys]))[: world.config.beam_deployments]
-    records = [_beam_window(world, window, tuple(keys)) for window in windows if len(window)]
-    return _score(world, "beam", records, {"meaning": "with hindsight", "keys": keys})
+    return deployments(world, keys, number)
 
 
-def _fastest(world: World) -> str:
-    """At almost no load."""
-    part = world.parts[0]
-    return best_for((world.fast_planner,), replace(part, rates=0.01 * part.rates))[0]
-
-
-def _beam_window(world: World, window: Trace, keys: tuple[str, ...]) -> WindowRecord:
-    start = SurrogateCluster(
-        world.cluster, dense_deployment(parse_deployment_key(world.initial_key)), columns=True
-    )
-    course = beam_search(
-        start, _beam_world(world, window, keys), window.duration_s, world.config.beam
-    )
-    return WindowRecord(
-        window,
-        TrafficColumns.join(list(course.traffic)),
-        window.duration_s,
-        world.cell.devices * window.duration_s,
-        len(course.switches),
-        0.0,
-    )
-
-
-def _beam_world(world: World, window: Trace, keys: tuple[str, ...]) -> Beam:
-    def plan(snapshot: ClusterSnapshot, key: str) -> SwitchPlan | None:
-        target, name = parse_deployment_key(key), f"beam-{snapshot.now_s:g}"
-        try:
-            return plan_to(world.cluster, snapshot, target, name)
-        except InfeasibleError:
-            return None
-
-    by_utility = world.config.by == "utility"
-    cost = ColumnLedger(world.objectives.reward, window, 0.0).loss if by_utility else None
-    return Beam(keys, plan, lambda a, b: future_of(window, 0.0, a, b), cost or request_seconds)
+def _refined(
+    world: World,
+    tuned: HysteresisConfig,
+    guarded: GuardedConfig,
+    statics: Sequence[RunScore],
+    report: Report,
+) -> list[RunScore]:
+    """The best courses that are found from those of all rules, learned policies and static
+    deployments, by utility and by latency."""
+    config = world.config.refine
+    assert config is not None, "asked for"
+    rules = [*ladder(world, tuned), *alone(world), guarded_rule(world, tuned, guarded)]
+    report("hindsight: what is known")
+    known = [run_windows(world, world.test, r.policy, r.pipeline(world)) for r in rules]
+    for run in statics:
+        key = run.detail["key"]
+        known.append(run_windows(world, world.test, static_policy(), static_pipeline(world), key))
+    keys, scores = _ranked_deployments(world, statics, config.deployments), []
+    for by in get_args(By):
+        report(f"{HINDSIGHT} by {by}")
+        records = refined_windows(world, keys, known, by, config)
+        detail = {"meaning": "whole courses refined, with hindsight", "keys": list(keys)}
+        scores.append(_score(world, f"{HINDSIGHT} by {by}", records, detail))
+    return scores

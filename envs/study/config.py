@@ -12,7 +12,7 @@ from envs.adversarial import Adversary
 from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
 from policies.mpc import MpcConfig
-from policies.oracle import BeamConfig
+from policies.oracle import BeamConfig, RefineConfig
 
 GENERATED = "generated"  # the embedded generator in place of a trace file
 Role = Literal["seen", "unseen", "bursts", "misleading"]
@@ -101,6 +101,9 @@ class StudyConfig(_Section):
     tuning: Tuning
     mpc: MpcConfig
     beam: BeamConfig
+    refine: RefineConfig | None = Field(
+        default=None, description="of what is known with hindsight, in cells with a policy"
+    )
     guarded: GuardedConfig = Field(
         default=GuardedConfig(), description="of the learned policies of a cell together"
     )

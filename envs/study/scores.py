@@ -24,7 +24,8 @@ class WindowRecord:
     traffic: TrafficColumns
     end_s: float
     device_s: float  # devices in the deployment times seconds
-    num_switches: int
+    first_key: str
+    switches: tuple[tuple[float, str], ...]  # when each began, and to what
     switch_s: float
 
 
@@ -55,6 +56,13 @@ def total_utility(config: RewardConfig, record: WindowRecord) -> float:
     ledger = ColumnLedger(config, record.trace, 0.0)
     ended = ledger.settle(record.traffic, record.end_s).total
     return (ended + ledger.open_worth(record.end_s)) * config.scale_requests
+
+
+def total_latency_s(record: WindowRecord) -> float:
+    """Of all requests of a window, with the age at its end of those still open then."""
+    ended = record.traffic
+    stayed_s = (ended.finish_s - ended.ended_arrival_s)[ended.finished]
+    return float(stayed_s.sum() + _open_ages_s(record).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +150,7 @@ def score_run(
         {
             "utility": total_utility(objectives.reward, r),
             "arrived": len(r.trace),
-            "switches": r.num_switches,
+            "switches": len(r.switches),
         }
         for r in records
     ]
@@ -165,7 +173,7 @@ def score_run(
         unfinished=len(ages_s),
         rejected=int((~done).sum()),
         device_hours=sum(r.device_s for r in records) / 3600.0,
-        switches=sum(r.num_switches for r in records),
+        switches=sum(len(r.switches) for r in records),
         switch_s=sum(r.switch_s for r in records),
         detail=detail or {},
     )

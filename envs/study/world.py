@@ -275,7 +275,8 @@ def _run_window(
         TrafficColumns.join(traffic),
         env.end_s,
         device_s,
-        len(tickets),
+        key,
+        tuple((t.started_s - env.start_s, t.to_key) for t in tickets),
         sum(t.duration_s for t in tickets if t.phase.is_terminal),
     )
 

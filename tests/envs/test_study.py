@@ -26,6 +26,7 @@ from envs.workload import Trace
 from policies.base import TrafficColumns
 from policies.baselines import HysteresisConfig
 from policies.guarded import GuardedConfig
+from policies.oracle import RefineConfig
 
 SMALL = Windows(training_share=0.5, tuning=1, number=1, window_s=300.0, peak_s=100.0)
 SMALL_CELL = Cell(
@@ -88,12 +89,13 @@ def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
     rule = rules.guarded_rule(world, tuned, GuardedConfig(margin=30.0))
     policies = (rule.policy, rules.hysteresis_policy(tuned))
     guarded, alone = (run_windows(world, world.test, p, rule.pipeline(world)) for p in policies)
-    assert [r.num_switches for r in guarded] == [r.num_switches for r in alone]
+    assert [r.switches for r in guarded] == [r.switches for r in alone]
     assert (guarded[0].traffic.finish_s == alone[0].traffic.finish_s).all()
 
     said: list[str] = []
     tuning = config.tuning.model_copy(update={"guarded_margin": (30.0, 40.0, 0.5)})
-    study = config.model_copy(update={"tuning": tuning})
+    refining = RefineConfig(blocks=(2, 1), deployments=2)
+    study = config.model_copy(update={"tuning": tuning, "refine": refining})
     found = run_cell(study, cell, Path(), said.append)
     assert [s for s in said if "guarded " in s] == [f"tuning guarded {m}" for m in (30, 40, 0.5)]
     assert found["guarded"]["margin"] in (30.0, 0.5)  # the first of equals
@@ -105,6 +107,13 @@ def test_policies_are_guarded_as_was_best_on_the_tuning_windows(
     assert {s for s in said if not s.startswith("tuning")} == {"ppo seed0", "ppo seed1", "guarded"}
     assert sorted(again["runs"], key=str) == sorted(runs, key=str)
     assert again["guarded"] == found["guarded"]
+    by_utility, by_latency = (run_of(found, f"hindsight by {by}") for by in ("utility", "latency"))
+    assert by_utility is not None
+    assert by_latency is not None
+    for run in found["runs"]:
+        assert run["utility"] <= by_utility["utility"]
+        assert run["latency_s"] >= by_latency["latency_s"]
+
     said.clear()
     ruled = run_anew(study, found | {"runs": runs}, Path(), ("keep",), said.append)
     assert said == ["keep"]
@@ -179,7 +188,7 @@ def test_scores_by_hand() -> None:
     slo = SloSpec(2.0, 1.0)
     reward = RewardConfig(1.0, 0.0, 0.5, UtilitySpec(0.5, 0.3, 0.2, 16.0), slo)
     objectives = Objectives(slo, SloSpec(2.0, 10.0), (True,), reward)
-    record = WindowRecord(trace, columns, 10.0, 40.0, 1, 2.0)
+    record = WindowRecord(trace, columns, 10.0, 40.0, "", ((1.0, ""),), 2.0)
     found = score_run("rule", [record], objectives, typing)
     assert found.latency_s == pytest.approx((2 + 8 + 6) / 3)
     assert found.latency_geometric_s == pytest.approx((2 * 8 * 6) ** (1 / 3))

@@ -27,7 +27,16 @@ from policies.base import (
     request_seconds,
 )
 from policies.mpc import MpcConfig, MpcPolicy
-from policies.oracle import BeamConfig, World, beam_search, goodput_bound, latency_bound
+from policies.oracle import (
+    BeamConfig,
+    RefineConfig,
+    World,
+    beam_search,
+    goodput_bound,
+    latency_bound,
+    refine,
+    wanted_of,
+)
 
 SLOW, FAST = "4xtp1pp1", "1xtp4pp1"
 NO_ROUTING = Routing((0,))
@@ -117,26 +126,54 @@ def spent_s(times: np.ndarray, switches: tuple[tuple[float, str], ...], until_s:
 QUIET, BUSY = np.array([0.5, 9.0]), np.arange(20.5, 60.0, 0.5)
 
 
-@pytest.mark.parametrize("times", [QUIET, np.concatenate([QUIET, BUSY]), BUSY])
-def test_a_wide_beam_finds_the_best_course(times: np.ndarray) -> None:
-    """Against every course of a switch or none at each step."""
+STEPS_S = np.arange(0.0, 60.0, 10.0).tolist()
 
+
+def toy_world(times: np.ndarray) -> World:
     def future(a: float, b: float) -> Future:
         return arrivals(times[(times > a) & (times <= b)])
 
-    world = World((SLOW, FAST), plan_to, future)
-    found = beam_search(Toy(), world, 60.0, BeamConfig(width=2, step_s=10.0))
-    steps = np.arange(0.0, 60.0, 10.0).tolist()
+    return World((SLOW, FAST), plan_to, future)
+
+
+def least_spent_s(times: np.ndarray) -> float:
+    """Of every course of a switch or none at each step."""
     courses = []
-    for keys in itertools.product((SLOW, FAST), repeat=len(steps)):
+    for keys in itertools.product((SLOW, FAST), repeat=len(STEPS_S)):
         before = (SLOW, *keys)
         courses.append(
-            tuple((s, k) for s, k, b in zip(steps, keys, before, strict=False) if k != b)
+            tuple((s, k) for s, k, b in zip(STEPS_S, keys, before, strict=False) if k != b)
         )
-    best_s = min(spent_s(times, course, 60.0) for course in courses)
+    return min(spent_s(times, course, 60.0) for course in courses)
+
+
+@pytest.mark.parametrize("times", [QUIET, np.concatenate([QUIET, BUSY]), BUSY])
+def test_a_wide_beam_finds_the_best_course(times: np.ndarray) -> None:
+    found = beam_search(Toy(), toy_world(times), 60.0, BeamConfig(width=2, step_s=10.0))
     assert found.spent == pytest.approx(spent_s(times, found.switches, 60.0))
-    assert found.spent == pytest.approx(best_s)
+    assert found.spent == pytest.approx(least_spent_s(times))
     assert bool(found.switches) == (len(times) > len(QUIET))
+
+
+@pytest.mark.parametrize("times", [QUIET, np.concatenate([QUIET, BUSY]), BUSY])
+@pytest.mark.parametrize("first", [SLOW, FAST])
+def test_refining_finds_the_best_course(times: np.ndarray, first: str) -> None:
+    config = RefineConfig(step_s=10.0, blocks=(3, 2, 1))
+    firsts = [(first,) * len(STEPS_S)]
+    found = refine(Toy(), toy_world(times), 60.0, config, firsts, lambda c: c.spent)
+    assert found.spent == pytest.approx(spent_s(times, found.switches, 60.0))
+    assert found.spent == pytest.approx(least_spent_s(times))
+
+
+def test_refining_is_never_worse_than_what_it_starts_with() -> None:
+    """Whatever is looked for: here to have switched often, which no single block leads to."""
+    wanted = wanted_of(SLOW, [(10.0, FAST), (31.0, SLOW), (39.0, FAST)], 60.0, 10.0)
+    assert wanted == (SLOW, FAST, FAST, SLOW, FAST, FAST)
+    world, config = toy_world(QUIET), RefineConfig(step_s=10.0, blocks=(6,))
+    firsts = [wanted, (SLOW,) * 6]
+    found = refine(Toy(), world, 60.0, config, firsts, lambda c: -len(c.switches))
+    assert [s for s, _ in found.switches] == [10.0, 30.0, 40.0]
+    assert wanted_of(SLOW, [], 61.0, 10.0) == (SLOW,) * 7
 
 
 class ToyOutlook:
