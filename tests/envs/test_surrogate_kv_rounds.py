@@ -30,7 +30,7 @@ from engine.migration.sequences import SequenceMove
 from engine.profile import ProfiledCluster
 from engine.request import SamplingParams
 from envs.surrogate.cluster import SurrogateCluster
-from envs.surrogate.kv_rounds import KvRounds
+from envs.surrogate.kv_rounds import NOT_BOUND, KvRounds
 from tests.envs.plain_cluster import (
     PlainCluster,
     PlainReplica,
@@ -148,21 +148,26 @@ class Pair:
         self.rounds.begin(self.surrogate, self.leaders.now_s, is_last)
         rounds, move, name = self.rounds, self.move, self.names
         ids = {row: id_ for id_, row in self.rows.items()}
-        assert {name[k]: ids[row] for k, row in rounds._owner.items()} == move.owner
-        assert {name[k] for k in rounds._bound} <= move.bindings.keys()
-        for key, bound in move.bindings.items():
-            assert rounds.binding(name.index(key)) == bound.binding
+        moves = rounds._moves
+        here = moves[moves["round"] == rounds._round] if is_last else moves
+        owners = zip(here["key"].tolist(), here["row"].tolist(), strict=True)
+        assert {name[k]: ids[row] for k, row in owners} == move.owner
+        bound = moves["key"][moves["binding"] != NOT_BOUND].tolist()
+        assert {name[k] for k in bound} <= move.bindings.keys()
+        for key, found in move.bindings.items():
+            assert rounds.binding(name.index(key)) == found.binding
         assert rounds.kv_bytes == move.kv_bytes
         assert {name[k] for k in rounds.draining} == move.draining.keys()
         kept: dict[int, list[tuple[str, int]]] = {}
-        for k, blocks in rounds._kept.items():
-            kept.setdefault(ids[blocks.row], []).append((name[k], blocks.blocks))
+        for m in sorted(moves[moves["kept"] > 0], key=lambda m: int(m["kept_number"])):
+            kept.setdefault(ids[int(m["row"])], []).append((name[m["key"]], int(m["kept"])))
+        anew = [(name[m["key"]], ids[int(m["row"])]) for m in moves[rounds._recompute]]
         for id_, replica in self.leaders.plain.items():
             arrivals = self.leaders.arrivals[id_]
             tables = [(key, len(seq.block_table)) for key, seq in arrivals._sequences.items()]
             assert kept.get(id_, []) == tables
             replica.scheduler.check_integrity(replica.tables_on_the_way())
-            recomputed = [name[k] for k in rounds._recompute if ids[rounds._owner[k]] == id_]
+            recomputed = [key for key, owner in anew if owner == id_]
             assert recomputed == [s.request_id for s in move.recompute.get(id_, [])]
         self.check_blocks()
 
