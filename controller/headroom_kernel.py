@@ -26,7 +26,8 @@ import numpy as np
 
 from controller.service_model import RHO_KNEE
 
-compiled = numba.njit(cache=True, nogil=True)
+making = numba.njit(cache=True, nogil=True)
+compiled = numba.njit(cache=True, nogil=True, _nrt=False)  # see envs/surrogate/kernel.py
 summing = numba.njit(fastmath={"reassoc", "nsz"})  # in any order, for bounds only
 PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
 TOLERANCE = 1e-11
@@ -156,7 +157,7 @@ def _theta(loads: Any, capacity: Any, used: Any, num_used: int, shares: Any, pri
     return float(1.0 / peak)
 
 
-@compiled
+@making
 def _solve_two(
     first: Any, second: Any, capacity: float, other: float, shares: Any, prices: Any
 ) -> None:
@@ -191,7 +192,7 @@ def _solve_two(
         prices[j] = min(first[j] / first[s], second[j] / second[s])
 
 
-@compiled
+@making
 def _solve(
     loads: Any, capacity: Any, used: Any, table: Any, basis: Any, shares: Any, prices: Any
 ) -> float:
@@ -225,7 +226,7 @@ def _solve(
     return _theta(loads, capacity, used, num_used, shares, prices)
 
 
-@compiled
+@making
 def _scratch(configs: int, types: int) -> Any:
     table = np.empty((configs + types + 1, configs * types + types + configs + 2))
     return np.empty(configs, np.int64), table, np.empty(configs + types, np.int64)
@@ -296,7 +297,7 @@ def _latency_s(model: Any, counts: Any, rates: Any, shares: Any) -> float:
     return float(latency / max(served, 1e-12))
 
 
-@compiled
+@making
 def score(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
     """theta[N], latency_s[N] and shares[N, C, J] of counts[N, C] at rates[J]."""
     number, (configs, types) = len(counts), loads.shape
@@ -310,7 +311,7 @@ def score(counts: Any, loads: Any, rates: Any, rho: float, model: Any) -> Any:
     return theta, latency_s, shares
 
 
-@compiled
+@making
 def score_all(
     counts: Any,
     loads: Any,
@@ -340,7 +341,7 @@ def score_all(
     return theta, latency_s, shares
 
 
-@compiled
+@making
 def _tail_mean(values: Any, tail: float) -> float:
     """Mean of the least share `tail` of equally likely values[S] (their CVaR): the smallest when
     tail <= 1 / S, the mean when it is 1."""
@@ -363,7 +364,7 @@ def _dot(counts: Any, i: Any, worth: Any) -> float:
     return total
 
 
-@compiled
+@making
 def _cut(
     counts: Any, active: Any, loads: Any, rho: float, prices: Any, bounds: Any, exact: Any
 ) -> None:
@@ -378,12 +379,12 @@ def _cut(
             bounds[i] = min(bounds[i], _dot(counts, i, worth))
 
 
-@compiled
+@making
 def _value(bounds: Any, tail: float) -> float:
     return bounds[0] if len(bounds) == 1 else _tail_mean(bounds, tail)
 
 
-@compiled
+@making
 def _most_headroom(counts: Any, present: Any, loads: Any, rho: float, tail: float) -> Any:
     """`most_headroom`; and a bound above the tail mean of present[1, C], from the same prices."""
     mixes, configs, types = loads.shape
@@ -420,7 +421,7 @@ def _most_headroom(counts: Any, present: Any, loads: Any, rho: float, tail: floa
         best = max(best, values[top])
 
 
-@compiled
+@making
 def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
     """Index of the deployment of counts[N, C] with the highest tail mean of headroom over mixes
     loads[S, C, J], that value, and how many were solved. N > 0."""
@@ -428,7 +429,7 @@ def most_headroom(counts: Any, loads: Any, rho: float, tail: float) -> Any:
     return index, value, solved
 
 
-@compiled
+@making
 def most_headroom_or(counts: Any, present: Any, loads: Any, rho: float, tail: float) -> int:
     """The index that `most_headroom` gives, or -1 where present[C] has as much; which is not solved
     where a bound tells that it has less."""
@@ -439,7 +440,7 @@ def most_headroom_or(counts: Any, present: Any, loads: Any, rho: float, tail: fl
     return -1 if own >= value * (1.0 - TIE) else int(index)
 
 
-@compiled
+@making
 def dominated(options: Any, owners: Any, rates: Any) -> Any:
     """[C] whether one of options[M, C], which can be in the place of owners[M], serves every type
     at least as well at service rates[C, J]; of equal single ones the first stays."""
@@ -490,7 +491,7 @@ def _corners(busy: Any, start: float, stop: float, found: Any) -> int:
     return number
 
 
-@compiled
+@making
 def load_floors(model: Any, rho: float, parts: int) -> Any:
     """What holds of a replica's mixes, told apart in `parts` by the share of a step that their work
     adds, per unit of utilisation. At the corners of a part, number[C, P] of them: requests
@@ -584,7 +585,7 @@ def _worth_of(floors: Any, c: int, prices: Any, worth: Any) -> None:
             worth[c, part, v] = total
 
 
-@compiled
+@making
 def _least_load_s(floors: Any, first: int, last: int, prices: Any, least: Any) -> None:
     """Fills least[L, C] at those levels of utilisation: `_least_of` at prices[J]."""
     worth = np.empty(floors[2].shape)
@@ -594,7 +595,7 @@ def _least_load_s(floors: Any, first: int, last: int, prices: Any, least: Any) -
             least[level, c] = _least_of(floors, level, c, worth)[0]
 
 
-@compiled
+@making
 def _tune_prices(
     floors: Any, counts: Any, rates: Any, rho: float, theta: float, latency: float, prices: Any
 ) -> None:
@@ -623,7 +624,7 @@ def _tune_prices(
         tried += (latency - value) / norm * slope
 
 
-@compiled
+@making
 def _least_own_s(model: Any, loads: Any, rates: Any, prices: Any, least: Any) -> None:
     """The same at loads[C, J] of other rates than the model's. They say how many requests a replica
     can take and not how long its steps are: a request takes what it takes alone, at least."""
@@ -635,7 +636,7 @@ def _least_own_s(model: Any, loads: Any, rates: Any, prices: Any, least: Any) ->
             least[:, c] = np.minimum(least[:, c], rates[j] / loads[c, j] * (own_s - prices[j]))
 
 
-@compiled
+@making
 def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -> None:
     """Fills latency[J]: what a request of each type takes in this deployment, in the mean."""
     steps = model[3]
@@ -657,7 +658,7 @@ def _prices_of(model: Any, counts: Any, rates: Any, shares: Any, latency: Any) -
             latency[j] += shares[c, j] * steps[j] * mean_s * number / step_rate
 
 
-@compiled
+@making
 def _headroom_bounds(counts: Any, loads: Any, rho: float) -> Any:
     """[N] above the headroom, at some prices; and [C] what each replica adds to it at least, where
     it takes the mix."""
@@ -675,7 +676,7 @@ def _headroom_bounds(counts: Any, loads: Any, rho: float) -> Any:
     return above, each
 
 
-@compiled
+@making
 def _lowest(bounds: Any, left: Any, number: int) -> Any:
     """About so many of them: those with the lowest bounds, in ascending order."""
     if len(left) > number:
@@ -688,7 +689,7 @@ def num_parts(number: int, apart: bool) -> int:
     return PARTS if number > MANY and not apart else 1
 
 
-@compiled
+@making
 def _least_latency(
     counts: Any,
     present: Any,
@@ -771,7 +772,7 @@ def _least_latency(
             active = active[above[active] >= 1.0]
 
 
-@compiled
+@making
 def _least_latency_of(
     counts: Any, loads: Any, rates: Any, rho: float, model: Any, parts: int, apart: bool
 ) -> Any:
@@ -797,7 +798,7 @@ def least_latency(counts: Any, loads: Any, rates: Any, rho: float, model: Any, a
     return _least_latency_of(counts, loads, rates, rho, model, parts, apart)
 
 
-@compiled
+@making
 def least_latency_or(
     counts: Any,
     present: Any,
@@ -820,7 +821,7 @@ def least_latency_or(
     return int(index)
 
 
-@compiled
+@making
 def scenarios(powers: Any) -> Any:
     """Rates[2 + J + R, J] from powers[2 + R, 1 + J], the totals and shares of the median forecast,
     of the high one, and of R mixes seen lately.
@@ -849,7 +850,7 @@ def scenarios(powers: Any) -> Any:
     return rates
 
 
-@compiled
+@making
 def best_each(
     listed: Any,
     contenders: Any,

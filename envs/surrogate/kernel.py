@@ -16,7 +16,9 @@ slows down besides, and ranks that wait for one another more than others, by how
 a step starts.
 
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
-the file of a function changes, not when that of a function it calls does.
+the file of a function changes, not when that of a function it calls does. Those that neither make
+an array nor are given one by what they call do without numba's counting of references, which took
+half of the time; its caller holds on to what it passes.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from envs.surrogate.layout import (
 FAR = np.iinfo(np.int64).max
 
 making = numba.njit(cache=True, nogil=True)
-compiled = numba.njit(cache=True, nogil=True, _nrt=False)  # of what makes no array: half the time
+compiled = numba.njit(cache=True, nogil=True, _nrt=False)
 inlined = numba.njit(inline="always")  # where a call would cost a fifth of the speed
 
 
