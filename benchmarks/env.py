@@ -5,9 +5,13 @@ candidates, observation, mask, reward; ends of episodes and the start of the nex
 The pool is 16 H100s in two nodes that serve Llama-2-70B, an interval 15 s, traffic the embedded
 generator's at 10 requests/s. `env` keeps its deployment; `switching` draws legal rows uniformly, so
 that deployments switch as often as the guardrails let them, and every switch is planned in full.
-A worker process per core steps the environments, for `1_thread` the learner's own process. PPO has
-the settings of CONFIG; `ppo_vs_learner_only` is its rate over that of the same learner on an
-environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
+A worker process per core steps the environments, for `1_thread` the learner's own process; a step
+of all waits for the slower worker, the less the more environments each has.
+
+PPO has the settings that this pool's shipped policies are trained with, and goes on from one of
+them, as training does after cloning; `ppo_untrained` begins with a fresh network, which switches
+nearly whenever it may. `ppo_vs_learner_only` is the former's rate over that of the same learner on
+an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
 """
 
 from __future__ import annotations
@@ -38,14 +42,16 @@ from envs.serving_env import ServingEnv
 from envs.traffic import Shaping, Source, draw_window, generator_source
 from envs.vec_env import ServingVecEnv, WorkerVecEnv
 from envs.workload import Trace, WorkloadConfig
-from policies.ppo import PpoConfig
-from policies.training import Watch, train
+from policies.checkpoint import load_policy
+from policies.ppo import PpoConfig, PpoPolicy
+from policies.training import LearningState, Watch, train
 
 ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "configs" / "profiles" / "h100-llama-2-70b.json"
-CONFIG = ROOT / "configs" / "demo.yaml"
+CONFIG = ROOT / "configs" / "h100-16.yaml"
+POLICY = ROOT / "policies" / "artifacts" / "h100-16" / "seed0"
 DEVICES, RATE_PER_S, EPISODE_S, NUM_TYPES = 16, 10.0, 1800.0, 4
-NUM_ENVS, CORES = 16, 2
+NUM_ENVS, CORES = 32, 2
 GOALS = {"env_steps_per_s": 2000, "ppo_steps_per_s": 1500}
 
 
@@ -148,13 +154,20 @@ def measure_env(
     return rates[1:], switches / (steps * venv.num_envs * (rounds + 1))
 
 
-def measure_ppo(venv: VecEnv, setup: Setup, ppo: PpoConfig, rollouts: int) -> list[float]:
-    """Steps per second of each rollout but the first, with the updates before it."""
+def measure_ppo(
+    venv: VecEnv, setup: Setup, ppo: PpoConfig, rollouts: int, policy: PpoPolicy | None
+) -> list[float]:
+    """Steps per second of each rollout but the first, with the updates before it, from this policy
+    on, without one from a fresh network."""
     spec = setup.build_pipeline().observation_spec
     at_s: list[float] = []
     steps = ppo.n_steps * venv.num_envs
     ppo = replace(ppo, n_timesteps=rollouts * steps)
-    train(venv, ppo, spec, 0, Watch(report=lambda _: at_s.append(time.perf_counter())))
+    watch = Watch(report=lambda _: at_s.append(time.perf_counter()))
+    if policy is None:
+        train(venv, replace(ppo, kl_prior_coef=0.0), spec, 0, watch)
+    else:
+        train(venv, ppo, spec, 0, watch, LearningState(policy), policy)
     return [steps / wall_s for wall_s in np.diff(at_s)]
 
 
@@ -164,12 +177,12 @@ def main() -> None:
         "--quick", action="store_true", help="fewer and shorter rounds and rollouts"
     )
     args = parser.parse_args()
-    setup, ppo = Setup(), read_config(CONFIG, {}).ppo
+    setup, ppo, policy = Setup(), read_config(CONFIG, {}).ppo, load_policy(POLICY)
     episode = round(EPISODE_S / DecisionConfig().grid_s)
-    rounds, rollouts, steps, switching_steps = 7, 8, episode, 40
+    rounds, rollouts, steps, switching_steps = 7, 6, episode, 40
     if args.quick:
         rounds, rollouts, steps, switching_steps = 2, 3, episode // 3, 8
-        ppo = replace(ppo, n_steps=ppo.n_steps // 2)
+        ppo = replace(ppo, n_steps=ppo.n_steps // 4)
     figures: dict[str, float] = {}
     spreads: dict[str, float] = {}
 
@@ -184,8 +197,10 @@ def main() -> None:
     record("env_steps_per_s", measure_env(venv, rounds, steps, False)[0])
     rates, switched = measure_env(venv, rounds, switching_steps, True)
     record("switching_steps_per_s", rates)
-    record("ppo_steps_per_s", measure_ppo(venv, setup, ppo, rollouts))
-    record("learner_only_steps_per_s", measure_ppo(IdleVecEnv(venv), setup, ppo, 3 * rollouts))
+    record("ppo_steps_per_s", measure_ppo(venv, setup, ppo, rollouts, policy))
+    record("ppo_untrained_steps_per_s", measure_ppo(venv, setup, ppo, rollouts, None))
+    idle = IdleVecEnv(venv)
+    record("learner_only_steps_per_s", measure_ppo(idle, setup, ppo, 2 * rollouts, policy))
     venv.close()
     ratio = figures["ppo_steps_per_s"] / figures["learner_only_steps_per_s"]
     table = Table("figure", "value", "goal", "spread")

@@ -70,11 +70,14 @@ class CandidateActor:
 
     def __call__(self, flat: Floats) -> Floats:
         at, first = self._layout, self._first
-        rows = flat[at.num_state : at.rows_end].reshape(at.num_rows, at.num_features)
+        valid = flat[at.rows_end :] > 0.5
+        rows = flat[at.num_state : at.rows_end].reshape(at.num_rows, at.num_features)[valid]
         of_row, of_state = first.weights[:, : at.num_features], first.weights[:, at.num_features :]
         context = of_state @ np.tanh(self._embed(flat[: at.num_state])) + first.bias
         hidden = np.tanh(self._second(np.tanh(rows @ of_row.T + context)))
-        return np.asarray((self._logit(hidden) + rows @ self._direct.T)[:, 0])
+        logits = np.zeros(at.num_rows, np.float32)
+        logits[valid] = (self._logit(hidden) + rows @ self._direct.T)[:, 0]
+        return logits
 
 
 class PlainActor:

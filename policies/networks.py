@@ -1,6 +1,7 @@
 """The network: one shared scorer over candidate rows, so K is a fact of the data, not of weights.
 
-Shapes: B observations, K candidate rows, S state features, C candidate features, H hidden units.
+Shapes: B observations, K candidate rows of which V in all are valid, S state features, C candidate
+features, H hidden units.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from policies.base import ObservationSpec
 from policies.inference import Actor, NetworkConfig, build_actor
@@ -29,8 +31,32 @@ def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     return layer
 
 
+class ValidRows:
+    """The valid rows of [B, K] ones, one after the other: most observations have few of them, so
+    that nothing is computed for the others."""
+
+    def __init__(self, valid: Tensor) -> None:
+        self._shape = valid.shape
+        self._at = (valid.reshape(-1) > 0.5).nonzero().flatten()
+
+    def of(self, rows: Tensor) -> Tensor:
+        """[B, K, F] -> [V, F]."""
+        return rows.reshape(-1, rows.shape[-1]).index_select(0, self._at)
+
+    def repeat(self, each: Tensor) -> Tensor:
+        """What belongs to an observation for each of its rows: [B, F] -> [V, F]."""
+        return each.index_select(0, self._at // self._shape[1])
+
+    def spread(self, found: Tensor) -> Tensor:
+        """[V, F] -> [B, K, F], zero where there is no row."""
+        size, width = self._shape.numel(), found.shape[-1]
+        spread = found.new_zeros(size, width).index_copy(0, self._at, found)
+        return spread.reshape(*self._shape, width)
+
+
 class RowEncoder(nn.Module):
-    """State [B, S] and rows [B, K, C] -> state embedding [B, H] and row embeddings [B, K, H]."""
+    """State [B, S] and rows [B, K, C] -> state embedding [B, H] and embeddings [V, H] of the valid
+    rows."""
 
     def __init__(self, layout: FlatLayout, hidden: int) -> None:
         super().__init__()
@@ -43,10 +69,12 @@ class RowEncoder(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = self.state(state)
-        context = embedding.unsqueeze(1).expand(-1, rows.shape[1], -1)
-        return embedding, self.rows(torch.cat([rows, context], dim=-1))
+    def forward(self, state: Tensor, rows: Tensor, valid: ValidRows) -> tuple[Tensor, Tensor]:
+        embedding, width = self.state(state), rows.shape[-1]
+        first = cast(nn.Linear, self.rows[0])  # of a row and the embedding: each for itself
+        of_state = linear(embedding, first.weight[:, width:], first.bias)
+        both = linear(valid.of(rows), first.weight[:, :width]) + valid.repeat(of_state)
+        return embedding, self.rows[1:](both)
 
 
 def pool(rows: Tensor, valid: Tensor) -> Tensor:
@@ -88,17 +116,19 @@ class CandidateNetwork(nn.Module):
         return self.forward_actor(flat), self.forward_critic(flat)
 
     def forward_actor(self, flat: Tensor) -> Tensor:
-        """Logits [B, K]; the caller masks them."""
-        state, rows, _ = self._split(flat)
-        _, embedded = self.actor(state, rows)
-        logits: Tensor = (self.logit(embedded) + self.direct(rows)).squeeze(-1)
-        return logits
+        """Logits [B, K], zero where there is no row; the caller masks them."""
+        state, rows, valid = self._split(flat)
+        there = ValidRows(valid)
+        _, embedded = self.actor(state, rows, there)
+        return there.spread(self.logit(embedded) + self.direct(there.of(rows))).squeeze(-1)
 
     def forward_critic(self, flat: Tensor) -> Tensor:
         """Value [B, 1]."""
         state, rows, valid = self._split(flat)
-        embedding, embedded = self.critic(state, rows)
-        value: Tensor = self.value(torch.cat([embedding, pool(embedded, valid)], dim=-1))
+        there = ValidRows(valid)
+        embedding, embedded = self.critic(state, rows, there)
+        pooled = pool(there.spread(embedded), valid)
+        value: Tensor = self.value(torch.cat([embedding, pooled], dim=-1))
         return value
 
 
