@@ -27,7 +27,9 @@ import numpy as np
 from controller.service_model import RHO_KNEE
 
 making = numba.njit(cache=True, nogil=True)
-compiled = numba.njit(cache=True, nogil=True, _nrt=False)  # see envs/surrogate/kernel.py
+# without references counted: see envs/surrogate/kernel.py
+UNCOUNTED: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
+compiled = numba.njit(**UNCOUNTED)
 summing = numba.njit(fastmath={"reassoc", "nsz"})  # in any order, for bounds only
 PERTURBATION = 1e-10  # of the demand rows, distinct, against ties and cycling
 TOLERANCE = 1e-11
@@ -223,7 +225,8 @@ def _solve(
             shares[a], shares[b] = part[0], part[1]
     else:
         _pivot_all(loads, capacity, used, num_used, table, basis, shares, prices)
-    return _theta(loads, capacity, used, num_used, shares, prices)
+    theta: float = _theta(loads, capacity, used, num_used, shares, prices)
+    return theta
 
 
 @making

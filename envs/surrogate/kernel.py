@@ -44,7 +44,8 @@ from envs.surrogate.layout import (
 FAR = np.iinfo(np.int64).max
 
 making = numba.njit(cache=True, nogil=True)
-compiled = numba.njit(cache=True, nogil=True, _nrt=False)
+UNCOUNTED: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
+compiled = numba.njit(**UNCOUNTED)
 inlined = numba.njit(inline="always")  # where a call would cost a fifth of the speed
 
 
