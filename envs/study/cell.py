@@ -1,4 +1,4 @@
-"""Runs one cell: statics, tuning, the ladder, the beam and the bounds; gives JSON."""
+"""Runs one cell: statics, tuning, the ladder, hindsight and the bounds; gives JSON."""
 
 from __future__ import annotations
 

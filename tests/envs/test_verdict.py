@@ -46,6 +46,8 @@ def result(name: str, role: str, guarded: list[float], **cell: Any) -> dict[str,
             run("ppo seed1", [0.6, 0.5], 2.4),
             run("guarded", guarded, 2.0),
             run("beam", [0.6, 0.6], 1.5),
+            run("hindsight by utility", [0.7, 0.7], 1.6),
+            run("hindsight by latency", [0.6, 0.6], 1.25),
         ],
     }
 
@@ -65,6 +67,9 @@ def test_figures_by_hand() -> None:
     assert found["recovered_vs_beam"] == pytest.approx(0.5)
     assert found["recovered_vs_bound"] == pytest.approx(0.2)
     assert found["excluded_share"] == 0.0
+    assert found["recovered_vs_hindsight"] == pytest.approx(1 / 3, abs=1e-4)
+    assert found["hindsight_latency_vs_static_mean"] == pytest.approx(2.4)
+    assert found["hindsight_latency_vs_oserve_mean"] == pytest.approx(2.4)
     assert found["switches_per_hour"] == 1.0
     assert found["seeds"] == 2
     low = worth_ratio_low(cells[1])
