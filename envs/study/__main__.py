@@ -48,6 +48,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="RULE",
         help="run just these rules of the ladder, of cells that have results, in the same way",
     )
+    parser.add_argument(
+        "--more-tuning",
+        action="store_true",
+        help="cells of the means with three times as many windows to tune on, without hindsight "
+        "(results: CONFIG-tuning.json.gz)",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     parser.add_argument(
         "--report", action="store_true", help="run nothing: put the results into docs/CONFIG.md"
@@ -91,11 +97,18 @@ def main(arguments: list[str] | None = None) -> int:
     except TidewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = args.out or RESULTS / f"{args.config.stem}.json.gz"
+    stem = args.config.stem
+    more = RESULTS / f"{stem}-tuning.json.gz"
+    if args.more_tuning:
+        config = config.with_more_tuning()
+    out = args.out or (more if args.more_tuning else RESULTS / f"{stem}.json.gz")
     results = read_results(out)
     if args.report:
-        write = write_page if config.report == "headroom" else write_verdict
-        write(list(results.values()), ROOT / "docs" / f"{args.config.stem}.md")
+        page = ROOT / "docs" / f"{stem}.md"
+        if config.report == "headroom":
+            write_page(list(results.values()), page)
+        else:
+            write_verdict(results, read_results(more), page)
         return 0
     cells, traces = _chosen(args, config, results), args.traces or Path()
     before = dict(results) if args.learned or args.rules else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,9 @@ from policies.mpc import MpcConfig
 from policies.oracle import BeamConfig, RefineConfig
 
 GENERATED = "generated"  # the embedded generator in place of a trace file
+MAIN = ("seen", "unseen")  # roles of the cells that means are taken over
+PEAK_LOAD = 0.95  # of the heaviest of them
+MORE = 3
 Role = Literal["seen", "unseen", "bursts", "misleading"]
 Ladder = Literal["full", "rules", "failures", "policy"]
 
@@ -115,6 +118,21 @@ class StudyConfig(_Section):
 
     def windows_of(self, cell: Cell) -> Windows:
         return cell.windows or self.windows
+
+    def with_more_tuning(self) -> Self:
+        """The cells of the means that have a policy, with MORE times as many windows to tune on and
+        without hindsight."""
+
+        def more(windows: Windows) -> Windows:
+            return windows.model_copy(update={"tuning": MORE * windows.tuning})
+
+        cells = tuple(
+            cell.model_copy(update={"beam": False, "windows": cell.windows and more(cell.windows)})
+            for cell in self.cells
+            if cell.policy and cell.role in MAIN and cell.load <= PEAK_LOAD
+        )
+        changed = {"windows": more(self.windows), "cells": cells, "refine": None}
+        return self.model_copy(update=changed)
 
 
 DEFAULT_STUDY = Path(__file__).parents[2] / "configs" / "headroom.yaml"

@@ -7,21 +7,20 @@ bootstrap: cells, then windows of a cell, then seeds where there are several run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.study.config import MAIN, PEAK_LOAD
 from envs.study.hindsight import HINDSIGHT
 from envs.study.report import best_static, fill_page, ratio, run_of, table
 
 Result = Mapping[str, Any]
 Floats = NDArray[np.float64]
-MAIN = ("seen", "unseen")  # roles of the cells that means are taken over
 OUTSIDE = ("unseen", "bursts", "misleading")
-PEAK_LOAD = 0.95  # of the heaviest cells in the means
 HEADROOM = 0.01  # on training days, of utility: cells below it have nothing to recover
 RESAMPLES, SEED = 2000, 0
 BY_UTILITY, BY_LATENCY = f"{HINDSIGHT} by utility", f"{HINDSIGHT} by latency"
@@ -258,11 +257,41 @@ def _row(result: Result) -> list[str]:
     ]
 
 
-def write_verdict(results: Sequence[Result], page: Path) -> None:
-    """Puts figures and the table of cells between the marks of a page."""
-    shown = [r for r in results if run_of(r, "guarded") is not None]
+TUNED_HEADER = (
+    "cell", "margin of hysteresis", "with more", "margin of the guard", "with more",
+    "J hysteresis", "with more", "J guarded", "with more", "guarded - hysteresis", "with more",
+)  # fmt: skip
+TUNED_FIGURES = (
+    "j_vs_hysteresis", "j_vs_hysteresis_ci_low", "j_vs_hysteresis_ci_high", "j_vs_greedy",
+    "latency_vs_static_mean", "latency_vs_oserve_mean", "switches_per_hour",
+)  # fmt: skip
+
+
+def _tuned_row(result: Result, more: Result) -> list[str]:
+    both, rules = (result, more), ("hysteresis", "guarded")
+    margins = [f"{r[rule]['margin']:g}" for rule in rules for r in both]
+    utilities = [f"{_utility(r, rule):.4f}" for rule in rules for r in both]
+    won = [f"{_utility(r, 'guarded') - _utility(r, 'hysteresis'):+.4f}" for r in both]
+    return [str(result["cell"]["name"]), *margins, *utilities, *won]
+
+
+def _with_more_tuning(results: Mapping[str, Result], more: Mapping[str, Result]) -> tuple[str, str]:
+    """Figures over the cells that were run with more windows to tune on, and those cells."""
+    pairs = [(results[name], more[name]) for name in sorted(more)]
+    before, after = (figures(side) for side in zip(*pairs, strict=True))
+    rows = [[name, f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in TUNED_FIGURES]
+    header = ("figure", "as above", "with more windows to tune on")
+    return table(rows, header), table(starmap(_tuned_row, pairs), TUNED_HEADER)
+
+
+def write_verdict(results: Mapping[str, Result], more: Mapping[str, Result], page: Path) -> None:
+    """Puts figures and the table of cells between the marks of a page; `more` are results of cells
+    with more windows to tune on."""
+    shown = [r for r in results.values() if run_of(r, "guarded") is not None]
     parts = [
         table(([name, f"{value:.4f}"] for name, value in figures(shown).items()), ("figure", "")),
         table(map(_row, shown), HEADER),
     ]
+    if more:
+        parts += _with_more_tuning(results, more)
     fill_page(parts, page)

@@ -36,6 +36,8 @@ def result(name: str, role: str, guarded: list[float], **cell: Any) -> dict[str,
         "seconds": 7200.0,
         "bounds": {"utility": 0.9},
         "training": {"hysteresis": 0.4, "beam": 0.5},
+        "hysteresis": {"margin": 8.0},
+        "guarded": {"margin": 30.0},
         "runs": [
             run("static 2xtp4pp1", [0.3, 0.3], 3.0, static="equal", key="2xtp4pp1"),
             run("static 1xtp8pp1", [0.2, 0.2], 4.0, static="equal", key="1xtp8pp1"),
@@ -124,11 +126,17 @@ def test_capacity_is_compared_at_what_statics_attain_at_the_middle_load() -> Non
 def test_page_is_written_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "policy.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_verdict([result("a", "seen", [0.5, 0.5])], page)
+    cells = {name: result(name, "seen", [0.5, 0.5]) for name in ("a", "b")}
+    more = {"a": result("a", "seen", [0.5, 0.6])}
+    more["a"]["hysteresis"] = {"margin": 4.0}
+    write_verdict(cells, more, page)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "| a | seen | 2xtp4pp1 |" in text
+    assert "| j_vs_hysteresis | 0.1000 | 0.1500 |" in text
+    row = "| a | 8 | 4 | 30 | 30 | 0.4000 | 0.4000 | 0.5000 | 0.5500 | +0.1000 | +0.1500 |"
+    assert row in text
     assert "old" not in text
 
 
@@ -136,8 +144,21 @@ def test_the_committed_page_is_made_from_the_committed_results(tmp_path: Path) -
     root, page = DEFAULT_STUDY.parents[1], tmp_path / "policy.md"
     committed = (root / "docs" / "policy.md").read_text()
     page.write_text(committed)
-    write_verdict(list(read_results(RESULTS / "policy.json.gz").values()), page)
+    names = ("policy", "policy-tuning")
+    write_verdict(*(read_results(RESULTS / f"{name}.json.gz") for name in names), page)
     assert page.read_text() == committed
+
+
+def test_more_windows_to_tune_on_change_nothing_else() -> None:
+    study: StudyConfig = load_config(StudyConfig, POLICY_STUDY, {})
+    more = study.with_more_tuning()
+    means = {c.name: c for c in study.cells if c.role in ("seen", "unseen")}
+    assert {c.name for c in more.cells} == means.keys()
+    assert (more.refine, {c.beam for c in more.cells}) == (None, {False})
+    for cell in more.cells:
+        windows, few = more.windows_of(cell), study.windows_of(means[cell.name])
+        assert windows.tuning == 3 * few.tuning
+        assert windows.model_copy(update={"tuning": few.tuning}) == few
 
 
 def test_the_cells_are_as_they_should_be() -> None:
