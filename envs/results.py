@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from envs.resumable import exit_status
 from envs.shipping import decide_default, ship_seeds, verdict_of_cells, write_card
 from envs.study.__main__ import main as run_study
 from envs.study.config import StudyConfig
-from envs.study.results import RESULTS, read_results
+from envs.study.results import read_results, results_of
 from envs.training import BEST, RESULT, RunOptions, run_training
 
 ROOT = Path(__file__).parents[1]
@@ -77,14 +78,19 @@ def train_all(jobs: list[Job], number: int) -> None:
         print(f"{count}/{len(left)} {job.experiment} seed {job.seed}", file=sys.stderr)
 
 
-def _score_left(study: str, names: list[str], args: argparse.Namespace) -> int:
-    """Run the cells that have no result yet; the exit status of the study."""
-    done = read_results(RESULTS / f"{study}.json.gz")
-    left = [name for name in names if name not in done]
+def _score_left(
+    name: str, study: StudyConfig, chosen: Sequence[str], args: argparse.Namespace, more: bool
+) -> int:
+    """Run the cells of these experiments that have no result yet, or as many with more windows to
+    tune on; the exit status of the study."""
+    done = read_results(results_of(name, more))
+    cells = (study.with_more_tuning() if more else study).cells
+    left = [c.name for c in cells if c.policy in chosen and c.name not in done]
     if not left:
         return 0
-    traces = ["--traces", str(args.traces)] if args.traces else []
-    options = ["--config", str(CONFIGS / f"{study}.yaml"), "--jobs", str(args.jobs), *traces]
+    options = ["--config", str(CONFIGS / f"{name}.yaml"), "--jobs", str(args.jobs)]
+    options += ["--traces", str(args.traces)] if args.traces else []
+    options += ["--more-tuning"] if more else []
     return run_study([*options, "--cells", *left])
 
 
@@ -100,10 +106,11 @@ def make(args: argparse.Namespace) -> int:
         ]
         train_all(jobs, args.jobs)
         ship_seeds({f"seed{job.seed}": job.out / BEST for job in jobs}, ARTIFACTS / name, study)
-    code = _score_left(config.study, [c.name for c in study.cells if c.policy in chosen], args)
-    if code:
-        return code
-    results = list(read_results(RESULTS / f"{config.study}.json.gz").values())
+    for more in (False, True):
+        code = _score_left(config.study, study, chosen, args, more)
+        if code:
+            return code
+    results = list(read_results(results_of(config.study)).values())
     for name in chosen:
         decide_default(results, ARTIFACTS / name)
         how = (

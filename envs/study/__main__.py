@@ -15,8 +15,8 @@ from envs.resumable import exit_status
 from envs.study.config import DEFAULT_STUDY, GENERATED, Cell, StudyConfig
 from envs.study.report import write_page
 from envs.study.results import (
-    RESULTS,
     read_results,
+    results_of,
     run,
     write_results,
 )
@@ -46,7 +46,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=(),
         metavar="RULE",
-        help="run just these rules of the ladder, of cells that have results, in the same way",
+        help="run just these rules of the ladder, or hindsight, of cells that have results, in the "
+        "same way",
     )
     parser.add_argument(
         "--more-tuning",
@@ -98,17 +99,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stem = args.config.stem
-    more = RESULTS / f"{stem}-tuning.json.gz"
     if args.more_tuning:
         config = config.with_more_tuning()
-    out = args.out or (more if args.more_tuning else RESULTS / f"{stem}.json.gz")
+    out = args.out or results_of(stem, args.more_tuning)
     results = read_results(out)
     if args.report:
         page = ROOT / "docs" / f"{stem}.md"
         if config.report == "headroom":
             write_page(list(results.values()), page)
         else:
-            write_verdict(results, read_results(more), page)
+            write_verdict(results, read_results(results_of(stem, more_tuning=True)), page)
         return 0
     cells, traces = _chosen(args, config, results), args.traces or Path()
     before = dict(results) if args.learned or args.rules else {}

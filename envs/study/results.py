@@ -15,6 +15,11 @@ from envs.study.config import GENERATED, Cell, StudyConfig
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
+def results_of(study: str, more_tuning: bool = False) -> Path:
+    """The file of a study's results; or of those with more windows to tune on."""
+    return RESULTS / f"{study}{'-tuning' * more_tuning}.json.gz"
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """By name of the cell; none where there is no file."""
     if not path.exists():

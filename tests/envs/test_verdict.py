@@ -12,7 +12,7 @@ import pytest
 from engine.config import load_config
 from envs.study.config import DEFAULT_STUDY, GENERATED, POLICY_STUDY, StudyConfig
 from envs.study.report import BEGIN, END
-from envs.study.results import RESULTS, read_results
+from envs.study.results import read_results, results_of
 from envs.study.verdict import capacity_at, figures, gains, interval, worth_ratio_low, write_verdict
 
 
@@ -144,8 +144,7 @@ def test_the_committed_page_is_made_from_the_committed_results(tmp_path: Path) -
     root, page = DEFAULT_STUDY.parents[1], tmp_path / "policy.md"
     committed = (root / "docs" / "policy.md").read_text()
     page.write_text(committed)
-    names = ("policy", "policy-tuning")
-    write_verdict(*(read_results(RESULTS / f"{name}.json.gz") for name in names), page)
+    write_verdict(*(read_results(results_of("policy", more)) for more in (False, True)), page)
     assert page.read_text() == committed
 
 
