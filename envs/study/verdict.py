@@ -271,7 +271,7 @@ def _tuned_row(result: Result, more: Result) -> list[str]:
     both, rules = (result, more), ("hysteresis", "guarded")
     margins = [f"{r[rule]['margin']:g}" for rule in rules for r in both]
     utilities = [f"{_utility(r, rule):.4f}" for rule in rules for r in both]
-    won = [f"{_utility(r, 'guarded') - _utility(r, 'hysteresis'):+.4f}" for r in both]
+    won = [f"{interval([gains(r, ['guarded'])])[0]:+.4f}" for r in both]
     return [str(result["cell"]["name"]), *margins, *utilities, *won]
 
 
