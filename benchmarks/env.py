@@ -8,10 +8,11 @@ that deployments switch as often as the guardrails let them, and every switch is
 A worker process per core steps the environments, for `1_thread` the learner's own process; a step
 of all waits for the slower worker, the less the more environments each has.
 
-PPO has the settings that this pool's shipped policies are trained with, and goes on from one of
-them, as training does after cloning; `ppo_untrained` begins with a fresh network, which switches
-nearly whenever it may. `ppo_vs_learner_only` is the former's rate over that of the same learner on
-an environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
+PPO has the settings that this pool's shipped policies are trained with but for the number of
+environments and the critic's warm-up, in which the actor rests. It goes on from one of them, as
+training does after cloning; `ppo_untrained` begins with a fresh network, which switches nearly
+whenever it may. `ppo_vs_learner_only` is the former's rate over that of the same learner on an
+environment that costs nothing. Figures are medians over rounds; spreads (max - min) / median.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def measure_ppo(
     spec = setup.build_pipeline().observation_spec
     at_s: list[float] = []
     steps = ppo.n_steps * venv.num_envs
-    ppo = replace(ppo, n_timesteps=rollouts * steps)
+    ppo = replace(ppo, n_timesteps=rollouts * steps, critic_warmup=0)
     watch = Watch(report=lambda _: at_s.append(time.perf_counter()))
     if policy is None:
         train(venv, replace(ppo, kl_prior_coef=0.0), spec, 0, watch)

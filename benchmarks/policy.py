@@ -20,7 +20,7 @@ from rich.table import Table
 
 from engine.config import load_config
 from envs.study.config import POLICY_STUDY, StudyConfig
-from envs.study.results import RESULTS, read_results, run_again
+from envs.study.results import read_results, results_of, run_again
 from envs.study.verdict import figures
 
 TOLERANCE = 0.02  # of utility: sums may be taken in another order elsewhere
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only score what is committed")
     args = parser.parse_args()
     config: StudyConfig = load_config(StudyConfig, POLICY_STUDY, {})
-    results = read_results(RESULTS / "policy.json.gz")
+    results = read_results(results_of("policy"))
     off = 0.0
     if not args.quick:
         cell, utilities = run_again(config, results, "utility")

@@ -81,8 +81,8 @@ def train_all(jobs: list[Job], number: int) -> None:
 def _score_left(
     name: str, study: StudyConfig, chosen: Sequence[str], args: argparse.Namespace, more: bool
 ) -> int:
-    """Run the cells of these experiments that have no result yet, or as many with more windows to
-    tune on; the exit status of the study."""
+    """Run the cells of these experiments that have no result yet; with `more`, those that are run
+    with more windows to tune on. The exit status of the study."""
     done = read_results(results_of(name, more))
     cells = (study.with_more_tuning() if more else study).cells
     left = [c.name for c in cells if c.policy in chosen and c.name not in done]

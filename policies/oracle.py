@@ -46,7 +46,7 @@ class RefineConfig:
 
     step_s: float = 60.0  # between decisions
     blocks: tuple[int, ...] = (20, 10, 5, 2, 1)  # steps that change together, one size at a time
-    deployments: int = 4  # to choose from, beside those of the courses that it starts with
+    deployments: int = 4  # to choose from, beside those of the best courses known before
 
     def __post_init__(self) -> None:
         if self.step_s <= 0 or not self.blocks or min(self.blocks) < 1 or self.deployments < 1:
@@ -93,8 +93,8 @@ class Course:
         """What is still in the system is charged as requests were in the mean so far."""
         return self.spent * (1.0 + self.num_open / max(self.snapshot.num_arrived, 1))
 
-    def is_worse_than(self, other: Course) -> bool:
-        """Or the same, at one time: it has cost as much, and no less is still in the system."""
+    def is_no_better_than(self, other: Course) -> bool:
+        """At one time: it has cost as much, and no less is still in the system."""
         return self.spent >= other.spent and self.num_open >= other.num_open
 
 
@@ -163,11 +163,17 @@ def wanted_of(
     first: str, switches: Iterable[tuple[float, str]], until_s: float, step_s: float
 ) -> Wanted:
     """What these switches, (second, key), come to on a grid of steps from 0 to `until_s`."""
-    wanted = [first] * ceil(until_s / step_s - 1e-9)
+    wanted = [first] * (len(_borders_s(0.0, until_s, step_s)) - 1)
     for at_s, key in sorted(switches):
         step = round(at_s / step_s)
         wanted[step:] = [key] * len(wanted[step:])
     return tuple(wanted)
+
+
+def _borders_s(from_s: float, until_s: float, step_s: float) -> list[float]:
+    """Of all steps; the last may be shorter."""
+    number = ceil((until_s - from_s) / step_s - 1e-9)
+    return [*(from_s + i * step_s for i in range(number)), until_s]
 
 
 def refine(
@@ -178,15 +184,16 @@ def refine(
     firsts: Sequence[Wanted],
     total: Callable[[Course], float],
 ) -> Course:
-    """A course with no more of `total`, in the end, than the best of `firsts`.
+    """A course with no more of `total`, in the end, than the best of `firsts`, which want something
+    in each step.
 
     Block by block, long ones first, another deployment is tried; what does better stays. A trial is
     given up at the end of its block, or later, where it is worse than what there is.
     """
     origin = Course(start.fork(), start.snapshot(), 0.0)
-    begins_s = np.arange(origin.snapshot.now_s, until_s - 1e-9, config.step_s).tolist()
-    borders_s = [*begins_s, until_s]
+    borders_s = _borders_s(origin.snapshot.now_s, until_s, config.step_s)
     futures = list(starmap(world.future, pairwise(borders_s)))
+    assert {len(wanted) for wanted in firsts} == {len(futures)}, "one for each step"
 
     def follow(begin: Course, wanted: Wanted, first: int) -> Iterator[Course]:
         """Where it stands after each step from `first` on."""
@@ -203,19 +210,21 @@ def refine(
         for course in follow(best[block.start], wanted, block.start):
             found.append(course)
             step = block.start + len(found)
-            if step >= block.stop and course.is_worse_than(best[step]):
+            if step >= block.stop and course.is_no_better_than(best[step]):
                 return None
-        return found if total(found[-1]) < total(best[-1]) else None
+        return found
 
-    tried = [([origin, *follow(origin, wanted, 0)], wanted) for wanted in dict.fromkeys(firsts)]
+    tried = (([origin, *follow(origin, wanted, 0)], wanted) for wanted in dict.fromkeys(firsts))
     best, wanted = min(tried, key=lambda each: total(each[0][-1]))
+    least = total(best[-1])
     for size in config.blocks:
         for begin in range(0, len(futures), size):
             block = range(begin, min(begin + size, len(futures)))
             for key in world.keys:
                 other = (*wanted[:begin], *(key for _ in block), *wanted[block.stop :])
-                if other != wanted and (found := try_block(other, block)) is not None:
-                    best, wanted = best[: begin + 1] + found, other
+                found = try_block(other, block) if other != wanted else None
+                if found is not None and (value := total(found[-1])) < least:
+                    best, wanted, least = best[: begin + 1] + found, other, value
     return best[-1]
 
 

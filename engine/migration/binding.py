@@ -1,5 +1,6 @@
 """Pure: what becomes of a running request whose replica goes, and how many copies of KV are made
-while it runs; engine and surrogate both ask."""
+while it runs. The surrogate binds by a compiled copy of this (`envs.surrogate.kv_rounds`), which a
+test holds equal."""
 
 from __future__ import annotations
 

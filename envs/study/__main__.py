@@ -99,6 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stem = args.config.stem
+    if args.more_tuning and (args.report or config.report == "headroom"):
+        print(
+            "error: --more-tuning runs cells of a study of policies; leave it out with --report, "
+            "which shows both, and with configs/headroom.yaml.",
+            file=sys.stderr,
+        )
+        return 2
     if args.more_tuning:
         config = config.with_more_tuning()
     out = args.out or results_of(stem, args.more_tuning)

@@ -11,7 +11,15 @@ from typing import Any, get_args
 from engine.errors import InvalidRequestError
 from envs.study.bounds import bounds
 from envs.study.config import Cell, StudyConfig
-from envs.study.hindsight import HINDSIGHT, By, beam_windows, deployments, refined_windows
+from envs.study.hindsight import (
+    HINDSIGHT,
+    By,
+    beam_windows,
+    best_windows,
+    deployments,
+    refined_name,
+    refined_windows,
+)
 from envs.study.rules import (
     LEARNED,
     Rule,
@@ -49,7 +57,7 @@ def run_cell(config: StudyConfig, cell: Cell, traces: Path, report: Report) -> d
     runs = [*statics, *_run_rules(world, ladder(world, tuned), report)]
     guarded, learned = _learned(world, tuned, report) if cell.policy else (None, [])
     runs += learned
-    if guarded and config.refine:
+    if guarded and config.refine and not cell.lost_devices:
         runs += _refined(world, tuned, guarded, statics, report)
     training: dict[str, float] = {}
     if cell.ladder == "full" or cell.beam:
@@ -92,7 +100,8 @@ def run_anew(
     changed: dict[str, Any] = {}
     if names:
         of_ladder = {rule.name: rule for rule in ladder(world, tuned)}
-        possible = [*of_ladder, HINDSIGHT] if config.refine and before["guarded"] else [*of_ladder]
+        can_refine = config.refine and before["guarded"] and not world.cell.lost_devices
+        possible = [*of_ladder, HINDSIGHT] if can_refine else [*of_ladder]
         if unknown := [name for name in names if name not in possible]:
             raise InvalidRequestError(
                 f"the ladder of cell {world.cell.name} has no rule {', '.join(unknown)}; expected "
@@ -221,8 +230,9 @@ def _tune_guarded(world: World, tuned: HysteresisConfig, report: Report) -> Guar
     return min(settings, key=badness) if len(settings) > 1 else settings[0]
 
 
-def _badness(world: World, score: RunScore) -> float:
-    return -score.utility if world.config.by == "utility" else score.latency_s
+def _badness(world: World, score: RunScore, by: By | None = None) -> float:
+    """By what the study is, unless it is said."""
+    return -score.utility if (by or world.config.by) == "utility" else score.latency_s
 
 
 # --------------------------------------------------------------------------------------
@@ -244,9 +254,11 @@ def _beam(world: World, windows: Sequence[Trace], statics: Sequence[RunScore]) -
     return _score(world, "beam", records, {"meaning": "with hindsight", "keys": list(keys)})
 
 
-def _ranked_deployments(world: World, statics: Sequence[RunScore], number: int) -> tuple[str, ...]:
+def _ranked_deployments(
+    world: World, statics: Sequence[RunScore], number: int, by: By | None = None
+) -> tuple[str, ...]:
     """Those that hindsight chooses from."""
-    ranked = sorted(statics, key=lambda s: _badness(world, s))
+    ranked = sorted(statics, key=lambda s: _badness(world, s, by))
     keys = [str(s.detail["key"]) for s in ranked if s.detail["static"] != "by_load"]
     return deployments(world, keys, number)
 
@@ -262,16 +274,20 @@ def _refined(
     deployments, by utility and by latency."""
     config = world.config.refine
     assert config is not None, "asked for"
-    rules = [*ladder(world, tuned), *alone(world), guarded_rule(world, tuned, guarded)]
-    report("hindsight: what is known")
-    known = [run_windows(world, world.test, r.policy, r.pipeline(world)) for r in rules]
+    report(f"{HINDSIGHT}: what is known")
+    known: list[Sequence[WindowRecord]] = []
+    for rule in [*ladder(world, tuned), *alone(world), guarded_rule(world, tuned, guarded)]:
+        pipeline = rule.pipeline(world)
+        known.append(run_windows(world, world.test, rule.policy, pipeline, kind=rule.cluster))
     for run in statics:
-        key = run.detail["key"]
-        known.append(run_windows(world, world.test, static_policy(), static_pipeline(world), key))
-    keys, scores = _ranked_deployments(world, statics, config.deployments), []
+        pipeline = static_pipeline(world, by_load=run.detail["static"] == "by_load")
+        known.append(run_windows(world, world.test, static_policy(), pipeline, run.detail["key"]))
     for by in get_args(By):
-        report(f"{HINDSIGHT} by {by}")
-        records = refined_windows(world, keys, known, by, config)
-        detail = {"meaning": "whole courses refined, with hindsight", "keys": list(keys)}
-        scores.append(_score(world, f"{HINDSIGHT} by {by}", records, detail))
-    return scores
+        report(refined_name(by))
+        keys = _ranked_deployments(world, statics, config.deployments, by)
+        known.append(refined_windows(world, keys, known, by, config))
+    detail = {"meaning": "whole courses refined, with hindsight"}
+    return [
+        _score(world, refined_name(by), best_windows(world, known, by), detail)
+        for by in get_args(By)
+    ]

@@ -17,9 +17,14 @@ from policies.oracle import BeamConfig, RefineConfig
 GENERATED = "generated"  # the embedded generator in place of a trace file
 MAIN = ("seen", "unseen")  # roles of the cells that means are taken over
 PEAK_LOAD = 0.95  # of the heaviest of them
-MORE = 3
+MORE_TUNING = 3  # times as many windows
 Role = Literal["seen", "unseen", "bursts", "misleading"]
 Ladder = Literal["full", "rules", "failures", "policy"]
+
+
+def is_main(role: str, load: float) -> bool:
+    """Whether means are taken over cells like that."""
+    return role in MAIN and load <= PEAK_LOAD
 
 
 class _Section(BaseModel):
@@ -113,6 +118,9 @@ class StudyConfig(_Section):
     by: Literal["latency", "utility"] = Field(
         default="latency", description="what rules are tuned by, and the beam seeks"
     )
+    times_tuning: int = Field(
+        default=1, ge=1, description="as many windows to tune on; where rules start stays"
+    )
     beam_deployments: int = Field(ge=1, description="deployments that the beam chooses from")
     cells: tuple[Cell, ...] = Field(min_length=1)
 
@@ -120,18 +128,14 @@ class StudyConfig(_Section):
         return cell.windows or self.windows
 
     def with_more_tuning(self) -> Self:
-        """The cells of the means that have a policy, with MORE times as many windows to tune on and
-        without hindsight."""
-
-        def more(windows: Windows) -> Windows:
-            return windows.model_copy(update={"tuning": MORE * windows.tuning})
-
-        cells = tuple(
-            cell.model_copy(update={"beam": False, "windows": cell.windows and more(cell.windows)})
+        """The cells of the means, with MORE_TUNING times as many windows to tune on and without
+        hindsight."""
+        cells = [
+            cell.model_copy(update={"beam": False})
             for cell in self.cells
-            if cell.policy and cell.role in MAIN and cell.load <= PEAK_LOAD
-        )
-        changed = {"windows": more(self.windows), "cells": cells, "refine": None}
+            if cell.policy and is_main(cell.role, cell.load)
+        ]
+        changed = {"times_tuning": MORE_TUNING, "cells": tuple(cells), "refine": None}
         return self.model_copy(update=changed)
 
 

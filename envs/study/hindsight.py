@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -27,6 +27,11 @@ from policies.oracle import World as Search
 HINDSIGHT = "hindsight"  # begins the names of refined runs
 By = Literal["utility", "latency"]
 NUM_LEADERS = 2  # known courses whose deployments may be chosen, too
+
+
+def refined_name(by: By) -> str:
+    """Of a run."""
+    return f"{HINDSIGHT} by {by}"
 
 
 def deployments(world: World, statics: Sequence[str], number: int) -> tuple[str, ...]:
@@ -56,22 +61,36 @@ def refined_windows(
     by: By,
     config: RefineConfig,
 ) -> list[WindowRecord]:
-    """Of each window the best of all, starting with what is `known`: records of rules, of all
-    windows each. Never worse than any of these."""
+    """Of each window a course that starts with the best of what is `known`: records of rules, of
+    all windows each."""
     found = []
     for given in zip(*known, strict=True):
         window = given[0].trace
         ranked = sorted(given, key=lambda record: badness(world, record, by))
-        leaders = [key for record in ranked[:NUM_LEADERS] for _, key in record.switches]
-        search = _search(world, window, tuple(dict.fromkeys([*keys, *leaders])), by)
+        visited = [
+            k for r in ranked[:NUM_LEADERS] for k in (r.first_key, *(k for _, k in r.switches))
+        ]
+        search = _search(world, window, tuple(dict.fromkeys([*keys, *visited])), by)
         until_s, step_s = window.duration_s, config.step_s
-        firsts = [wanted_of(key, (), until_s, step_s) for key in keys]
+        firsts = [wanted_of(key, (), until_s, step_s) for key in search.keys]
         firsts += [wanted_of(r.first_key, r.switches, until_s, step_s) for r in ranked]
-        total = _total(world, window, by)
+
+        def total(course: Course, window: Trace = window) -> float:
+            return badness(world, _record(world, window, course), by)
+
         course = refine(_start(world), search, until_s, config, firsts, total)
-        record = _record(world, window, course)
-        found.append(min((record, ranked[0]), key=lambda record: badness(world, record, by)))
+        found.append(_record(world, window, course))
     return found
+
+
+def best_windows(
+    world: World, known: Sequence[Sequence[WindowRecord]], by: By
+) -> list[WindowRecord]:
+    """The best record of each window."""
+    return [
+        min(given, key=lambda record: badness(world, record, by))
+        for given in zip(*known, strict=True)
+    ]
 
 
 def badness(world: World, record: WindowRecord, by: By) -> float:
@@ -97,20 +116,6 @@ def _search(world: World, window: Trace, keys: tuple[str, ...], by: By) -> Searc
     ledger = ColumnLedger(world.objectives.reward, window, 0.0)
     cost = ledger.loss if by == "utility" else request_seconds
     return Search(keys, plan, lambda a, b: future_of(window, 0.0, a, b), cost)
-
-
-def _total(world: World, window: Trace, by: By) -> Callable[[Course], float]:
-    """As `badness` of the course's record."""
-    if by == "latency":
-        return lambda course: course.spent
-    ledger = ColumnLedger(world.objectives.reward, window, 0.0)
-
-    def total(course: Course) -> float:
-        own, end_s = ledger.fork(), course.snapshot.now_s
-        ended = own.settle(TrafficColumns.join(list(course.traffic)), end_s).total
-        return -(ended + own.open_worth(end_s))
-
-    return total
 
 
 def _record(world: World, window: Trace, course: Course) -> WindowRecord:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.study.config import MAIN, PEAK_LOAD
-from envs.study.hindsight import HINDSIGHT
+from envs.study.config import is_main
+from envs.study.hindsight import refined_name
 from envs.study.report import best_static, fill_page, ratio, run_of, table
 
 Result = Mapping[str, Any]
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 OUTSIDE = ("unseen", "bursts", "misleading")
 HEADROOM = 0.01  # on training days, of utility: cells below it have nothing to recover
 RESAMPLES, SEED = 2000, 0
-BY_UTILITY, BY_LATENCY = f"{HINDSIGHT} by utility", f"{HINDSIGHT} by latency"
+BY_UTILITY, BY_LATENCY = refined_name("utility"), refined_name("latency")
 
 
 def main_cells(results: Iterable[Result]) -> list[Result]:
@@ -31,9 +31,7 @@ def main_cells(results: Iterable[Result]) -> list[Result]:
     return [
         r
         for r in results
-        if r["cell"]["role"] in MAIN
-        and r["cell"]["load"] <= PEAK_LOAD
-        and run_of(r, "guarded") is not None
+        if is_main(r["cell"]["role"], r["cell"]["load"]) and run_of(r, "guarded") is not None
     ]
 
 
@@ -163,15 +161,8 @@ def figures(results: Iterable[Result]) -> dict[str, float]:
             ratio(run_of(c, "oserve"), run_of(c, "guarded"), figure) for c in cells
         )
 
-    def hindsight(over: str, figure: str) -> float:
-        return geometric_mean(
-            ratio(
-                run_of(c, "oserve") if over == "oserve" else best_static(c, "equal", figure),
-                run_of(c, BY_LATENCY),
-                figure,
-            )
-            for c in cells
-        )
+    def hindsight(over: Callable[[Result], Result | None]) -> float:
+        return geometric_mean(ratio(over(c), run_of(c, BY_LATENCY)) for c in cells)
 
     gain, low, high = interval([gains(c, ["guarded"]) for c in cells])
     alone, alone_low, alone_high = interval([gains(c, seeds_of(c)) for c in cells])
@@ -203,8 +194,8 @@ def figures(results: Iterable[Result]) -> dict[str, float]:
         "recovered_vs_bound": recovered(worthwhile, lambda c: float(c["bounds"]["utility"])),
         "excluded_share": round(1 - len(worthwhile) / len(searched), 4) if searched else 1.0,
         "recovered_vs_hindsight": recovered(refined, lambda c: _utility(c, BY_UTILITY)),
-        "hindsight_latency_vs_static_mean": hindsight("static", "latency_s"),
-        "hindsight_latency_vs_oserve_mean": hindsight("oserve", "latency_s"),
+        "hindsight_latency_vs_static_mean": hindsight(lambda c: best_static(c, "equal")),
+        "hindsight_latency_vs_oserve_mean": hindsight(lambda c: run_of(c, "oserve")),
         "ood_worst_block_ci_low": round(min(map(worth_ratio_low, outside), default=0.0), 4),
         "switches_per_hour": round(sum(float(r["switches"]) for r in guarded) / hours, 3),
         "seeds": max((len(seeds_of(c)) for c in cells), default=0),
@@ -258,7 +249,7 @@ def _row(result: Result) -> list[str]:
 
 
 TUNED_HEADER = (
-    "cell", "margin of hysteresis", "with more", "margin of the guard", "with more",
+    "cell", "hysteresis", "with more", "margin of the guard", "with more",
     "J hysteresis", "with more", "J guarded", "with more", "guarded - hysteresis", "with more",
 )  # fmt: skip
 TUNED_FIGURES = (
@@ -268,16 +259,17 @@ TUNED_FIGURES = (
 
 
 def _tuned_row(result: Result, more: Result) -> list[str]:
-    both, rules = (result, more), ("hysteresis", "guarded")
-    margins = [f"{r[rule]['margin']:g}" for rule in rules for r in both]
-    utilities = [f"{_utility(r, rule):.4f}" for rule in rules for r in both]
-    won = [f"{interval([gains(r, ['guarded'])])[0]:+.4f}" for r in both]
-    return [str(result["cell"]["name"]), *margins, *utilities, *won]
+    both, settings = (result, more), ("horizon_s", "num_ticks", "margin")
+    rules = [" / ".join(f"{r['hysteresis'][name]:g}" for name in settings) for r in both]
+    margins = [f"{r['guarded']['margin']:g}" for r in both]
+    utilities = [f"{_utility(r, rule):.4f}" for rule in ("hysteresis", "guarded") for r in both]
+    won = [f"{gains(r, ['guarded']).mean():+.4f}" for r in both]
+    return [str(result["cell"]["name"]), *rules, *margins, *utilities, *won]
 
 
 def _with_more_tuning(results: Mapping[str, Result], more: Mapping[str, Result]) -> tuple[str, str]:
     """Figures over the cells that were run with more windows to tune on, and those cells."""
-    pairs = [(results[name], more[name]) for name in sorted(more)]
+    pairs = [(results[name], more[name]) for name in sorted(more.keys() & results.keys())]
     before, after = (figures(side) for side in zip(*pairs, strict=True))
     rows = [[name, f"{before[name]:.4f}", f"{after[name]:.4f}"] for name in TUNED_FIGURES]
     header = ("figure", "as above", "with more windows to tune on")

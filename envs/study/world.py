@@ -158,7 +158,9 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
     if adversary is not None:
         rng = np.random.default_rng((config.seed, 2))
         scored_windows = tuple(adversary.shape(w, typing, rng) for w in scored_windows)
-    tuning = loaded(spaced_windows(training, windows.tuning, windows.window_s), 0)
+    first = loaded(spaced_windows(training, windows.tuning, windows.window_s), 0)
+    number = config.times_tuning * windows.tuning
+    tuning = loaded(spaced_windows(training, number, windows.window_s), 0)
     interactive = read_slo().spec(cluster.profile.device, "interactive")
     measured = measure_capacity(planner, test, typing)
     reward = experiment_reward(planner, measured, interactive, device_hour_cost=0.0)
@@ -176,7 +178,7 @@ def build_world(config: StudyConfig, cell: Cell, traces: Path) -> World:
         factor * moving,
         factor,
         _objectives(cluster, typing, reward),
-        _first_key(planner, parts_of(tuning, windows.peak_s, typing)),
+        _first_key(planner, parts_of(first, windows.peak_s, typing)),
     )
 
 

@@ -18,7 +18,7 @@ a step starts.
 All compiled functions are in this one file, since numba's files of compiled code are renewed when
 the file of a function changes, not when that of a function it calls does. Those that neither make
 an array nor are given one by what they call do without numba's counting of references, which took
-half of the time; its caller holds on to what it passes.
+half of the time; their callers hold on to what they pass.
 """
 
 from __future__ import annotations
@@ -722,7 +722,7 @@ def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_
     wake_s, free_blocks, place = replica.wake_s, replica.free_blocks, (step + 1) % block_size
     fixed_s, tokens_s = _fixed_seconds(of_step, num), _token_seconds(of_step, num)
     slopes = of_step.per_context_token_s, of_step.per_pair_s
-    longest_s, longer_s = _last_gaps(cruise)
+    last_s, before_s = _last_gaps(cruise)
     while step + 1 < cruise.next_end_at:
         seen_s = max(end_s, ready_s) if of_step.leader_computes else end_s
         start_s = max(ready_s, seen_s)
@@ -730,13 +730,13 @@ def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_
         if start_s >= until_s or seen_s > until_s or (missing > 0 and missing > free_blocks):
             break
         step, context, gap_s, ended_s = step + 1, context + num, seen_s - ended_s, seen_s
-        if longest_s <= gap_s < longer_s:  # takes the place of the last one
+        if last_s <= gap_s < before_s:  # takes the place of the last one
             cruise.gap_step[cruise.num_gaps - 1] = step
-            cruise.gap_s[cruise.num_gaps - 1] = longest_s = gap_s
+            cruise.gap_s[cruise.num_gaps - 1] = last_s = gap_s
         else:
             cruise.step, cruise.last_end_s = step, seen_s
             _note_gap(seqs, cruise, lists, block_size, gap_s)
-            longest_s, longer_s = _last_gaps(cruise)
+            last_s, before_s = _last_gaps(cruise)
         free_blocks -= missing
         place = place + 1 if place + 1 < block_size else 0
         of_all = context + num

@@ -58,7 +58,7 @@ class KvRounds:
         self.kv_bytes = 0  # across links, copied by the rounds so far
         self._moves = np.zeros(0, MOVE)  # by key, of all sequences seen so far
         self._round = self._num_kept = 0
-        self._num_here = 0  # that are to be handed over
+        self._num_owned = 0  # that have a new row, of those still here after the last round
         self._recompute = np.zeros(0, np.int64)  # their places in `_moves`
         self._known_loads: dict[tuple[int, int], tuple[Loads, int]] = {}
 
@@ -81,7 +81,7 @@ class KvRounds:
 
     @property
     def num_migrated(self) -> int:
-        return self._num_here - len(self._recompute)
+        return self._num_owned - len(self._recompute)
 
     @property
     def num_drained(self) -> int:
@@ -102,20 +102,20 @@ class KvRounds:
             host.state.hold_copied(host.rows.of(replica), of_replica, now_s)
         slots = np.concatenate([of_replica for _, of_replica in looked])
         at = self._find(host, slots)
-        self._num_here = len(at) if is_last else len(self._moves)
+        self._num_owned = len(at) if is_last else len(self._moves)
         sources = np.repeat(np.arange(len(looked)), [len(of_replica) for _, of_replica in looked])
         kv, seqs, replicas = self._plan.kv, host.state.seqs, host.state.replicas
         loads, token_bytes = self._loads(host), np.zeros((len(looked), len(replicas)), np.int64)
         for place, (_, nbytes) in loads.items():
             token_bytes[place] = nbytes
         costs = float(kv.decode_step_s), float(kv.link_bytes_per_s), float(kv.prefill_tokens_per_s)
+        here = at, seqs, slots, sources
         longest = NEVER if is_last else host.spec.model.max_model_len
-        _bind(self._moves, at, seqs, slots, sources, token_bytes, costs, longest, not is_last)
+        _bind(self._moves, *here, token_bytes, costs, longest, not is_last)
         sent, woken = np.zeros_like(token_bytes), np.zeros(len(replicas), np.bool_)
-        own = self._moves, self._round, self._num_kept
         size = host.spec.block_size
         self._recompute, self._num_kept = _reserve(
-            *own, at, seqs, slots, sources, replicas, size, sent, woken
+            self._moves, *here, replicas, size, sent, woken, self._round, self._num_kept
         )
         self._wake(host, woken, now_s)
         copies = Links()
@@ -197,15 +197,16 @@ class KvRounds:
         kept = kept[np.argsort(kept["kept_number"])]
         self._moves["kept"] = 0
         anew = self._moves[self._recompute]
-        slots, num = np.concatenate([kept["slot"], anew["slot"]]), len(kept)
+        slots, rows = (np.concatenate([kept[name], anew[name]]) for name in ("slot", "row"))
+        num = len(kept)
         state.seqs["blocks"][slots[:num]] = kept["kept"]
         state.seqs["blocks"][slots[num:]] = 0
         state.seqs["copied_blocks"][slots] = 0
         state.seqs["num_moves"][slots] += 1
         arrays = state.seqs, state.replicas, state.lists, state.counts[0]
-        for slot, row in zip(slots[:num].tolist(), kept["row"].tolist(), strict=True):
+        for slot, row in zip(slots[:num].tolist(), rows[:num].tolist(), strict=True):
             kernel.adopt(*arrays, slot, row, work_s)
-        kernel.enqueue_all(*arrays, anew["slot"], anew["row"], work_s)
+        kernel.enqueue_all(*arrays, slots[num:], rows[num:], work_s)
 
 
 # --------------------------------------------------------------------------------------
@@ -225,7 +226,8 @@ def _bind(
     may_drain: bool,
 ) -> None:
     """`bind_sequence` for the sequences slots[N], whose moves are moves[at], unless they are
-    settled. They come from sources[N]; token_bytes[source, row] of KV cross links."""
+    settled. They come from sources[N]; token_bytes[source, row] of KV cross links. None generates
+    tokens past `longest`, or, where it may not drain, just so many more."""
     decode_step_s, link_bytes_per_s, prefill_tokens_per_s = costs
     for i in range(len(at)):
         move, seq = moves[at[i]], seqs[slots[i]]
@@ -258,8 +260,6 @@ def _give_back(move: Any, replicas: Any, woken: Any) -> None:
 @numba.njit(cache=True, nogil=True)
 def _reserve(
     moves: Any,
-    number: int,
-    num_kept: int,
     at: Any,
     seqs: Any,
     slots: Any,
@@ -268,6 +268,8 @@ def _reserve(
     size: int,
     sent: Any,
     woken: Any,
+    number: int,
+    num_kept: int,
 ) -> Any:
     """Keep blocks of `size` tokens for what has been computed of those that migrate, and give back
     those of all others. sent[source, row] are the blocks to send: whole ones always, since what

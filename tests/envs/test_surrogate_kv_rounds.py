@@ -157,7 +157,7 @@ class Pair:
         for key, found in move.bindings.items():
             assert rounds.binding(name.index(key)) == found.binding
         assert rounds.kv_bytes == move.kv_bytes
-        assert {name[k] for k in rounds.draining} == move.draining.keys()
+        assert {name[k]: s for k, s in rounds.draining.items()} == move.draining
         kept: dict[int, list[tuple[str, int]]] = {}
         for m in sorted(moves[moves["kept"] > 0], key=lambda m: int(m["kept_number"])):
             kept.setdefault(ids[int(m["row"])], []).append((name[m["key"]], int(m["kept"])))

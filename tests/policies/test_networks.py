@@ -46,6 +46,44 @@ def test_permuting_rows_permutes_probabilities_and_leaves_the_value() -> None:
     assert trained.value(shuffled) == pytest.approx(trained.value(given), abs=1e-5)
 
 
+def plainly(network: CandidateNetwork, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and values of one observation after the other, all rows through the layers as they
+    stand."""
+    logits, values = torch.zeros(len(flat), SPEC.max_candidates), torch.zeros(len(flat), 1)
+    for b, each in enumerate(flat):
+        state, rest = each[:2], each[2:]
+        rows, valid = rest[:-5].reshape(5, 3), rest[-5:] > 0.5
+        found = []
+        for encoder in (network.actor, network.critic):
+            embedding = encoder.state(state)
+            both = torch.cat([rows, embedding.expand(5, -1)], dim=-1)
+            found.append((embedding, encoder.rows(both)))
+        (_, acting), (embedding, valued) = found
+        logits[b] = ((network.logit(acting) + network.direct(rows))[:, 0]).where(valid, 0.0)
+        pooled = [valued[valid].mean(dim=0), valued[valid].amax(dim=0)]
+        values[b] = network.value(torch.cat([embedding, *pooled]))
+    return logits, values
+
+
+def test_looking_at_valid_rows_alone_gives_what_all_give_and_its_gradients() -> None:
+    rng, network = np.random.default_rng(5), policy().network
+    assert isinstance(network, CandidateNetwork)
+    given = [observation(rng, num_filled=n).flat() for n in (1, 3, 5, 2)]
+    flat = torch.from_numpy(np.stack(given))
+    flat[1, -5:] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])  # not the first ones
+    sides = []
+    for found in (network(flat), plainly(network, flat)):
+        network.zero_grad()
+        (found[0].square().sum() + found[1].square().sum()).backward()
+        gradients = [parameter.grad.clone() for parameter in network.parameters()]
+        sides.append([*(each.detach() for each in found), *gradients])
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    logits, values = network(torch.zeros(1, SPEC.flat_size))
+    assert not logits.any()
+    assert torch.isfinite(values).all()
+
+
 def test_weights_do_not_depend_on_the_number_of_rows() -> None:
     small = policy()
     grown = small.with_max_candidates(9)

@@ -165,6 +165,18 @@ def test_refining_finds_the_best_course(times: np.ndarray, first: str) -> None:
     assert found.spent == pytest.approx(least_spent_s(times))
 
 
+def test_refining_ends_where_the_window_does() -> None:
+    """A last step that is shorter, and deployments that cannot be reached from here."""
+    world = replace(toy_world(BUSY), plan=lambda snapshot, key: None)
+    config = RefineConfig(step_s=25.0, blocks=(2, 1))
+    found = refine(Toy(), world, 60.0, config, [(FAST,) * 3], lambda c: c.spent)
+    assert found.snapshot.now_s == 60.0
+    assert not found.switches
+    assert found.spent == pytest.approx(spent_s(BUSY, (), 60.0))
+    with pytest.raises(AssertionError, match="one for each step"):
+        refine(Toy(), world, 60.0, config, [(FAST,) * 2], lambda c: c.spent)
+
+
 def test_refining_is_never_worse_than_what_it_starts_with() -> None:
     """Whatever is looked for: here to have switched often, which no single block leads to."""
     wanted = wanted_of(SLOW, [(10.0, FAST), (31.0, SLOW), (39.0, FAST)], 60.0, 10.0)
