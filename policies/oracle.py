@@ -199,9 +199,7 @@ def refine(
         """Where it stands after each step from `first` on."""
         course = begin
         for step in range(first, len(futures)):
-            course = _towards(
-                course, world, futures[step], float(borders_s[step + 1]), wanted[step]
-            )
+            course = _towards(course, world, futures[step], borders_s[step + 1], wanted[step])
             yield course
 
     def try_block(wanted: Wanted, block: range) -> list[Course] | None:
