@@ -20,7 +20,7 @@ from rich.table import Table
 from engine.config import load_config
 from envs.study.config import DEFAULT_STUDY, StudyConfig
 from envs.study.report import figures
-from envs.study.results import RESULTS, read_results, run_again
+from envs.study.results import read_results, results_of, run_again
 
 TOLERANCE = 0.02  # of a rule's mean latency: sums may be taken in another order elsewhere
 
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only score what is committed")
     args = parser.parse_args()
     config: StudyConfig = load_config(StudyConfig, DEFAULT_STUDY, {})
-    results = read_results(RESULTS / "headroom.json.gz")
+    results = read_results(results_of("headroom"))
     off = 0.0
     if not args.quick:
         cell, latencies_s = run_again(config, results, "latency_s")

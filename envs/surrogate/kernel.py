@@ -431,13 +431,18 @@ def _added_up(
     return memory * bound_by_memory_s + arithmetic_s
 
 
+@inlined
+def _ends(step: Any, now_s: float, step_s: float, last_end_s: float) -> tuple[Any, Any]:
+    """When a step that starts now ends, and when its first stage does. With pp > 1 it also waits
+    for the last stage to end the one before."""
+    stage_s = step.stage_share * step_s
+    return max(now_s + step_s, last_end_s + stage_s), now_s + stage_s
+
+
 @compiled
 def _start(replica: Any, batch: Any, now_s: float, step_s: float) -> None:
-    """With pp > 1 a step also waits for the last stage to end the one before."""
-    stage_s = replica.step.stage_share * step_s
-    batch.end_s = max(now_s + step_s, replica.last_end_s + stage_s)
+    batch.end_s, replica.ready_s = _ends(replica.step, now_s, step_s, replica.last_end_s)
     replica.last_end_s = batch.end_s
-    replica.ready_s = now_s + stage_s
     replica.num_batches += 1
 
 
@@ -554,9 +559,9 @@ def _finish_step(
 
 
 @inlined
-def _end_seen(replica: Any, batch: Any) -> Any:
+def _end_seen(step: Any, end_s: float, ready_s: float) -> Any:
     """When the end of a step in flight is seen."""
-    return max(batch.end_s, replica.ready_s) if replica.step.leader_computes else batch.end_s
+    return max(end_s, ready_s) if step.leader_computes else end_s
 
 
 @inlined
@@ -564,7 +569,7 @@ def _next_end(replica: Any, batches: Any) -> Any:
     """`_end_seen` of the oldest step in flight; inf without one."""
     if replica.num_batches == 0:
         return np.inf
-    return _end_seen(replica, batches[replica.first_batch])
+    return _end_seen(replica.step, batches[replica.first_batch].end_s, replica.ready_s)
 
 
 @inlined
@@ -724,7 +729,7 @@ def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_
     slopes = of_step.per_context_token_s, of_step.per_pair_s
     last_s, before_s = _last_gaps(cruise)
     while step + 1 < cruise.next_end_at:
-        seen_s = max(end_s, ready_s) if of_step.leader_computes else end_s
+        seen_s = _end_seen(of_step, end_s, ready_s)
         start_s = max(ready_s, seen_s)
         missing = cruise.num_need[place]
         if start_s >= until_s or seen_s > until_s or (missing > 0 and missing > free_blocks):
@@ -741,9 +746,8 @@ def _cruise(seqs: Any, replica: Any, lists: Any, batch: Any, limits: Any, until_
         place = place + 1 if place + 1 < block_size else 0
         of_all = context + num
         step_s = _added_up(fixed_s, tokens_s, slopes, of_all, float(of_all), 1.0)
-        stage_s = of_step.stage_share * step_s
-        end_s = last_end_s = max(start_s + step_s, last_end_s + stage_s)
-        ready_s, wake_s = start_s + stage_s, start_s
+        end_s, ready_s = _ends(of_step, start_s, step_s, last_end_s)
+        last_end_s, wake_s = end_s, start_s
     if context == cruise.context:
         return
     replica.generated_total += context - cruise.context
@@ -787,7 +791,7 @@ def _run_alone(
             is_quiet = is_quiet and lists[WAITING].count == 0
             if cruise.is_on and is_quiet and not replica.is_paused:
                 _cruise(seqs, replica, lists, batch, limits, until_s)
-            end_s = _end_seen(replica, batch)
+            end_s = _end_seen(replica.step, batch.end_s, replica.ready_s)
             if end_s > until_s:
                 replica.due_s = end_s
                 if cruise.is_on and is_quiet:
